@@ -1,0 +1,23 @@
+"""KV-cache compression for Hugging Face Transformers with Clifford-rotor quantisation.
+
+from rotorquant_hf import RotorQuantCache
+model.generate(**inputs, past_key_values=RotorQuantCache())
+"""
+
+from rotorquant_hf.cache import RotorQuantCache
+from rotorquant_hf.config import PRESETS, RotorQuantConfig
+from rotorquant_hf.memory import MemoryReport
+from rotorquant_hf.quant import RotorQuantMSE, RotorQuantProd
+from rotorquant_hf.store import RotorQuantKVCache
+from rotorquant_hf.version import __version__
+
+__all__ = [
+    "PRESETS",
+    "MemoryReport",
+    "RotorQuantCache",
+    "RotorQuantConfig",
+    "RotorQuantKVCache",
+    "RotorQuantMSE",
+    "RotorQuantProd",
+    "__version__",
+]

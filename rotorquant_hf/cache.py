@@ -1,0 +1,147 @@
+"""RotorQuantCache: the compressed cache that `model.generate` takes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+
+from rotorquant_hf import serialization
+from rotorquant_hf.config import RotorQuantConfig
+from rotorquant_hf.layers import RotorQuantLayer, RotorQuantSlidingLayer
+from rotorquant_hf.memory import MemoryReport, measure
+
+_SLIDING = ("sliding_attention", "chunked_attention")
+
+
+class RotorQuantCache(Cache):
+    """A KV cache in 2 to 8 bits per number.
+
+        model.generate(**inputs, past_key_values=RotorQuantCache())
+
+    Sink tokens and the most recent window stay exact; every other token is quantised once, when
+    it leaves the window. Attention layers, full and sliding, are compressed; layers of other
+    kinds (linear attention, convolutions) keep Transformers' own cache.
+
+    Args:
+        settings: a preset name (see `PRESETS`), a `RotorQuantConfig`, or None for the defaults.
+        config: the model's config. Needed for models with sliding-window or other layers than
+            full attention to be stored as such, and for negative `exact_layers`.
+        offloading: keep the layers on the CPU between their uses (CUDA only).
+        offload_only_non_sliding: leave sliding layers on the GPU when offloading.
+        **options: fields of `RotorQuantConfig` that replace those of `settings`.
+
+    Raises:
+        TypeError, ValueError: naming the value that is not possible and what is.
+
+    Source: RotorQuant; the protocol is that of `transformers.Cache`.
+    """
+
+    def __init__(
+        self,
+        settings: RotorQuantConfig | str | None = None,
+        *,
+        config: PreTrainedConfig | None = None,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = True,
+        **options: Any,
+    ) -> None:
+        self.settings = RotorQuantConfig.from_options(settings, **options)
+        layers, make_layer = None, None
+        if config is None:
+            negative = [i for i in self.settings.exact_layers if i < 0]
+            if negative:
+                raise ValueError(
+                    f"exact_layers has {negative[0]}, which counts from the last layer; pass "
+                    "config=model.config so that the number of layers is known"
+                )
+            make_layer = self._next_layer
+        else:
+            layers = _layers_of_model(self.settings, config)
+        super().__init__(
+            layers,
+            make_layer,  # type: ignore[arg-type]  # called without arguments, as a class would be
+            offloading,
+            offload_only_non_sliding,
+        )
+
+    def _next_layer(self) -> Any:
+        exact = len(self.layers) in self.settings.exact_layers
+        return _make_layer(self.settings, "full_attention", {}, exact)
+
+    def memory(self) -> MemoryReport:
+        """The bytes that this cache takes, by part, measured on its tensors."""
+        attention = [layer for layer in self.layers if hasattr(layer, "get_seq_length")]
+        tokens = max((int(layer.get_seq_length()) for layer in attention), default=0)
+        return measure(self.layers, tokens)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to a safetensors file (atomically: an old file stays if this fails).
+
+        Raises:
+            ValueError: if the cache is empty.
+        """
+        serialization.save(path, self.settings, self.layers)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: PreTrainedConfig | None = None,
+        device: torch.device | str = "cpu",
+    ) -> RotorQuantCache:
+        """Read a cache that `save` wrote; generation goes on as if it had never stopped.
+
+        Args:
+            path: the file.
+            config: the model's config; needed if the cache was made with one.
+            device: the device of the model.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is truncated, was not written by `save`, or is of another
+                model or version.
+        """
+        settings, layers = serialization.read(path, device)
+        cache = cls(settings, config=config)
+        if config is None:
+            foreign = [entry.type for entry in layers if entry.needs_config]
+            if foreign:
+                raise ValueError(
+                    f"{path} has layers of type {foreign[0]}; pass config=model.config"
+                )
+            cache.layers.extend(cache._next_layer() for _ in range(len(layers)))
+        serialization.restore(path, cache.layers, layers)
+        return cache
+
+    def __repr__(self) -> str:
+        tokens = self.get_seq_length() if self.layers else 0
+        bits = f"{self.settings.key_bits}/{self.settings.value_bits}"
+        return f"RotorQuantCache(key/value bits {bits}, layers={len(self.layers)}, tokens={tokens})"
+
+
+def _layers_of_model(settings: RotorQuantConfig, config: PreTrainedConfig) -> list[Any]:
+    """One cache layer per layer of the model, by its type."""
+    types, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    if isinstance(kwargs, dict):  # transformers < 5.18 has one for all layers
+        kwargs = [kwargs] * len(types)
+    for index in settings.exact_layers:
+        if not -len(types) <= index < len(types):
+            raise ValueError(f"exact_layers has {index}, but the model has {len(types)} layers")
+    exact = {index % len(types) for index in settings.exact_layers}
+    return [
+        _make_layer(settings, kind, options, index in exact)
+        for index, (kind, options) in enumerate(zip(types, kwargs, strict=True))
+    ]
+
+
+def _make_layer(settings: RotorQuantConfig, kind: str, options: dict[str, Any], exact: bool) -> Any:
+    """A compressed layer, or Transformers' own where `exact` or where there is nothing to code."""
+    if exact or kind not in ("full_attention", *_SLIDING):
+        return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+    if kind in _SLIDING:
+        return RotorQuantSlidingLayer(settings, options["sliding_window"])
+    return RotorQuantLayer(settings)

@@ -1,0 +1,184 @@
+"""Settings of the compressed cache, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from rotorquant_hf.quant.lloyd_max import MAX_BITS, MIN_BITS
+from rotorquant_hf.quant.mse import SCALES
+from rotorquant_hf.quant.prod import PROJECTIONS
+from rotorquant_hf.quant.rotations import ROTATIONS
+
+KEY_QUANTIZERS = ("mse", "prod")
+ROPE_LAYOUTS = ("half", "interleaved", "none")
+
+
+def _help(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class RotorQuantConfig:
+    """Everything that a `RotorQuantCache` can be told. Immutable and hashable.
+
+    The `help` of every field's metadata says what it does; `describe()` prints it.
+
+    Raises:
+        ValueError: for a value out of range, naming it and what is possible.
+    """
+
+    key_bits: int = _help(4, "bits per number of a key, 1 to 8 ('prod': 2 to 8)")
+    value_bits: int = _help(4, "bits per number of a value, 1 to 8")
+    key_quantizer: str = _help(
+        "mse", "'mse' (least error) or 'prod' (one of the bits goes to QJL signs: unbiased scores)"
+    )
+    rotation: str = _help("cascade", "'cascade', 'rotors' (the reference), 'haar' or 'hadamard'")
+    rotor_layers: int | None = _help(None, "layers of 'cascade' or 'rotors'; None: their default")
+    key_scale: str = _help(
+        "least_squares", "'norm', 'matched', 'least_squares' or 'unbiased': the scale of a key"
+    )
+    value_scale: str = _help("unbiased", "the same for a value")
+    equalize_keys: float = _help(
+        0.5, "keys are divided per channel by their rms to this power, 0 to 1, before coding"
+    )
+    equalize_values: float = _help(0.0, "the same for values")
+    center_keys: bool = _help(False, "subtract from keys the channel means of the first block")
+    rope_layout: str = _help(
+        "half",
+        "which two channels RoPE turns together: 'half' (i, i + d/2), 'interleaved' (2i, 2i + 1) "
+        "or 'none'; the two share one equalisation weight",
+    )
+    qjl_dim: int | None = _help(None, "projections of 'prod' keys; None: the head dim")
+    qjl_projection: str = _help("orthogonal", "rows of the projection: 'orthogonal', 'gaussian'")
+    residual_length: int = _help(128, "most recent tokens that stay exact")
+    block_length: int = _help(
+        32, "tokens leave the exact window together in multiples of this many"
+    )
+    num_sink_tokens: int = _help(4, "first tokens that stay exact")
+    exact_layers: tuple[int, ...] = _help(
+        (), "layers left uncompressed; negative counts from the last (needs the model's config)"
+    )
+    seed: int = _help(42, "seed of the rotations and projections")
+    check_finite: bool = _help(
+        False, "look for NaN and infinity on a GPU too (the host then waits for it every step)"
+    )
+
+    def __post_init__(self) -> None:
+        least = 2 if self.key_quantizer == "prod" else MIN_BITS
+        _check_int("key_bits", self.key_bits, least, MAX_BITS)
+        _check_int("value_bits", self.value_bits, MIN_BITS, MAX_BITS)
+        _check_choice("key_quantizer", self.key_quantizer, KEY_QUANTIZERS)
+        _check_choice("rotation", self.rotation, ROTATIONS)
+        _check_choice("key_scale", self.key_scale, SCALES)
+        _check_choice("value_scale", self.value_scale, SCALES)
+        _check_choice("rope_layout", self.rope_layout, ROPE_LAYOUTS)
+        _check_choice("qjl_projection", self.qjl_projection, PROJECTIONS)
+        _check_int("residual_length", self.residual_length, 0)
+        _check_int("block_length", self.block_length, 1)
+        _check_int("num_sink_tokens", self.num_sink_tokens, 0)
+        _check_int("seed", self.seed, 0)
+        for name in ("rotor_layers", "qjl_dim"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 1)
+        if self.rotor_layers is not None and self.rotation not in ("cascade", "rotors"):
+            raise ValueError(
+                f"rotor_layers is {self.rotor_layers}, but the rotation {self.rotation!r} has no "
+                "layers; leave rotor_layers out"
+            )
+        for name in ("equalize_keys", "equalize_values"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value!r}; choose a power from 0 (off) to 1")
+        for name in ("center_keys", "check_finite"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose True or False")
+        layers = self.exact_layers
+        if isinstance(layers, str) or not all(type(i) is int for i in layers):
+            raise ValueError(f"exact_layers is {layers!r}; pass layer indices such as (0, -1)")
+        object.__setattr__(self, "exact_layers", tuple(layers))
+
+    @classmethod
+    def from_options(
+        cls, base: RotorQuantConfig | str | None = None, **options: Any
+    ) -> RotorQuantConfig:
+        """Settings from a preset name or other settings, with some of them replaced.
+
+        Args:
+            base: a name of `PRESETS`, settings, or None for the defaults.
+            **options: fields to replace.
+
+        Raises:
+            ValueError: for an unknown preset or option, naming those there are.
+        """
+        if base is None:
+            base = cls()
+        elif isinstance(base, str):
+            if base not in PRESETS:
+                raise ValueError(f"preset is {base!r}; choose one of {', '.join(PRESETS)}")
+            base = PRESETS[base]
+        elif not isinstance(base, cls):
+            raise TypeError(
+                f"settings are of type {type(base).__name__}; pass a preset name or a "
+                "RotorQuantConfig (a model's config goes into the keyword config=)"
+            )
+        names = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(options) - set(names))
+        if unknown:
+            raise ValueError(f"unknown option {', '.join(unknown)}; there are {', '.join(names)}")
+        return dataclasses.replace(base, **options)
+
+    @classmethod
+    def describe(cls) -> str:
+        """Every option with its default and meaning, a line each."""
+        return "\n".join(
+            f"{f.name} = {f.default!r}: {f.metadata['help']}" for f in dataclasses.fields(cls)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values (for JSON)."""
+        return dataclasses.asdict(self)
+
+
+def _check_int(name: str, value: Any, least: int, most: int | None = None) -> None:
+    if type(value) is not int or value < least or (most is not None and value > most):
+        reach = f"from {least} to {most}" if most is not None else f"of at least {least}"
+        raise ValueError(f"{name} is {value!r}; choose a whole number {reach}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+PRESETS: dict[str, RotorQuantConfig] = {
+    "k8v8": RotorQuantConfig(key_bits=8, value_bits=8),
+    "k4v4": RotorQuantConfig(),
+    "k4v3": RotorQuantConfig(key_bits=4, value_bits=3),
+    "k3v3": RotorQuantConfig(key_bits=3, value_bits=3),
+    "k3v2": RotorQuantConfig(key_bits=3, value_bits=2),
+    "k2v2": RotorQuantConfig(key_bits=2, value_bits=2),
+    "rotorquant-reference": RotorQuantConfig(
+        key_bits=3,
+        value_bits=3,
+        key_quantizer="prod",
+        qjl_projection="gaussian",
+        rotation="rotors",
+        rotor_layers=1,
+        key_scale="norm",
+        value_scale="norm",
+        equalize_keys=0.0,
+        num_sink_tokens=0,
+    ),
+    "turboquant": RotorQuantConfig(
+        key_bits=3,
+        value_bits=3,
+        rotation="haar",
+        key_scale="norm",
+        value_scale="norm",
+        equalize_keys=0.0,
+        num_sink_tokens=0,
+    ),
+}
+"""Settings by name. k4v3 means 4-bit keys and 3-bit values; the last two are other people's."""

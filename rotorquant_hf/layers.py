@@ -1,0 +1,381 @@
+"""One attention layer of the cache, in Transformers' protocol.
+
+A layer holds its tokens, oldest first, in three parts:
+
+    [ sinks, exact ] [ packed, quantised once ] [ recent window, exact ]
+
+New tokens enter the window; when it holds `block_length` tokens more than `residual_length`, its
+oldest leave for the packed store. What attention sees in an update is what was stored before
+it, and the new tokens exactly: a prompt's own attention is exact, and with one new token at a
+time every query reads exactly the last `residual_length` tokens or more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from rotorquant_hf.config import RotorQuantConfig
+from rotorquant_hf.quant.checks import check_finite
+from rotorquant_hf.store import RotorQuantKVCache
+from rotorquant_hf.tensor import CachedStates, CompressedTensor
+
+
+class RotorQuantLayer(CacheLayerMixin):
+    """A layer of full attention.
+
+    Args:
+        config: the settings.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, config: RotorQuantConfig) -> None:
+        # CacheLayerMixin.__init__ is not called: it would assign `keys` and `values`, which
+        # here are read from the parts.
+        self.config = config
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype, device, batch, heads and head dims from the first states."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.store = RotorQuantKVCache(
+            key_states.shape[-1], value_states.shape[-1], device=self.device, config=self.config
+        )
+        self.sinks = (key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
+        self.window = (key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append tokens and return what their attention reads.
+
+        Args:
+            key_states: (batch, heads, n, key dim), after RoPE.
+            value_states: (batch, heads, n, value dim).
+
+        Returns:
+            Keys and values of all tokens, (batch, heads, total, dim): `CompressedTensor`s once
+            tokens are quantised, plain tensors before.
+
+        Raises:
+            TypeError, ValueError: for a wrong dtype or shape, or (on the CPU) NaN or infinite
+                entries. The layer is then as it was.
+        """
+        self._check(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        tail = (_join(self.window[0], key_states), _join(self.window[1], value_states))
+        visible = self._states(self.sinks, tail)
+        self._store_tail(*tail)
+        return visible
+
+    def _store_tail(self, keys: Tensor, values: Tensor) -> None:
+        """Divide the exact tokens among sinks, store and window."""
+        room = self.config.num_sink_tokens - self.sinks[0].shape[2]
+        filled = min(room, keys.shape[2]) if not len(self.store) else 0
+        leaving = self._leaving(keys.shape[2] - filled)
+        kept = filled + leaving
+        self.store.append(keys[:, :, filled:kept], values[:, :, filled:kept])
+        if filled:
+            self.sinks = (
+                torch.cat((self.sinks[0], keys[:, :, :filled]), dim=2),
+                torch.cat((self.sinks[1], values[:, :, :filled]), dim=2),
+            )
+        # Copies: a slice would keep the whole prompt's states alive.
+        self.window = (keys[:, :, kept:].clone(), values[:, :, kept:].clone())
+
+    def _leaving(self, window: int) -> int:
+        """How many of `window` exact tokens are quantised now."""
+        block = self.config.block_length
+        return max(0, window - self.config.residual_length) // block * block
+
+    def _states(
+        self, sinks: tuple[Tensor, Tensor], tail: tuple[Tensor, Tensor], skip: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values as attention receives them, without the first `skip` packed tokens."""
+        if len(self.store) <= skip:
+            return _join(sinks[0], tail[0]), _join(sinks[1], tail[1])
+        return (
+            CompressedTensor(CachedStates(sinks[0], self.store.key_span(skip), tail[0])),
+            CompressedTensor(CachedStates(sinks[1], self.store.value_span(skip), tail[1])),
+        )
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """All keys, as attention would receive them; None before the first update."""
+        return self._states(self.sinks, self.window)[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """All values, as attention would receive them; None before the first update."""
+        return self._states(self.sinks, self.window)[1] if self.is_initialized else None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+        if not self.is_initialized:
+            raise AttributeError("batch_size is not known before the first update")
+        return self.window[0].shape[0]
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        for name, x in (("keys", keys), ("values", values)):
+            if not x.is_floating_point():
+                raise TypeError(f"{name} have dtype {x.dtype}; pass float16, bfloat16 or float32")
+            if x.dim() != 4:
+                raise ValueError(
+                    f"{name} have shape {tuple(x.shape)}; pass (batch, heads, tokens, head dim)"
+                )
+        if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
+            raise ValueError(
+                f"keys are {keys.dtype} of shape {tuple(keys.shape)}, values {values.dtype} of "
+                f"shape {tuple(values.shape)}; they must agree in all but the last axis"
+            )
+        if self.is_initialized:
+            for name, x, held in (
+                ("keys", keys, self.window[0]),
+                ("values", values, self.window[1]),
+            ):
+                self._check_fits(name, x, held)
+        check_finite("keys", keys, on_gpu=self.config.check_finite)
+        check_finite("values", values, on_gpu=self.config.check_finite)
+
+    def _check_fits(self, name: str, x: Tensor, held: Tensor) -> None:
+        for what, new, old in (
+            ("batch size", x.shape[0], held.shape[0]),
+            ("number of heads", x.shape[1], held.shape[1]),
+            ("head dim", x.shape[3], held.shape[3]),
+            ("dtype", x.dtype, held.dtype),
+            ("device", x.device, held.device),
+        ):
+            if new != old:
+                raise ValueError(
+                    f"{name} have {what} {new}, but this cache holds {name} of {what} {old} from "
+                    f"{self.get_seq_length()} earlier tokens; use a new cache, or cache.reset()"
+                )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that `query_length` new tokens will see."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far."""
+        if not self.is_initialized:
+            return 0
+        return self.sinks[0].shape[2] + len(self.store) + self.window[0].shape[2]
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove tokens.
+
+        Tokens that were quantised stay so: after a crop that reaches into them the exact window
+        is shorter until new tokens fill it.
+
+        Raises:
+            ValueError: if `tokens_to_remove` is positive.
+        """
+        _check_crop(tokens_to_remove)
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        left = min(-tokens_to_remove, self.get_seq_length())
+        left -= self._crop_exact("window", left)
+        packed = min(left, len(self.store))
+        self.store.crop(packed)
+        self._crop_exact("sinks", left - packed)
+
+    def _crop_exact(self, part: str, count: int) -> int:
+        keys, values = getattr(self, part)
+        count = min(count, keys.shape[2])
+        left = keys.shape[2] - count
+        setattr(self, part, (keys[:, :, :left].clone(), values[:, :, :left].clone()))
+        return count
+
+    def reset(self) -> None:
+        """Forget everything, also the shapes."""
+        if self.is_initialized:
+            del self.store, self.sinks, self.window, self.dtype, self.device
+        self.is_initialized = False
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply `fn` to every tensor of the layer."""
+        if not self.is_initialized:
+            return
+        self.store.map(fn)
+        self.sinks = (fn(self.sinks[0]), fn(self.sinks[1]))
+        self.window = (fn(self.window[0]), fn(self.window[1]))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the batch rows in the order `beam_idx` (rows,): codes, statistics and windows."""
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row `repeats` times."""
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the batch rows `indices` (integers or a boolean mask)."""
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def offload(self) -> None:
+        """Move the layer's data to the CPU."""
+        self._move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Move the layer's data back to the device of the model's layer."""
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        if self.is_initialized and self.window[0].device != device:
+            self._map(lambda x: x.to(device, non_blocking=True))
+            self.store.device = device
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by part."""
+        if not self.is_initialized:
+            return {}
+        exact = {"sinks": self.sinks, "window": self.window}
+        return {k: v[0].nbytes + v[1].nbytes for k, v in exact.items()} | self.store.nbytes()
+
+    def numbers(self) -> tuple[int, int]:
+        """How many numbers the layer stands for: in all, and in the packed part."""
+        if not self.is_initialized:
+            return 0, 0
+        keys, values = self.window
+        per_token = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
+        packed = len(self.store)
+        return (self.sinks[0].shape[2] + packed + keys.shape[2]) * per_token, packed * per_token
+
+
+class RotorQuantSlidingLayer(RotorQuantLayer):
+    """A layer of sliding-window (or chunked) attention: only the last tokens are kept.
+
+    Args:
+        config: the settings. Sinks do not apply: the first tokens leave the window like all.
+        sliding_window: tokens that a query sees, itself included.
+    """
+
+    is_sliding = True
+
+    def __init__(self, config: RotorQuantConfig, sliding_window: int) -> None:
+        super().__init__(config)
+        self.sliding_window = sliding_window
+        self.cumulative_length = 0
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        """Keep tokens that leave the window until the next `crop` (assisted decoding)."""
+        self.record_past = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As in `RotorQuantLayer`; returns the last `sliding_window` - 1 tokens and the new."""
+        self._check(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        # More than the window is held only while past tokens are recorded.
+        hidden = max(0, self._held() - self.sliding_window + 1)
+        seen = self.window[0].shape[2] - max(0, hidden - len(self.store))
+        visible = self._states(
+            self.sinks,
+            (
+                _join(_last(self.window[0], seen), key_states),
+                _join(_last(self.window[1], seen), value_states),
+            ),
+            skip=hidden,
+        )
+        self._store_tail(_join(self.window[0], key_states), _join(self.window[1], value_states))
+        self.cumulative_length += key_states.shape[2]
+        if not self.record_past:
+            self._trim()
+        return visible
+
+    def _store_tail(self, keys: Tensor, values: Tensor) -> None:
+        past = 0
+        if not self.record_past and keys.shape[2] >= self.sliding_window:
+            # What no later query will see is not coded at all.
+            keys, values = (_last(x, self.sliding_window - 1) for x in (keys, values))
+            past = len(self.store)
+        leaving = self._leaving(keys.shape[2])
+        self.store.append(keys[:, :, :leaving], values[:, :, :leaving])
+        self.store.drop_front(past)
+        self.window = (keys[:, :, leaving:].clone(), values[:, :, leaving:].clone())
+
+    def _held(self) -> int:
+        return len(self.store) + self.window[0].shape[2]
+
+    def _trim(self) -> None:
+        """Forget the tokens that no later query sees."""
+        excess = max(0, self._held() - self.sliding_window + 1)
+        packed = min(excess, len(self.store))
+        self.store.drop_front(packed)
+        if excess > packed:
+            keys, values = (_last(x, x.shape[2] - excess + packed) for x in self.window)
+            self.window = (keys.clone(), values.clone())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that `query_length` new tokens will see."""
+        seen = min(self.cumulative_length, self.sliding_window - 1)
+        return seen + query_length, self.cumulative_length - seen
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far, forgotten ones included."""
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        """The sliding window."""
+        return self.sliding_window
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove tokens, then those beyond the window.
+
+        Raises:
+            ValueError: if `tokens_to_remove` is positive.
+            RuntimeError: if tokens have already left the window unrecorded, so that the state
+                before them cannot be had back.
+        """
+        _check_crop(tokens_to_remove)
+        if not self.is_initialized:
+            return
+        if self.cumulative_length >= self.sliding_window and not self.record_past:
+            raise RuntimeError(
+                f"crop({tokens_to_remove}) after {self.cumulative_length} tokens, but the sliding "
+                f"window of {self.sliding_window} has already moved; call "
+                "activate_past_recording() before the tokens that are to be undone"
+            )
+        removed = min(-tokens_to_remove, self._held())
+        super().crop(-removed)
+        self.cumulative_length -= removed
+        self._trim()
+
+    def reset(self) -> None:
+        """Forget everything, also the shapes."""
+        super().reset()
+        self.cumulative_length = 0
+
+
+def _join(old: Tensor, new: Tensor) -> Tensor:
+    """Concatenate along the tokens, without a copy where `old` is empty."""
+    return torch.cat((old, new), dim=2) if old.shape[2] else new
+
+
+def _last(x: Tensor, count: int) -> Tensor:
+    """The last `count` tokens."""
+    return x[:, :, x.shape[2] - count :]
+
+
+def _check_crop(tokens_to_remove: int) -> None:
+    if tokens_to_remove > 0:
+        raise ValueError(
+            f"tokens_to_remove is {tokens_to_remove}; pass minus the number of tokens to remove"
+        )

@@ -1,0 +1,31 @@
+"""Checks of what comes in, shared by the quantisers and the cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_vectors(name: str, x: Tensor, d: int) -> None:
+    """Raise unless `x` is a floating tensor whose last axis has d numbers."""
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}; pass a floating dtype such as float32")
+    if x.dim() < 1 or x.shape[-1] != d:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; its last axis must hold {d} numbers")
+
+
+def check_finite(name: str, x: Tensor, on_gpu: bool = False) -> None:
+    """Raise if `x` has NaN or infinite entries.
+
+    Always looked at on the CPU; on other devices only with `on_gpu`, since reading the answer
+    makes the host wait for the device.
+    """
+    if x.device.type != "cpu" and not on_gpu:
+        return
+    bad = ~torch.isfinite(x)
+    if bool(bad.any()):
+        first = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name} has {int(bad.sum())} entries that are NaN or infinite, the first at {first} "
+            f"({float(x[first])}); check the model's dtype (float16 overflows at 65504) and weights"
+        )

@@ -1,0 +1,222 @@
+"""Saving and loading a cache: one safetensors file, exact.
+
+The metadata has a JSON header with the settings and one entry per layer; the tensors are named
+"<layer>.<name>". The rotations are not stored but drawn again from the seed; their first rows
+are, so that a torch that draws differently is noticed and not decoded wrongly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rotorquant_hf.config import RotorQuantConfig
+from rotorquant_hf.layers import RotorQuantLayer, RotorQuantSlidingLayer
+from rotorquant_hf.memory import tensors_of
+from rotorquant_hf.quant import RotorQuantProd
+from rotorquant_hf.version import __version__
+
+FORMAT = "rotorquant-cache"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One layer of a file: class name, plain attributes, tensors by name."""
+
+    type: str
+    attributes: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def needs_config(self) -> bool:
+        """Whether the layer can only be made from the model's config."""
+        return self.type not in (RotorQuantLayer.__name__, "DynamicLayer")
+
+
+def save(path: str | os.PathLike[str], settings: RotorQuantConfig, layers: Sequence[Any]) -> None:
+    """Write the layers to `path`. See `RotorQuantCache.save`."""
+    if not any(layer.is_initialized for layer in layers if hasattr(layer, "is_initialized")):
+        raise ValueError("the cache is empty; run the model with it before saving")
+    entries = [_entry_of(layer) for layer in layers]
+    header = {
+        "version": FORMAT_VERSION,
+        "rotorquant_hf": __version__,
+        "settings": settings.to_dict(),
+        "layers": [{"type": e.type, "attributes": e.attributes} for e in entries],
+    }
+    tensors = {
+        f"{index}.{name}": tensor.contiguous()
+        for index, entry in enumerate(entries)
+        for name, tensor in entry.tensors.items()
+    }
+    path = Path(path)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, partial, metadata={"format": FORMAT, "header": json.dumps(header)})
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def read(
+    path: str | os.PathLike[str], device: torch.device | str
+) -> tuple[RotorQuantConfig, list[LayerEntry]]:
+    """Read settings and layers of a file, its tensors on `device`. See `RotorQuantCache.load`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}; pass the path that save() was given")
+    try:
+        with safe_open(path, framework="pt", device=str(torch.device(device))) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file ({error}); save the cache again"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} was not written by RotorQuantCache.save")
+    header = json.loads(metadata["header"])
+    if header["version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {header['version']} (rotorquant_hf "
+            f"{header['rotorquant_hf']}), this is version {FORMAT_VERSION}; save the cache again"
+        )
+    settings = dict(header["settings"])
+    settings["exact_layers"] = tuple(settings["exact_layers"])
+    by_layer: list[dict[str, Tensor]] = [{} for _ in header["layers"]]
+    for name, tensor in tensors.items():
+        index, _, rest = name.partition(".")
+        by_layer[int(index)][rest] = tensor
+    entries = [
+        LayerEntry(entry["type"], entry["attributes"], layer_tensors)
+        for entry, layer_tensors in zip(header["layers"], by_layer, strict=True)
+    ]
+    return RotorQuantConfig(**settings), entries
+
+
+def restore(
+    path: str | os.PathLike[str], layers: Sequence[Any], entries: Sequence[LayerEntry]
+) -> None:
+    """Put the entries of a file into newly made layers of the same types."""
+    if len(layers) != len(entries):
+        raise ValueError(
+            f"{path} has {len(entries)} layers, the model has {len(layers)}; it is another model's"
+        )
+    for index, (layer, entry) in enumerate(zip(layers, entries, strict=True)):
+        if type(layer).__name__ != entry.type:
+            raise ValueError(
+                f"{path} has a layer {index} of type {entry.type}, the model needs "
+                f"{type(layer).__name__}; it is another model's, or was saved without its config"
+            )
+        if isinstance(layer, RotorQuantLayer):
+            _restore_packed(path, layer, entry)
+        else:
+            _restore_foreign(layer, entry)
+
+
+def _entry_of(layer: Any) -> LayerEntry:
+    kind = type(layer).__name__
+    if not isinstance(layer, RotorQuantLayer):
+        return LayerEntry(kind, _plain_attributes(layer), tensors_of(layer))
+    attributes: dict[str, Any] = {}
+    if isinstance(layer, RotorQuantSlidingLayer):
+        attributes |= {
+            "sliding_window": layer.sliding_window,
+            "cumulative_length": layer.cumulative_length,
+        }
+    if not layer.is_initialized:
+        return LayerEntry(kind, attributes, {})
+    tensors = {f"store.{name}": tensor for name, tensor in layer.store.state().items()}
+    for name in ("sinks", "window"):
+        tensors[f"{name}.keys"], tensors[f"{name}.values"] = getattr(layer, name)
+    tensors |= _fingerprints(layer)
+    return LayerEntry(kind, attributes, tensors)
+
+
+def _fingerprints(layer: RotorQuantLayer) -> dict[str, Tensor]:
+    """The first rows of the matrices that the seed draws."""
+    rows = {}
+    for role, quantizer in (
+        ("key", layer.store.key_quantizer),
+        ("value", layer.store.value_quantizer),
+    ):
+        rows[f"drawn.{role}_rotation"] = quantizer.rotation.matrix()[0].clone()
+        if isinstance(quantizer, RotorQuantProd):
+            rows[f"drawn.{role}_projection"] = quantizer.S[0].clone()
+    return rows
+
+
+def _restore_packed(
+    path: str | os.PathLike[str], layer: RotorQuantLayer, entry: LayerEntry
+) -> None:
+    if isinstance(layer, RotorQuantSlidingLayer):
+        if layer.sliding_window != entry.attributes["sliding_window"]:
+            raise ValueError(
+                f"{path} has a sliding window of {entry.attributes['sliding_window']}, the model "
+                f"one of {layer.sliding_window}; it is another model's"
+            )
+        layer.cumulative_length = entry.attributes["cumulative_length"]
+    if not entry.tensors:
+        return
+    try:
+        sinks, window = (
+            (entry.tensors[f"{name}.keys"], entry.tensors[f"{name}.values"])
+            for name in ("sinks", "window")
+        )
+    except KeyError as error:
+        raise ValueError(f"{path} lacks the tensor {error}; save the cache again") from None
+    layer.lazy_initialization(*window)
+    layer.sinks, layer.window = sinks, window
+    for name, row in _fingerprints(layer).items():
+        if not torch.allclose(row, entry.tensors[name].to(row.device), atol=1e-4):
+            raise ValueError(
+                f"{path}: the {name.removeprefix('drawn.')} that torch {torch.__version__} draws from "
+                f"seed {layer.config.seed} is not the one it was saved with; use the torch it had"
+            )
+    prefix = "store."
+    layer.store.load_state(
+        {n.removeprefix(prefix): t for n, t in entry.tensors.items() if n.startswith(prefix)}
+    )
+
+
+def _plain_attributes(layer: Any) -> dict[str, Any]:
+    """What a layer of Transformers keeps besides tensors, as JSON values."""
+    plain: dict[str, Any] = {}
+    for name, value in vars(layer).items():
+        if isinstance(value, bool | int | float | str | None):
+            plain[name] = value
+        elif isinstance(value, torch.dtype):
+            plain[name] = {"dtype": str(value).removeprefix("torch.")}
+        elif isinstance(value, dict):
+            kept = {k: v for k, v in value.items() if isinstance(v, bool | int | None)}
+            plain[name] = {"items": [[k, v] for k, v in kept.items()]}
+    return plain
+
+
+def _restore_foreign(layer: Any, entry: LayerEntry) -> None:
+    for name, value in entry.attributes.items():
+        if isinstance(value, dict) and "dtype" in value:
+            value = getattr(torch, value["dtype"])
+        elif isinstance(value, dict):
+            value = dict(value["items"])
+        setattr(layer, name, value)
+    for name, tensor in entry.tensors.items():
+        attribute, _, key = name.partition(".")
+        if key:
+            getattr(layer, attribute)[int(key)] = tensor
+        else:
+            setattr(layer, attribute, tensor)
+        if hasattr(layer, "device") or "dtype" in entry.attributes:
+            layer.device = tensor.device

@@ -1,0 +1,101 @@
+"""Per-channel statistics: equalisation and centring of vectors before they are coded.
+
+A vector x is coded as u = (x - mean) / weight and read back as x_hat = u_hat * weight + mean.
+Neither costs anything in the loop over tokens:
+
+    <q, x_hat> = <q * weight, u_hat> + <q, mean>        sum_t p_t x_hat_t =
+                                                        (sum_t p_t u_hat_t) * weight + mean
+
+Why equalise: a rotation spreads the energy of the large channels over all, and with it their
+error. The error of a score is q . (weight * eps), of variance ~ |q weight|^2 |x / weight|^2, which
+is smallest for weight_c^2 = |x_c| / |q_c|; for queries of unknown direction that is
+weight_c = rms_c^(1/2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A channel's rms counts as at least this share of the head's: a channel that is silent in the
+# first block may speak later, and would then be blown up by the division.
+_LEAST_RMS = 0.02
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Weights and means of one layer's keys or values, frozen once taken.
+
+    Attributes:
+        weight: (batch, heads, 1, d), or (batch, heads, 1, 1) where channels are not equalised,
+            float32, positive. Scaled so that the first block has |u| = 1 in the quadratic mean,
+            which lets 16-bit scales hold vectors of any unit.
+        mean: (batch, heads, 1, d) float32, or None.
+    """
+
+    weight: Tensor
+    mean: Tensor | None = None
+
+    @classmethod
+    def of_block(
+        cls, x: Tensor, power: float, center: bool = False, rope_layout: str = "none"
+    ) -> ChannelStatistics:
+        """Take the statistics of a block of vectors.
+
+        Args:
+            x: (batch, heads, tokens, d), at least one token.
+            power: weight_c is proportional to rms_c^power; 0 is one weight for all channels.
+            center: take the channel means too.
+            rope_layout: "half", "interleaved" or "none": the channels that share a weight, as
+                RoPE moves their energy to and fro. Ignored where d is odd.
+        """
+        x = x.float()
+        mean = x.mean(dim=2, keepdim=True) if center else None
+        if mean is not None:
+            x = x - mean
+        peak = x.abs().amax(dim=(2, 3), keepdim=True)
+        peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+        energy = (x / peak).square().mean(dim=2, keepdim=True)
+        total = energy.sum(dim=-1, keepdim=True)
+        total = torch.where(total > 0, total, torch.ones_like(total))
+        if power == 0:
+            return cls(weight=total.sqrt() * peak, mean=mean)
+        shared = _share_pairs(energy, rope_layout)
+        weight = shared.clamp(min=_LEAST_RMS**2 * total / x.shape[-1]) ** (power / 2)
+        unit = (energy / weight.square()).sum(dim=-1, keepdim=True).sqrt()
+        unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+        return cls(weight=weight * unit * peak, mean=mean)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """u = (x - mean) / weight of vectors (batch, heads, tokens, d), float32."""
+        x = x.float()
+        return (x if self.mean is None else x - self.mean) / self.weight
+
+    def denormalize(self, u: Tensor) -> Tensor:
+        """x = u * weight + mean of vectors (batch, heads, tokens, d)."""
+        x = u * self.weight
+        return x if self.mean is None else x + self.mean
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> ChannelStatistics:
+        """The same with `fn` applied to every tensor (a batch selection, a move to a device)."""
+        return ChannelStatistics(fn(self.weight), None if self.mean is None else fn(self.mean))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return self.weight.nbytes + (0 if self.mean is None else self.mean.nbytes)
+
+
+def _share_pairs(energy: Tensor, rope_layout: str) -> Tensor:
+    """Give both channels of a RoPE pair the mean of their energies, (..., d)."""
+    d = energy.shape[-1]
+    if rope_layout == "none" or d % 2:
+        return energy
+    if rope_layout == "half":
+        pairs = energy.unflatten(-1, (2, d // 2)).mean(dim=-2, keepdim=True)
+        return pairs.expand(*pairs.shape[:-2], 2, d // 2).flatten(-2)
+    pairs = energy.unflatten(-1, (d // 2, 2)).mean(dim=-1, keepdim=True)
+    return pairs.expand(*pairs.shape[:-1], 2).flatten(-2)

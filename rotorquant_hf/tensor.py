@@ -1,0 +1,151 @@
+"""The tensor that attention receives: the shape of all cached keys (or values), packed inside.
+
+`Cache.update` must return tensors. Returning dequantised ones would put the whole history in
+memory at every step of every layer's attention, whatever kernel follows. So it returns a
+`CompressedTensor`: any attention function can use it, since an operation on it first materialises
+it; and one that knows it can read the packed codes through `CompressedTensor.states`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from rotorquant_hf.packed import PackedSpan
+
+
+@dataclass(frozen=True)
+class CachedStates:
+    """All keys (or values) that one attention call may read, oldest token first.
+
+    Attributes:
+        sinks: (batch, heads, n, d), the first tokens, exact; n may be 0.
+        packed: the quantised tokens that follow.
+        tail: (batch, heads, m, d), the recent window and the new tokens, exact.
+    """
+
+    sinks: Tensor
+    packed: PackedSpan
+    tail: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, tokens, d)."""
+        batch, heads, m, d = self.tail.shape
+        return batch, heads, self.sinks.shape[2] + self.packed.shape[2] + m, d
+
+    def materialize(self) -> Tensor:
+        """The dequantised tensor, in the dtype of the tail."""
+        out = self.tail.new_empty(self.shape)
+        first, last = self.sinks.shape[2], self.shape[2] - self.tail.shape[2]
+        out[:, :, :first] = self.sinks
+        self.packed.materialize(out[:, :, first:last])
+        out[:, :, last:] = self.tail
+        return out
+
+
+class CompressedTensor(Tensor):
+    """A read-only tensor (batch, heads, tokens, d) over `CachedStates`.
+
+    Asking for its shape, dtype or device reads nothing. Any other operation materialises it
+    and goes on with the dequantised tensor; nothing keeps that one when the operation is done.
+    """
+
+    states: CachedStates
+
+    @staticmethod
+    def __new__(cls, states: CachedStates) -> CompressedTensor:
+        tensor = Tensor._make_wrapper_subclass(
+            cls, states.shape, dtype=states.tail.dtype, device=states.tail.device
+        )
+        tensor.states = states
+        return tensor
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return (
+            f"CompressedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"packed={self.states.packed.shape[2]})"
+        )
+
+    def materialize(self) -> Tensor:
+        """The dequantised tensor."""
+        return self.states.materialize()
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        _refuse_writing(getattr(func, "__name__", ""), args)
+        # Here rather than in __torch_dispatch__, so that a function made of several operators,
+        # such as scaled_dot_product_attention, materialises once.
+        args, kwargs = tree_map_only(cls, cls.materialize, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """What reaches an operator without passing `__torch_function__` (calls from C++)."""
+        args, kwargs = tree_map_only(cls, cls.materialize, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _refuse_writing(name: str, args: tuple[Any, ...]) -> None:
+    in_place = name.endswith("_") and not name.endswith("__")
+    if (in_place or name in ("__setitem__", "__set__")) and isinstance(args[0], CompressedTensor):
+        raise RuntimeError(
+            f"{name} would write into cached keys or values that are stored quantised; "
+            "write into a copy (tensor.clone())"
+        )
+
+
+_METADATA = frozenset(
+    [
+        getattr(Tensor, name).__get__
+        for name in (
+            "shape",
+            "dtype",
+            "device",
+            "ndim",
+            "layout",
+            "requires_grad",
+            "is_cuda",
+            "is_cpu",
+            "is_leaf",
+            "grad_fn",
+            "is_meta",
+            "is_nested",
+            "is_sparse",
+            "is_quantized",
+            "is_mps",
+            "is_xpu",
+            "itemsize",
+        )
+    ]
+    + [
+        Tensor.size,
+        Tensor.dim,
+        Tensor.ndimension,
+        Tensor.numel,
+        Tensor.nelement,
+        Tensor.__len__,
+        Tensor.is_floating_point,
+        Tensor.is_complex,
+        Tensor.get_device,
+        Tensor.element_size,
+    ]
+)
