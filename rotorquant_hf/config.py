@@ -37,14 +37,18 @@ class RotorQuantConfig:
     rotation: str = _help("cascade", "'cascade', 'rotors' (the reference), 'haar' or 'hadamard'")
     rotor_layers: int | None = _help(None, "layers of 'cascade' or 'rotors'; None: their default")
     key_scale: str = _help(
-        "least_squares", "'norm', 'matched', 'least_squares' or 'unbiased': the scale of a key"
+        "matched", "'norm', 'matched', 'least_squares' or 'unbiased': the scale of a key"
     )
     value_scale: str = _help("unbiased", "the same for a value")
     equalize_keys: float = _help(
         0.5, "keys are divided per channel by their rms to this power, 0 to 1, before coding"
     )
     equalize_values: float = _help(0.0, "the same for values")
-    center_keys: bool = _help(False, "subtract from keys the channel means of the first block")
+    center_keys: bool | str = _help(
+        "auto",
+        "subtract from keys the channel means of the first block: True, False, or 'auto' for the "
+        "channels that hold little but a large constant (as key biases make them)",
+    )
     rope_layout: str = _help(
         "half",
         "which two channels RoPE turns together: 'half' (i, i + d/2), 'interleaved' (2i, 2i + 1) "
@@ -91,9 +95,10 @@ class RotorQuantConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value!r}; choose a power from 0 (off) to 1")
-        for name in ("center_keys", "check_finite"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose True or False")
+        if not isinstance(self.center_keys, bool) and self.center_keys != "auto":
+            raise ValueError(f"center_keys is {self.center_keys!r}; choose True, False or 'auto'")
+        if not isinstance(self.check_finite, bool):
+            raise ValueError(f"check_finite is {self.check_finite!r}; choose True or False")
         layers = self.exact_layers
         if isinstance(layers, str) or not all(type(i) is int for i in layers):
             raise ValueError(f"exact_layers is {layers!r}; pass layer indices such as (0, -1)")
@@ -169,6 +174,7 @@ PRESETS: dict[str, RotorQuantConfig] = {
         key_scale="norm",
         value_scale="norm",
         equalize_keys=0.0,
+        center_keys=False,
         num_sink_tokens=0,
     ),
     "turboquant": RotorQuantConfig(
@@ -178,6 +184,7 @@ PRESETS: dict[str, RotorQuantConfig] = {
         key_scale="norm",
         value_scale="norm",
         equalize_keys=0.0,
+        center_keys=False,
         num_sink_tokens=0,
     ),
 }

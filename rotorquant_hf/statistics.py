@@ -24,6 +24,13 @@ from torch import Tensor
 # first block may speak later, and would then be blown up by the division.
 _LEAST_RMS = 0.02
 
+# A channel is an offset channel if its energy is this many times the head's median and nearly all
+# of it is in the mean; the mean of a later token is expected to differ by `_DRIFT` of it, as RoPE
+# turns it slowly on.
+_OFFSET_ENERGY = 25.0
+_OFFSET_SHARE = 0.98
+_DRIFT = 0.05
+
 
 @dataclass(frozen=True)
 class ChannelStatistics:
@@ -41,24 +48,31 @@ class ChannelStatistics:
 
     @classmethod
     def of_block(
-        cls, x: Tensor, power: float, center: bool = False, rope_layout: str = "none"
+        cls, x: Tensor, power: float, center: bool | str = False, rope_layout: str = "none"
     ) -> ChannelStatistics:
         """Take the statistics of a block of vectors.
 
         Args:
             x: (batch, heads, tokens, d), at least one token.
             power: weight_c is proportional to rms_c^power; 0 is one weight for all channels.
-            center: take the channel means too.
-            rope_layout: "half", "interleaved" or "none": the channels that share a weight, as
-                RoPE moves their energy to and fro. Ignored where d is odd.
+            center: True takes the means of all channels, "auto" only of offset channels (see
+                `_offset_channels`), False none.
+            rope_layout: "half", "interleaved" or "none": the channels that RoPE turns together.
+                They share a weight, as their energy moves to and fro, and are centred together.
         """
         x = x.float()
-        mean = x.mean(dim=2, keepdim=True) if center else None
-        if mean is not None:
-            x = x - mean
         peak = x.abs().amax(dim=(2, 3), keepdim=True)
         peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-        energy = (x / peak).square().mean(dim=2, keepdim=True)
+        x = x / peak  # squares of 1e-30 or 1e30 leave float32
+        energy = x.square().mean(dim=2, keepdim=True)
+        mean = None
+        if center:
+            mean = x.mean(dim=2, keepdim=True)
+            if center == "auto":
+                mean = mean * _offset_channels(energy, mean, rope_layout)
+            spread = (x - mean).square().mean(dim=2, keepdim=True)
+            energy = torch.where(mean == 0, energy, spread + _DRIFT**2 * mean.square())
+            mean = mean * peak
         total = energy.sum(dim=-1, keepdim=True)
         total = torch.where(total > 0, total, torch.ones_like(total))
         if power == 0:
@@ -87,6 +101,19 @@ class ChannelStatistics:
     def nbytes(self) -> int:
         """Bytes of the tensors."""
         return self.weight.nbytes + (0 if self.mean is None else self.mean.nbytes)
+
+
+def _offset_channels(energy: Tensor, mean: Tensor, rope_layout: str) -> Tensor:
+    """Which channels hold a large constant, (batch, heads, 1, d), 1 or 0.
+
+    Key biases (Qwen2) make channels of a hundred times the others' size whose values hardly
+    vary. Coded as they are, they drown the head; their constant is better taken out. Ordinary
+    channels are left alone: the mean of a short block is noise where RoPE turns them.
+    """
+    energy, constant = _share_pairs(energy, rope_layout), _share_pairs(mean.square(), rope_layout)
+    median = energy.median(dim=-1, keepdim=True).values
+    large = energy > _OFFSET_ENERGY * median
+    return (large & (constant > _OFFSET_SHARE * energy)).float()
 
 
 def _share_pairs(energy: Tensor, rope_layout: str) -> Tensor:

@@ -1,0 +1,66 @@
+"""The same model with keys that are harder to quantise.
+
+- Outlier channels: large models have a few key channels that are ten times the others. Some RoPE
+  pairs of key channels are multiplied by a factor and the query channels that meet them are
+  divided by it, which leaves every score as it was.
+- Offset channels: key biases (Qwen2) make channels with a constant a hundred times their spread.
+  A constant added to every key adds the same to all scores of a query, and softmax drops it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rotorquant_hf import RotorQuantCache
+
+
+@torch.no_grad()
+def scale_key_channels(
+    model: PreTrainedModel, factor: float, pairs: int = 2, seed: int = 0
+) -> None:
+    """Make a Llama-like model its outlier twin, in place.
+
+    Args:
+        model: with `q_proj` and `k_proj` in its attention modules and RoPE on halves.
+        factor: what the key channels are multiplied by.
+        pairs: RoPE pairs per kv head.
+        seed: which pairs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    modules = [module for module in model.modules() if hasattr(module, "k_proj")]
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no k_proj; only Llama-like models have twins")
+    for module in modules:
+        d = module.head_dim
+        key = module.k_proj.weight.unflatten(0, (-1, d))
+        query = module.q_proj.weight.unflatten(0, (key.shape[0], -1, d))
+        for head in range(key.shape[0]):
+            chosen = torch.randperm(d // 2, generator=generator)[:pairs]
+            channels = torch.cat((chosen, chosen + d // 2))
+            key[head, channels] *= factor
+            query[head, :, channels] /= factor
+
+
+class KeyOffsetCache(RotorQuantCache):
+    """A compressed cache that receives keys with a constant added to four channels per head.
+
+    Args:
+        offset: the constant.
+        *args, **kwargs: as for `RotorQuantCache`.
+    """
+
+    def __init__(self, offset: float, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.offset = offset
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        half = key_states.shape[-1] // 2
+        keys = key_states.clone()
+        keys[..., half - 4 : half] += self.offset  # the slowest turning of RoPE on halves
+        return super().update(keys, value_states, layer_idx, *args, **kwargs)
