@@ -24,7 +24,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel
 
 from evals.outlier_twin import KeyOffsetCache, scale_key_channels
-from rotorquant_hf import RotorQuantCache, RotorQuantConfig
+from rotorquant_hf import RotorQuantConfig
+from rotorquant_hf.memory import measure
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def compare(
     model: PreTrainedModel,
     texts: list[Tensor],
     references: list[Tensor],
-    make_cache: Callable[[], RotorQuantCache],
+    make_cache: Callable[[], Cache],
     chunk: int,
 ) -> Divergence:
     """Feed texts through new caches and compare with the references.
@@ -77,16 +78,17 @@ def compare(
         model: in evaluation mode.
         texts: token ids (1, tokens) each.
         references: `reference_logits` of each.
-        make_cache: makes an empty cache; called once per text.
+        make_cache: makes an empty cache, of any kind; called once per text.
         chunk: tokens per forward pass; 1 is true decoding.
     """
     kl, agree, loss, reference_loss, packed, read = [], [], [], [], 0, 0
     for ids, reference in zip(texts, references, strict=True):
         cache = make_cache()
         for start in range(0, ids.shape[1], chunk):
-            before = cache.memory()
+            before = measure(cache.layers, start)
             logits = read_chunk(model, ids[:, start : start + chunk], cache)
-            after, end = cache.memory(), start + len(logits)
+            end = start + len(logits)
+            after = measure(cache.layers, end)
             packed, read = packed + before.packed_numbers, read + after.numbers
             expected = reference[start:end].log_softmax(-1)
             actual = logits.log_softmax(-1)

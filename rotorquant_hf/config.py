@@ -100,7 +100,7 @@ class RotorQuantConfig:
         if not isinstance(self.check_finite, bool):
             raise ValueError(f"check_finite is {self.check_finite!r}; choose True or False")
         layers = self.exact_layers
-        if isinstance(layers, str) or not all(type(i) is int for i in layers):
+        if not isinstance(layers, tuple | list) or not all(type(i) is int for i in layers):
             raise ValueError(f"exact_layers is {layers!r}; pass layer indices such as (0, -1)")
         object.__setattr__(self, "exact_layers", tuple(layers))
 

@@ -53,7 +53,10 @@ def save(path: str | os.PathLike[str], settings: RotorQuantConfig, layers: Seque
         "version": FORMAT_VERSION,
         "rotorquant_hf": __version__,
         "settings": settings.to_dict(),
-        "layers": [{"type": e.type, "attributes": e.attributes} for e in entries],
+        "layers": [
+            {"type": e.type, "attributes": e.attributes, "tensors": sorted(e.tensors)}
+            for e in entries
+        ],
     }
     tensors = {
         f"{index}.{name}": tensor.contiguous()
@@ -95,14 +98,13 @@ def read(
         )
     settings = dict(header["settings"])
     settings["exact_layers"] = tuple(settings["exact_layers"])
-    by_layer: list[dict[str, Tensor]] = [{} for _ in header["layers"]]
-    for name, tensor in tensors.items():
-        index, _, rest = name.partition(".")
-        by_layer[int(index)][rest] = tensor
-    entries = [
-        LayerEntry(entry["type"], entry["attributes"], layer_tensors)
-        for entry, layer_tensors in zip(header["layers"], by_layer, strict=True)
-    ]
+    entries = []
+    for index, entry in enumerate(header["layers"]):
+        missing = [name for name in entry["tensors"] if f"{index}.{name}" not in tensors]
+        if missing:
+            raise ValueError(f"{path} lacks the tensor {index}.{missing[0]}; save the cache again")
+        named = {name: tensors[f"{index}.{name}"] for name in entry["tensors"]}
+        entries.append(LayerEntry(entry["type"], entry["attributes"], named))
     return RotorQuantConfig(**settings), entries
 
 
@@ -170,20 +172,17 @@ def _restore_packed(
         layer.cumulative_length = entry.attributes["cumulative_length"]
     if not entry.tensors:
         return
-    try:
-        sinks, window = (
-            (entry.tensors[f"{name}.keys"], entry.tensors[f"{name}.values"])
-            for name in ("sinks", "window")
-        )
-    except KeyError as error:
-        raise ValueError(f"{path} lacks the tensor {error}; save the cache again") from None
+    sinks, window = (
+        (entry.tensors[f"{name}.keys"], entry.tensors[f"{name}.values"])
+        for name in ("sinks", "window")
+    )
     layer.lazy_initialization(*window)
     layer.sinks, layer.window = sinks, window
     for name, row in _fingerprints(layer).items():
         if not torch.allclose(row, entry.tensors[name].to(row.device), atol=1e-4):
             raise ValueError(
-                f"{path}: the {name.removeprefix('drawn.')} that torch {torch.__version__} draws from "
-                f"seed {layer.config.seed} is not the one it was saved with; use the torch it had"
+                f"{path} was saved with another {name.removeprefix('drawn.')} than torch "
+                f"{torch.__version__} draws from seed {layer.config.seed}; load it with that torch"
             )
     prefix = "store."
     layer.store.load_state(

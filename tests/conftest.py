@@ -1,0 +1,31 @@
+"""Shared fixtures: the shipped model, loaded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "examples" / "books-7m"
+
+
+@pytest.fixture(scope="session")
+def model() -> PreTrainedModel:
+    """The shipped model in float32."""
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The shipped model's tokenizer."""
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="session")
+def sampled(tokenizer) -> torch.Tensor:
+    """Token ids (1, tokens) of a text that the shipped model wrote."""
+    text = (ROOT / "examples" / "sampled" / "clock.txt").read_text(encoding="utf-8")
+    return tokenizer(text, return_tensors="pt").input_ids

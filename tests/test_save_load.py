@@ -1,0 +1,215 @@
+"""Saving and loading: exact, and clear about files that are not right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Qwen3NextConfig,
+)
+
+from rotorquant_hf import RotorQuantCache
+
+SMALL_WINDOW = {"residual_length": 16, "block_length": 8}
+
+
+def continue_from(model, cache, ids: torch.Tensor, steps: int) -> list[int]:
+    """Greedy tokens after the first token of `ids` that the cache has not seen."""
+    tokens, step = [], ids
+    for _ in range(steps):
+        with torch.no_grad():
+            logits = model(step, past_key_values=cache).logits
+        step = logits[:, -1:].argmax(-1)
+        tokens.append(int(step))
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"key_quantizer": "prod"}, {"exact_layers": (0, 3)}, {"center_keys": True}],
+    ids=["default", "prod", "exact layers", "centred"],
+)
+def test_saved_prompt_continues_to_the_same_tokens(model, sampled, tmp_path, options) -> None:
+    prompt = sampled[:, :300]
+    cache = RotorQuantCache("k3v3", **SMALL_WINDOW, **options)
+    with torch.no_grad():
+        model(prompt[:, :-1], past_key_values=cache)
+    path = tmp_path / "prompt.safetensors"
+    cache.save(path)
+    loaded = RotorQuantCache.load(path)
+    assert loaded.settings == cache.settings
+    assert loaded.get_seq_length() == 299
+    assert loaded.memory().packed_bytes == cache.memory().packed_bytes
+    expected = continue_from(model, cache, prompt[:, -1:], 60)
+    assert continue_from(model, loaded, prompt[:, -1:], 60) == expected
+    assert path.stat().st_size < 1.1 * cache.memory().total_bytes
+
+
+def test_loaded_tensors_are_bit_identical(model, sampled, tmp_path) -> None:
+    cache = RotorQuantCache("k4v3", **SMALL_WINDOW)
+    with torch.no_grad():
+        model(sampled[:, :200], past_key_values=cache)
+    cache.save(tmp_path / "a")
+    loaded = RotorQuantCache.load(tmp_path / "a", device="cpu")
+    for ours, theirs in zip(cache.layers, loaded.layers, strict=True):
+        assert torch.equal(ours.keys.materialize(), theirs.keys.materialize())
+        assert torch.equal(ours.values.materialize(), theirs.values.materialize())
+    loaded.save(tmp_path / "b")
+    first, second = load_file(tmp_path / "a"), load_file(tmp_path / "b")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def sliding_config() -> Gemma3TextConfig:
+    return Gemma3TextConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+
+
+def hybrid_config() -> Qwen3NextConfig:
+    return Qwen3NextConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        linear_num_value_heads=2,
+        linear_num_key_heads=1,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        layer_types=["linear_attention", "full_attention"],
+    )
+
+
+@pytest.mark.parametrize("make_config", [sliding_config, hybrid_config], ids=["sliding", "hybrid"])
+def test_mixed_layers(make_config, tmp_path) -> None:
+    config = make_config()
+    torch.manual_seed(0)
+    tiny = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(0, 100, (1, 60))
+    cache = RotorQuantCache("k4v4", config=config, residual_length=8, block_length=4)
+    with torch.no_grad():
+        tiny(ids[:, :-1], past_key_values=cache)
+    cache.save(tmp_path / "mixed")
+    loaded = RotorQuantCache.load(tmp_path / "mixed", config=config)
+    expected = continue_from(tiny, cache, ids[:, -1:], 30)
+    assert continue_from(tiny, loaded, ids[:, -1:], 30) == expected
+    with pytest.raises(ValueError, match=r"pass config=model\.config"):
+        RotorQuantCache.load(tmp_path / "mixed")
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    cache = RotorQuantCache(**SMALL_WINDOW)
+    x = torch.randn(1, 2, 50, 16)
+    for layer in range(2):
+        cache.update(x, x, layer)
+    cache.save(tmp_path / "cache.safetensors")
+    return tmp_path / "cache.safetensors"
+
+
+def test_truncated_file(saved) -> None:
+    data = saved.read_bytes()
+    for size in (0, 5, len(data) // 2, len(data) - 1):
+        saved.write_bytes(data[:size])
+        with pytest.raises(ValueError, match="truncated"):
+            RotorQuantCache.load(saved)
+
+
+def test_foreign_file(tmp_path) -> None:
+    save_file({"weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"not written by RotorQuantCache\.save"):
+        RotorQuantCache.load(tmp_path / "model.safetensors")
+    (tmp_path / "notes.txt").write_text("not a cache, but long enough to have a header " * 9)
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        RotorQuantCache.load(tmp_path / "notes.txt")
+    with pytest.raises(FileNotFoundError, match=r"absent\.safetensors"):
+        RotorQuantCache.load(tmp_path / "absent.safetensors")
+
+
+def rewrite(path: Path, change_header, drop: str = "") -> None:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != drop}  # noqa: SIM118
+    header = json.loads(metadata["header"])
+    change_header(header)
+    save_file(tensors, path, {**metadata, "header": json.dumps(header)})
+
+
+def test_other_version(saved) -> None:
+    rewrite(saved, lambda header: header.update(version=99))
+    with pytest.raises(ValueError, match="format version 99"):
+        RotorQuantCache.load(saved)
+
+
+@pytest.mark.parametrize("name", ["1.window.keys", "0.store.key_codes", "1.drawn.key_rotation"])
+def test_missing_tensor(saved, name) -> None:
+    rewrite(saved, lambda header: None, drop=name)
+    with pytest.raises(ValueError, match=name.partition(".")[2].removeprefix("store.")):
+        RotorQuantCache.load(saved)
+
+
+def test_other_rotation(saved) -> None:
+    rewrite(saved, lambda header: header["settings"].update(seed=43))
+    with pytest.raises(ValueError, match="key_rotation"):
+        RotorQuantCache.load(saved)
+
+
+def test_other_model(saved) -> None:
+    with pytest.raises(ValueError, match="2 layers, the model has 5"):
+        RotorQuantCache.load(saved, config=LlamaConfig(num_hidden_layers=5))
+    with pytest.raises(ValueError, match="another model's"):
+        RotorQuantCache.load(saved, config=LlamaConfig(num_hidden_layers=2, sliding_window=8))
+
+
+def test_failed_save_keeps_the_old_file(saved, monkeypatch) -> None:
+    before = saved.read_bytes()
+    with pytest.raises(ValueError, match="empty"):
+        RotorQuantCache().save(saved)
+    import rotorquant_hf.serialization as serialization
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(serialization, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        RotorQuantCache.load(saved).save(saved)
+    assert saved.read_bytes() == before
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_uncompressed_dynamic_layers_round_trip(tmp_path) -> None:
+    cache = RotorQuantCache(exact_layers=(0,))
+    oracle = DynamicCache()
+    for _ in range(3):
+        x = torch.randn(1, 2, 5, 16)
+        cache.update(x, x, 0)
+        oracle.update(x, x, 0)
+    cache.save(tmp_path / "exact")
+    loaded = RotorQuantCache.load(tmp_path / "exact")
+    x = torch.randn(1, 2, 1, 16)
+    assert torch.equal(loaded.update(x, x, 0)[0], oracle.update(x, x, 0)[0])
