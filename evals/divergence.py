@@ -1,6 +1,6 @@
 """Divergence of a model that reads a compressed cache from the same model without one.
 
-    python -m evals.divergence configs/quantizers.yaml --text BOOK.txt [--text ...]
+    python -m evals.divergence configs/quantizers.yaml --text BOOK.txt ...
 
 The text is teacher-forced *through* the cache in chunks, so that every token older than the exact
 window is read compressed. (One forward pass shows nothing: a prompt's own attention is exact.)
@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,53 +133,51 @@ def _rows(path: Path) -> dict[str, RotorQuantConfig]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print a table, a JSON line per row with --json."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("config", type=Path, help="YAML with the settings to compare")
-    parser.add_argument("--model", default="examples/books-7m")
-    parser.add_argument("--text", type=Path, action="append", required=True)
-    parser.add_argument("--windows", type=int, default=3, help="windows per text")
-    parser.add_argument("--length", type=int, default=1024, help="tokens per window")
-    parser.add_argument("--chunk", type=int, default=32, help="tokens per forward pass")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--outliers", type=float, help="factor on two key channel pairs per head")
-    parser.add_argument("--offset", type=float, default=0.0, help="constant on four key channels")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args(argv)
+    """Print a Markdown table, a row per setting."""
+    args = _arguments(argv)
     rows = _rows(args.config)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     model = model.to(args.device).eval()
     if args.outliers:
         scale_key_channels(model, args.outliers)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = [
-        window.to(args.device)
-        for path in args.text
-        for window in windows(
-            torch.tensor(tokenizer(path.read_text(encoding="utf-8"))["input_ids"]),
-            args.windows,
-            args.length,
-        )
-    ]
+    texts = []
+    for path in args.text:
+        ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+        texts += windows(torch.tensor(ids, device=args.device), args.windows, args.length)
     references = [reference_logits(model, ids) for ids in texts]
-    print(f"{'':<32}{'KL mean':>10}{'KL p99':>10}{'top-1':>9}{'perplexity':>12}{'packed':>9}")
+    print(_HEADER)
     for name, settings in tqdm(rows.items(), disable=not sys.stderr.isatty(), leave=False):
-        result = compare(
-            model,
-            texts,
-            references,
-            lambda s=settings: KeyOffsetCache(args.offset, s, config=model.config),
-            args.chunk,
-        )
+        make_cache = partial(KeyOffsetCache, args.offset, settings, config=model.config)
+        result = compare(model, texts, references, make_cache, args.chunk)
         tqdm.write(
-            f"{name:<32}{result.kl_mean:>10.5f}{result.kl_p99:>10.4f}"
-            f"{result.top1_agreement:>9.4f}{result.perplexity:>12.4f}"
-            f"{result.compressed_share:>9.1%}"
+            f"| {name} | {result.kl_mean:.2e} | {result.kl_p99:.2e} | {result.top1_agreement:.2%} "
+            f"| {result.perplexity:.3f} | {result.compressed_share:.0%} |"
         )
         if args.json:
             tqdm.write(json.dumps({"name": name, **asdict(result), **settings.to_dict()}))
-    print(f"{'uncompressed':<32}{'':>29}{result.reference_perplexity:>12.4f}")
+    print(f"| uncompressed | 0 | 0 | 100% | {result.reference_perplexity:.3f} | 0% |")
+
+
+_HEADER = """\
+| settings | KL mean (nats) | KL p99 | top-1 | perplexity | read packed |
+| --- | ---: | ---: | ---: | ---: | ---: |"""
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("config", type=Path, help="YAML with the settings to compare")
+    parser.add_argument("--model", default="examples/books-7m")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files")
+    parser.add_argument("--windows", type=int, default=3, help="windows per text")
+    parser.add_argument("--length", type=int, default=1024, help="tokens per window")
+    parser.add_argument("--chunk", type=int, default=32, help="tokens per forward pass")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--outliers", type=float, help="factor on two key channel pairs per head")
+    parser.add_argument("--offset", type=float, default=0.0, help="constant on four key channels")
+    parser.add_argument("--json", action="store_true", help="add a JSON line per row")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

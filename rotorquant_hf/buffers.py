@@ -27,19 +27,24 @@ class TokenBuffers:
     def __len__(self) -> int:
         return self.end - self.start
 
-    def append(self, rows: dict[str, Tensor]) -> None:
-        """Append tensors (batch, heads, tokens, ...), the same names and shapes every time."""
+    def append(self, rows: dict[str, Tensor], expected: int = 0) -> None:
+        """Append tensors (batch, heads, tokens, ...), the same names and shapes every time.
+
+        Args:
+            rows: the tensors by name.
+            expected: how many rows are to be appended in all, these included, if more follow.
+        """
         count = next(iter(rows.values())).shape[2]
         if not self._tensors or self.end + count > self.capacity:
-            self._grow(rows, len(self) + count)
+            self._grow(rows, len(self) + max(count, expected))
         for name, new in rows.items():
             self._tensors[name][:, :, self.end : self.end + count] = new
         self.end += count
 
-    def _grow(self, rows: dict[str, Tensor], needed: int) -> None:
+    def _grow(self, like: dict[str, Tensor], needed: int) -> None:
         capacity = needed + needed // _GROWTH
         capacity += -capacity % _GRANULE
-        for name, new in rows.items():
+        for name, new in like.items():
             grown = new.new_empty(*new.shape[:2], capacity, *new.shape[3:])
             if len(self):
                 grown[:, :, : len(self)] = self._tensors[name][:, :, self.start : self.end]

@@ -6,8 +6,13 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    LinearAttentionCacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
 
 from rotorquant_hf import serialization
 from rotorquant_hf.config import RotorQuantConfig
@@ -71,6 +76,28 @@ class RotorQuantCache(Cache):
     def _next_layer(self) -> Any:
         exact = len(self.layers) in self.settings.exact_layers
         return _make_layer(self.settings, "full_attention", {}, exact)
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As in `transformers.Cache`, with a clear error where the layers are not known."""
+        self._require_linear_layer(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As in `transformers.Cache`, with a clear error where the layers are not known."""
+        self._require_linear_layer(layer_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def _require_linear_layer(self, layer_idx: int) -> None:
+        linear = LinearAttentionCacheLayerMixin
+        if layer_idx >= len(self.layers) or not isinstance(self.layers[layer_idx], linear):
+            raise ValueError(
+                f"layer {layer_idx} of this model has a recurrent state, but the cache was made "
+                "without knowing so; make it with RotorQuantCache(config=model.config)"
+            )
 
     def memory(self) -> MemoryReport:
         """The bytes that this cache takes, by part, measured on its tensors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -9,9 +10,7 @@ from torch import Tensor
 
 from rotorquant_hf.quant import MSECodes, ProdCodes, RotorQuantMSE, RotorQuantProd
 from rotorquant_hf.statistics import ChannelStatistics
-
-# Tokens dequantised at a time: bounds the float32 scratch, not the result.
-_TILE = 1024
+from rotorquant_hf.tiles import token_tiles
 
 Quantizer = RotorQuantMSE | RotorQuantProd
 
@@ -37,19 +36,22 @@ class PackedSpan:
         batch, heads, tokens = self.rows["scale"].shape
         return batch, heads, tokens, self.quantizer.d
 
-    def decode(self, start: int, end: int) -> Tensor:
-        """Rotated, equalised coordinates of the tokens [start, end): (batch, heads, n, d) float32.
+    def decode(self, tokens: slice) -> Tensor:
+        """Rotated, equalised coordinates of some tokens: (batch, heads, n, d) float32.
 
         <rotate(q * weight), decode> + <q, mean> is the estimate of <q, x>.
         """
-        return decode(self.quantizer, {k: v[:, :, start:end] for k, v in self.rows.items()})
+        return decode(self.quantizer, {k: v[:, :, tokens] for k, v in self.rows.items()})
+
+    def _tiles(self) -> Iterator[slice]:
+        batch, heads, tokens, d = self.shape
+        return token_tiles(tokens, batch * heads * d)
 
     def materialize(self, out: Tensor) -> None:
         """Write the reconstructed vectors into `out`, (batch, heads, tokens, d) of any dtype."""
-        for start in range(0, self.shape[2], _TILE):
-            end = min(start + _TILE, self.shape[2])
-            u = self.quantizer.rotation.unrotate(self.decode(start, end))
-            out[:, :, start:end] = self.statistics.denormalize(u)
+        for tile in self._tiles():
+            u = self.quantizer.rotation.unrotate(self.decode(tile))
+            out[:, :, tile] = self.statistics.denormalize(u)
 
     def scores(self, queries: Tensor) -> Tensor:
         """Inner products of queries (batch, query heads, n, d) with the vectors: (.., n, tokens).
@@ -61,9 +63,8 @@ class PackedSpan:
         q = queries.float().unflatten(1, (heads, -1)).flatten(2, 3)
         rotated = self.quantizer.rotation.rotate(q * self.statistics.weight)
         scores = q.new_empty(batch, heads, q.shape[2], tokens)
-        for start in range(0, tokens, _TILE):
-            end = min(start + _TILE, tokens)
-            scores[..., start:end] = rotated @ self.decode(start, end).mT
+        for tile in self._tiles():
+            scores[..., tile] = rotated @ self.decode(tile).mT
         if self.statistics.mean is not None:
             scores += q @ self.statistics.mean.mT
         return scores.unflatten(2, (-1, queries.shape[2])).flatten(1, 2)

@@ -14,11 +14,14 @@ weight_c = rms_c^(1/2).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from rotorquant_hf.tiles import token_tiles
 
 # A channel's rms counts as at least this share of the head's: a channel that is silent in the
 # first block may speak later, and would then be blown up by the division.
@@ -60,28 +63,25 @@ class ChannelStatistics:
             rope_layout: "half", "interleaved" or "none": the channels that RoPE turns together.
                 They share a weight, as their energy moves to and fro, and are centred together.
         """
-        x = x.float()
-        peak = x.abs().amax(dim=(2, 3), keepdim=True)
+        # The largest entry is taken out first: squares of 1e-30 or 1e30 leave float32.
+        peak = torch.linalg.vector_norm(x, ord=math.inf, dim=(2, 3), keepdim=True).float()
         peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-        x = x / peak  # squares of 1e-30 or 1e30 leave float32
-        energy = x.square().mean(dim=2, keepdim=True)
-        mean = None
+        energy, mean = _moments(x, peak)
         if center:
-            mean = x.mean(dim=2, keepdim=True)
             if center == "auto":
                 mean = mean * _offset_channels(energy, mean, rope_layout)
-            spread = (x - mean).square().mean(dim=2, keepdim=True)
+            spread = (energy - mean.square()).clamp(min=0)
             energy = torch.where(mean == 0, energy, spread + _DRIFT**2 * mean.square())
-            mean = mean * peak
         total = energy.sum(dim=-1, keepdim=True)
         total = torch.where(total > 0, total, torch.ones_like(total))
+        center_point = mean * peak if center else None
         if power == 0:
-            return cls(weight=total.sqrt() * peak, mean=mean)
+            return cls(total.sqrt() * peak, center_point)
         shared = _share_pairs(energy, rope_layout)
         weight = shared.clamp(min=_LEAST_RMS**2 * total / x.shape[-1]) ** (power / 2)
         unit = (energy / weight.square()).sum(dim=-1, keepdim=True).sqrt()
         unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-        return cls(weight=weight * unit * peak, mean=mean)
+        return cls(weight * unit * peak, center_point)
 
     def normalize(self, x: Tensor) -> Tensor:
         """u = (x - mean) / weight of vectors (batch, heads, tokens, d), float32."""
@@ -101,6 +101,18 @@ class ChannelStatistics:
     def nbytes(self) -> int:
         """Bytes of the tensors."""
         return self.weight.nbytes + (0 if self.mean is None else self.mean.nbytes)
+
+
+def _moments(x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean square and mean of x / peak over the tokens, (batch, heads, 1, d) float32 each."""
+    batch, heads, tokens, d = x.shape
+    energy = torch.zeros(batch, heads, 1, d, device=x.device)
+    mean = torch.zeros_like(energy)
+    for tile in token_tiles(tokens, batch * heads * d):
+        part = x[:, :, tile].float() / peak
+        energy += part.square().sum(dim=2, keepdim=True)
+        mean += part.sum(dim=2, keepdim=True)
+    return energy / tokens, mean / tokens
 
 
 def _offset_channels(energy: Tensor, mean: Tensor, rope_layout: str) -> Tensor:

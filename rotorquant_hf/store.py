@@ -14,6 +14,7 @@ from rotorquant_hf.packed import PackedSpan, Quantizer, encode
 from rotorquant_hf.quant import RotorQuantMSE, RotorQuantProd
 from rotorquant_hf.quant.checks import check_finite, check_vectors
 from rotorquant_hf.statistics import ChannelStatistics
+from rotorquant_hf.tiles import token_tiles
 
 # Values get other rotations than keys, as in the reference.
 _VALUE_SEED_OFFSET = 100
@@ -87,19 +88,31 @@ class RotorQuantKVCache:
             )
         if keys.shape[2] == 0:
             return
-        with torch.no_grad():
-            key_statistics, value_statistics = self.key_statistics, self.value_statistics
-            if key_statistics is None or value_statistics is None:
-                config = self.config
-                key_statistics = ChannelStatistics.of_block(
-                    keys, config.equalize_keys, config.center_keys, config.rope_layout
-                )
-                value_statistics = ChannelStatistics.of_block(values, config.equalize_values)
-            key_rows = encode(self.key_quantizer, key_statistics.normalize(keys))
-            value_rows = encode(self.value_quantizer, value_statistics.normalize(values))
-        self.key_statistics, self.value_statistics = key_statistics, value_statistics
-        self._keys.append(key_rows)
-        self._values.append(value_rows)
+        before = len(self)
+        try:
+            # Buffers made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._append(keys, values)
+        except BaseException:
+            self._keys.crop(len(self._keys) - before)
+            self._values.crop(len(self._values) - before)
+            if not before:
+                self.key_statistics = self.value_statistics = None
+            raise
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        if self.key_statistics is None or self.value_statistics is None:
+            config = self.config
+            self.key_statistics = ChannelStatistics.of_block(
+                keys, config.equalize_keys, config.center_keys, config.rope_layout
+            )
+            self.value_statistics = ChannelStatistics.of_block(values, config.equalize_values)
+        batch, heads, tokens, _ = keys.shape
+        for tile in token_tiles(tokens, batch * heads * max(self.d_key, self.d_value)):
+            u = self.key_statistics.normalize(keys[:, :, tile])
+            self._keys.append(encode(self.key_quantizer, u), tokens - tile.start)
+            u = self.value_statistics.normalize(values[:, :, tile])
+            self._values.append(encode(self.value_quantizer, u), tokens - tile.start)
 
     def _check(self, name: str, x: Tensor, d: int) -> None:
         check_vectors(name, x, d)

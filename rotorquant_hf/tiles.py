@@ -1,0 +1,15 @@
+"""Walking over tokens in tiles: float32 scratch is bounded by a tile, not by the history."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+# Numbers of a tile: 8 MiB in float32, which stays in a CPU's cache and fills a GPU.
+_TILE_NUMBERS = 1 << 21
+
+
+def token_tiles(tokens: int, numbers_per_token: int) -> Iterator[slice]:
+    """Slices that cover the tokens [0, tokens), of about `_TILE_NUMBERS` numbers each."""
+    size = max(1, _TILE_NUMBERS // max(1, numbers_per_token))
+    for start in range(0, tokens, size):
+        yield slice(start, min(start + size, tokens))
