@@ -6,13 +6,8 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    LinearAttentionCacheLayerMixin,
-    get_layer_types_and_kwargs,
-)
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from rotorquant_hf import serialization
 from rotorquant_hf.config import RotorQuantConfig
@@ -72,32 +67,12 @@ class RotorQuantCache(Cache):
             offloading,
             offload_only_non_sliding,
         )
+        if config is None:
+            self.layers = _GrowingLayers()
 
     def _next_layer(self) -> Any:
         exact = len(self.layers) in self.settings.exact_layers
         return _make_layer(self.settings, "full_attention", {}, exact)
-
-    def update_conv_state(
-        self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """As in `transformers.Cache`, with a clear error where the layers are not known."""
-        self._require_linear_layer(layer_idx)
-        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
-
-    def update_recurrent_state(
-        self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """As in `transformers.Cache`, with a clear error where the layers are not known."""
-        self._require_linear_layer(layer_idx)
-        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
-
-    def _require_linear_layer(self, layer_idx: int) -> None:
-        linear = LinearAttentionCacheLayerMixin
-        if layer_idx >= len(self.layers) or not isinstance(self.layers[layer_idx], linear):
-            raise ValueError(
-                f"layer {layer_idx} of this model has a recurrent state, but the cache was made "
-                "without knowing so; make it with RotorQuantCache(config=model.config)"
-            )
 
     def memory(self) -> MemoryReport:
         """The bytes that this cache takes, by part, measured on its tensors."""
@@ -148,6 +123,19 @@ class RotorQuantCache(Cache):
         tokens = self.get_seq_length() if self.layers else 0
         bits = f"{self.settings.key_bits}/{self.settings.value_bits}"
         return f"RotorQuantCache(key/value bits {bits}, layers={len(self.layers)}, tokens={tokens})"
+
+
+class _GrowingLayers(list[Any]):
+    """Layers made as attention first uses them; says so where another kind of layer is sought."""
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return super().__getitem__(index)
+        except IndexError:
+            raise IndexError(
+                f"the cache has no layer {index} yet; if the model has layers other than full "
+                "attention, make the cache with RotorQuantCache(config=model.config)"
+            ) from None
 
 
 def _layers_of_model(settings: RotorQuantConfig, config: PreTrainedConfig) -> list[Any]:
