@@ -41,8 +41,8 @@ class ChannelStatistics:
 
     Attributes:
         weight: (batch, heads, 1, d), or (batch, heads, 1, 1) where channels are not equalised,
-            float32, positive. Scaled so that the first block has |u| = 1 in the quadratic mean,
-            which lets 16-bit scales hold vectors of any unit.
+            float32, positive. Scaled so that |u| is about 1 (in the quadratic mean of the first
+            block, the expected drift of a mean included): 16-bit scales hold any unit.
         mean: (batch, heads, 1, d) float32, or None.
     """
 
@@ -133,6 +133,8 @@ def _share_pairs(energy: Tensor, rope_layout: str) -> Tensor:
     d = energy.shape[-1]
     if rope_layout == "none" or d % 2:
         return energy
+    if rope_layout not in ("half", "interleaved"):
+        raise ValueError(f"rope_layout is {rope_layout!r}; choose half, interleaved or none")
     if rope_layout == "half":
         pairs = energy.unflatten(-1, (2, d // 2)).mean(dim=-2, keepdim=True)
         return pairs.expand(*pairs.shape[:-2], 2, d // 2).flatten(-2)

@@ -35,6 +35,10 @@ class LloydMaxCodebook:
     @classmethod
     def for_dimension(cls, d: int, bits: int) -> LloydMaxCodebook:
         """The codebook for N(0, 1/d), the law of one coordinate of a rotated unit vector of R^d."""
+        if type(bits) is not int or not MIN_BITS <= bits <= MAX_BITS:
+            raise ValueError(
+                f"bits is {bits!r}; choose a whole number from {MIN_BITS} to {MAX_BITS}"
+            )
         centroids, distortion = _solve(bits)
         centroids = centroids / math.sqrt(d)
         boundaries = (centroids[1:] + centroids[:-1]) / 2
@@ -67,8 +71,6 @@ def _solve(bits: int) -> tuple[Tensor, float]:
     1e-6. So it only brings the companding start (Panter and Dite 1951) near, and Newton's
     method, whose Jacobian is tridiagonal, finishes.
     """
-    if not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"bits is {bits!r}; choose a whole number from {MIN_BITS} to {MAX_BITS}")
     half = 2 ** (bits - 1)
     quantile = 0.5 + (torch.arange(half, dtype=torch.float64) + 0.5) / (2 * half)
     c = math.sqrt(3) * torch.special.ndtri(quantile)

@@ -50,7 +50,8 @@ class RotorQuantMSE(nn.Module):
         rotation: "cascade" (default), "rotors", "haar", "hadamard", or a `Rotation` to share.
         rotor_layers: layers of the rotation, None for its default.
         scale: rule for the scale: "norm", "matched", "least_squares" or "unbiased".
-        scale_dtype: dtype in which the scale is stored.
+        scale_dtype: dtype in which the scale is stored. In float16 vectors of norm below 3e-8
+            become 0, and above 65504 are refused.
 
     Raises:
         ValueError: naming the value that is not possible.
@@ -107,11 +108,9 @@ class RotorQuantMSE(nn.Module):
                 CPU if it has NaN or infinite entries, or a norm that `scale_dtype` cannot hold.
         """
         check_vectors("x", x, self.d)
-        check_finite("x", x)
         x = x.float()
-        # The largest entry is taken out first: squares of 1e-30 or 1e30 leave float32.
-        peak = x.abs().amax(dim=-1, keepdim=True)
-        x = x / torch.where(peak > 0, peak, torch.ones_like(peak))
+        check_finite("x", x)
+        x, peak = peak_and_rest(x)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         unit = self.rotation.rotate(x / norm.clamp(min=1))  # |x| >= 1 unless x = 0
         index = torch.bucketize(unit, self.boundaries, out_int32=True)
@@ -155,6 +154,16 @@ class RotorQuantMSE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"d={self.d}, bits={self.bits}, scale={self.scale!r}"
+
+
+def peak_and_rest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / peak (..., d) and peak (..., 1), the largest magnitude of each vector, 1 for zeros.
+
+    Norms are taken of the first: squares of 1e-30 or 1e30 leave float32.
+    """
+    peak = x.abs().amax(dim=-1, keepdim=True)
+    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+    return x / peak, peak
 
 
 def _bits_of_vector_grade(grade_bits: dict[str, int]) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rotorquant_hf.quant.lloyd_max import MAX_BITS
-from rotorquant_hf.quant.mse import MSECodes, RotorQuantMSE
+from rotorquant_hf.quant.mse import MSECodes, RotorQuantMSE, peak_and_rest
 from rotorquant_hf.quant.packing import pack, packed_bytes, unpack
 from rotorquant_hf.quant.rotations import Rotation, haar_matrix
 
@@ -74,7 +74,7 @@ class RotorQuantProd(nn.Module):
         scale_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if not isinstance(bits, int) or not 2 <= bits <= MAX_BITS:
+        if type(bits) is not int or not 2 <= bits <= MAX_BITS:
             raise ValueError(
                 f"bits is {bits!r}; a product quantiser takes 2 to {MAX_BITS}, one bit being for "
                 "the signs of the residual"
@@ -117,8 +117,9 @@ class RotorQuantProd(nn.Module):
         law of the estimate is the same, and nothing has to be rotated back.
         """
         y_hat, mse_indices = self.mse.quantize(x)
-        residual = self.rotation.rotate(x.float()) - y_hat
-        norm = torch.linalg.vector_norm(residual, dim=-1)
+        x, peak = peak_and_rest(x.float())
+        residual = self.rotation.rotate(x) - y_hat / peak
+        norm = torch.linalg.vector_norm(residual, dim=-1) * peak.squeeze(-1)
         positive = (residual @ self.S.T) >= 0
         return {
             "mse_indices": mse_indices,
