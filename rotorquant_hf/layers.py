@@ -69,8 +69,18 @@ class RotorQuantLayer(CacheLayerMixin):
                 entries. The layer is then as it was.
         """
         self._check(key_states, value_states)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        fresh = not self.is_initialized
+        try:
+            if fresh:
+                self.lazy_initialization(key_states, value_states)
+            return self._advance(key_states, value_states)
+        except BaseException:
+            if fresh:
+                self.reset()
+            raise
+
+    def _advance(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads; then the new tokens go to their places, or an error to none."""
         tail = (_join(self.window[0], key_states), _join(self.window[1], value_states))
         visible = self._states(self.sinks, tail)
         self._store_tail(*tail)
@@ -201,8 +211,8 @@ class RotorQuantLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, also the shapes."""
-        if self.is_initialized:
-            del self.store, self.sinks, self.window, self.dtype, self.device
+        for name in ("store", "sinks", "window", "dtype", "device"):
+            self.__dict__.pop(name, None)
         self.is_initialized = False
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -259,6 +269,8 @@ class RotorQuantLayer(CacheLayerMixin):
 class RotorQuantSlidingLayer(RotorQuantLayer):
     """A layer of sliding-window (or chunked) attention: only the last tokens are kept.
 
+    `update` returns the last `sliding_window` - 1 tokens and the new ones, as the mask expects.
+
     Args:
         config: the settings. Sinks do not apply: the first tokens leave the window like all.
         sliding_window: tokens that a query sees, itself included.
@@ -276,13 +288,7 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
         """Keep tokens that leave the window until the next `crop` (assisted decoding)."""
         self.record_past = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """As in `RotorQuantLayer`; returns the last `sliding_window` - 1 tokens and the new."""
-        self._check(key_states, value_states)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+    def _advance(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         # More than the window is held only while past tokens are recorded.
         hidden = max(0, self._held() - self.sliding_window + 1)
         seen = self.window[0].shape[2] - max(0, hidden - len(self.store))

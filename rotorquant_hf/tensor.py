@@ -113,39 +113,16 @@ def _refuse_writing(name: str, args: tuple[Any, ...]) -> None:
         )
 
 
-_METADATA = frozenset(
-    [
-        getattr(Tensor, name).__get__
-        for name in (
-            "shape",
-            "dtype",
-            "device",
-            "ndim",
-            "layout",
-            "requires_grad",
-            "is_cuda",
-            "is_cpu",
-            "is_leaf",
-            "grad_fn",
-            "is_meta",
-            "is_nested",
-            "is_sparse",
-            "is_quantized",
-            "is_mps",
-            "is_xpu",
-            "itemsize",
-        )
-    ]
-    + [
-        Tensor.size,
-        Tensor.dim,
-        Tensor.ndimension,
-        Tensor.numel,
-        Tensor.nelement,
-        Tensor.__len__,
-        Tensor.is_floating_point,
-        Tensor.is_complex,
-        Tensor.get_device,
-        Tensor.element_size,
-    ]
+_GETTERS = (
+    "shape dtype device ndim layout itemsize requires_grad grad_fn is_leaf is_cpu is_cuda is_mps "
+    "is_xpu is_meta is_nested is_sparse is_quantized"
 )
+_METHODS = (
+    "size dim ndimension numel nelement __len__ is_floating_point is_complex get_device "
+    "element_size"
+)
+_METADATA = frozenset(
+    [getattr(Tensor, name).__get__ for name in _GETTERS.split()]
+    + [getattr(Tensor, name) for name in _METHODS.split()]
+)
+"""What is answered from the wrapper, without reading anything."""
