@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Cache, PreTrainedConfig
@@ -58,7 +58,10 @@ class RotorQuantCache(Cache):
                     f"exact_layers has {negative[0]}, which counts from the last layer; pass "
                     "config=model.config so that the number of layers is known"
                 )
-            make_layer = self._next_layer
+            # Bound to the list, not to the cache: a cycle would keep the memory of a forgotten
+            # cache until the garbage collector runs.
+            growing = _GrowingLayers(self.settings)
+            make_layer = growing.make
         else:
             layers = _layers_of_model(self.settings, config)
         super().__init__(
@@ -68,11 +71,7 @@ class RotorQuantCache(Cache):
             offload_only_non_sliding,
         )
         if config is None:
-            self.layers = _GrowingLayers()
-
-    def _next_layer(self) -> Any:
-        exact = len(self.layers) in self.settings.exact_layers
-        return _make_layer(self.settings, "full_attention", {}, exact)
+            self.layers = growing
 
     def memory(self) -> MemoryReport:
         """The bytes that this cache takes, by part, measured on its tensors."""
@@ -115,7 +114,9 @@ class RotorQuantCache(Cache):
                 raise ValueError(
                     f"{path} has layers of type {foreign[0]}; pass config=model.config"
                 )
-            cache.layers.extend(cache._next_layer() for _ in range(len(layers)))
+            growing = cast(_GrowingLayers, cache.layers)
+            for _ in layers:
+                growing.append(growing.make())
         serialization.restore(path, cache.layers, layers)
         return cache
 
@@ -127,6 +128,15 @@ class RotorQuantCache(Cache):
 
 class _GrowingLayers(list[Any]):
     """Layers made as attention first uses them; says so where another kind of layer is sought."""
+
+    def __init__(self, settings: RotorQuantConfig) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def make(self) -> Any:
+        """The layer that follows those there are."""
+        exact = len(self) in self.settings.exact_layers
+        return _make_layer(self.settings, "full_attention", {}, exact)
 
     def __getitem__(self, index: Any) -> Any:
         try:

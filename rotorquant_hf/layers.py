@@ -233,7 +233,7 @@ class RotorQuantLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the batch rows `indices` (integers or a boolean mask)."""
-        self._map(lambda x: x[indices.to(x.device)])
+        self._map(lambda x: x[torch.as_tensor(indices, device=x.device)])
 
     def offload(self) -> None:
         """Move the layer's data to the CPU."""
@@ -347,8 +347,8 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
 
         Raises:
             ValueError: if `tokens_to_remove` is positive.
-            RuntimeError: if tokens have already left the window unrecorded, so that the state
-                before them cannot be had back.
+            RuntimeError: if tokens that would be in the window again have already been
+                forgotten, so that the state before cannot be had back.
         """
         _check_crop(tokens_to_remove)
         if not self.is_initialized:
@@ -359,7 +359,14 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
                 f"window of {self.sliding_window} has already moved; call "
                 "activate_past_recording() before the tokens that are to be undone"
             )
-        removed = min(-tokens_to_remove, self._held())
+        removed = min(-tokens_to_remove, self.cumulative_length)
+        left = self.cumulative_length - removed
+        if self._held() - removed < min(left, self.sliding_window - 1):
+            raise RuntimeError(
+                f"crop({tokens_to_remove}) goes back further than the recorded past: "
+                f"{self._held()} of {self.cumulative_length} tokens are held, and a sliding window "
+                f"of {self.sliding_window} must be full afterwards; use a new cache"
+            )
         super().crop(-removed)
         self.cumulative_length -= removed
         self._trim()

@@ -88,7 +88,7 @@ class RotorQuantKVCache:
             )
         if keys.shape[2] == 0:
             return
-        before = len(self)
+        before, statistics = len(self), (self.key_statistics, self.value_statistics)
         try:
             # Buffers made in inference mode could not be written to outside of it.
             with torch.inference_mode(False), torch.no_grad():
@@ -96,8 +96,7 @@ class RotorQuantKVCache:
         except BaseException:
             self._keys.crop(len(self._keys) - before)
             self._values.crop(len(self._values) - before)
-            if not before:
-                self.key_statistics = self.value_statistics = None
+            self.key_statistics, self.value_statistics = statistics
             raise
 
     def _append(self, keys: Tensor, values: Tensor) -> None:

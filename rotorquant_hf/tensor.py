@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rotorquant_hf.packed import PackedSpan
 
@@ -85,7 +85,7 @@ class CompressedTensor(Tensor):
     ) -> Any:
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs or {})
-        _refuse_writing(getattr(func, "__name__", ""), args)
+        _refuse_writing(func, args, kwargs or {})
         # Here rather than in __torch_dispatch__, so that a function made of several operators,
         # such as scaled_dot_product_attention, materialises once.
         args, kwargs = tree_map_only(cls, cls.materialize, (args, kwargs or {}))
@@ -100,13 +100,17 @@ class CompressedTensor(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """What reaches an operator without passing `__torch_function__` (calls from C++)."""
+        _refuse_writing(func, args, kwargs or {})
         args, kwargs = tree_map_only(cls, cls.materialize, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-def _refuse_writing(name: str, args: tuple[Any, ...]) -> None:
-    in_place = name.endswith("_") and not name.endswith("__")
-    if (in_place or name in ("__setitem__", "__set__")) and isinstance(args[0], CompressedTensor):
+def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    name = getattr(func, "__name__", "").partition(".")[0]  # overloads are named add_.Tensor
+    in_place = (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
+    written = list(args[:1]) if in_place or name in ("__setitem__", "__set__") else []
+    written.append(kwargs.get("out"))
+    if any(isinstance(x, CompressedTensor) for x in tree_leaves(written)):
         raise RuntimeError(
             f"{name} would write into cached keys or values that are stored quantised; "
             "write into a copy (tensor.clone())"

@@ -38,15 +38,6 @@ TINY = Settings(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """One thread: the same sums in the same order on every machine, and no load on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def sentences(count: int, seed: int) -> str:
     """Paragraphs with the regularity that a tiny model can learn in a few steps."""
     chance = random.Random(seed)

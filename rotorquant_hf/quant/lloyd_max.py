@@ -39,7 +39,8 @@ class LloydMaxCodebook:
             raise ValueError(
                 f"bits is {bits!r}; choose a whole number from {MIN_BITS} to {MAX_BITS}"
             )
-        centroids, distortion = _solve(bits)
+        with torch.device("cpu"):  # whatever torch.set_default_device says
+            centroids, distortion = _solve(bits)
         centroids = centroids / math.sqrt(d)
         boundaries = (centroids[1:] + centroids[:-1]) / 2
         return cls(bits, centroids, boundaries, distortion)

@@ -120,7 +120,8 @@ class RotorQuantMSE(nn.Module):
         if x.device.type == "cpu" and bool((scale > most).any()):
             raise ValueError(
                 f"x has a vector of norm {float((norm * peak).max()):.3g}, too large for its "
-                f"scale in {self.scale_dtype} (at most {most:.3g}); divide x or pass a scale_dtype"
+                f"scale in {self.scale_dtype} (at most {most:.3g}); divide x (in a cache, norms "
+                "are relative to the first block compressed: start a new cache)"
             )
         scale = scale.clamp(max=most).to(self.scale_dtype)
         codes: MSECodes = {"codes": pack(index, self.bits), "scale": scale.squeeze(-1)}

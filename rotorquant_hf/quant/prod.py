@@ -95,7 +95,8 @@ class RotorQuantProd(nn.Module):
             scale_dtype=scale_dtype,
         )
         self.S: Tensor
-        projection_matrix = _projection_matrix(projection, self.qjl_dim, d, seed + 1)
+        with torch.device("cpu"):  # drawn there, whatever torch.set_default_device says
+            projection_matrix = _projection_matrix(projection, self.qjl_dim, d, seed + 1)
         self.register_buffer("S", projection_matrix, persistent=False)
         self.to(device)
 

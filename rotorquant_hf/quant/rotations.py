@@ -230,12 +230,11 @@ def make_rotation(
         raise ValueError(f"layers is {layers}; choose at least 1, or None for the default")
     if layers is not None and kind in ("haar", "hadamard"):
         raise ValueError(f"layers is {layers}, but a {kind!r} rotation has no layers; leave it out")
-    if kind == "cascade":
-        return RotorCascade(d, layers, seed)
-    if kind == "rotors":
-        return RotorLayers(d, layers or 1, seed)
-    if kind == "haar":
-        return HaarRotation(d, seed)
-    if kind == "hadamard":
-        return HadamardRotation(d, seed)
-    raise ValueError(f"rotation is {kind!r}; choose one of {', '.join(ROTATIONS)}")
+    if kind not in ROTATIONS:
+        raise ValueError(f"rotation is {kind!r}; choose one of {', '.join(ROTATIONS)}")
+    with torch.device("cpu"):  # drawn there, whatever torch.set_default_device says
+        if kind == "cascade":
+            return RotorCascade(d, layers, seed)
+        if kind == "rotors":
+            return RotorLayers(d, layers or 1, seed)
+        return HaarRotation(d, seed) if kind == "haar" else HadamardRotation(d, seed)
