@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel
 
-from evals.outlier_twin import KeyOffsetCache, scale_key_channels
+from evals.outlier_twin import KeyOffsetCache, add_key_bias, scale_key_channels
 from rotorquant_hf import RotorQuantConfig
 from rotorquant_hf.memory import measure
 
@@ -140,6 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     model = model.to(args.device).eval()
     if args.outliers:
         scale_key_channels(model, args.outliers)
+    if args.key_bias:
+        add_key_bias(model, args.key_bias, args.bias_pair)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = []
     for path in args.text:
@@ -176,8 +178,17 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--outliers", type=float, help="factor on two key channel pairs per head")
     parser.add_argument("--offset", type=float, default=0.0, help="constant on four key channels")
+    parser.add_argument("--key-bias", type=float, help="bias on one key channel per head")
+    parser.add_argument("--bias-pair", type=int, default=0, help="RoPE pair of the bias")
     parser.add_argument("--json", action="store_true", help="add a JSON line per row")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for path in (args.config, *args.text):
+        if not path.is_file():
+            parser.error(f"there is no file {path}")
+    for name in ("windows", "length", "chunk"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; choose at least 1")
+    return args
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 - Outlier channels: large models have a few key channels that are ten times the others. Some RoPE
   pairs of key channels are multiplied by a factor and the query channels that meet them are
   divided by it, which leaves every score as it was.
-- Offset channels: key biases (Qwen2) make channels with a constant a hundred times their spread.
-  A constant added to every key adds the same to all scores of a query, and softmax drops it.
+- Offset channels: a constant added to every key after RoPE adds the same to all scores of a
+  query, and softmax drops it. This is what a key bias does to the slowest channels of RoPE.
+- Key biases (Qwen2) come before RoPE, which turns them: a constant only for as long as the pair of
+  channels takes to turn noticeably.
 """
 
 from __future__ import annotations
@@ -43,6 +45,27 @@ def scale_key_channels(
             channels = torch.cat((chosen, chosen + d // 2))
             key[head, channels] *= factor
             query[head, :, channels] /= factor
+
+
+@torch.no_grad()
+def add_key_bias(model: PreTrainedModel, bias: float, pair: int) -> None:
+    """Give a Llama-like model a key bias on one channel per head, in place.
+
+    Another function (its reference is its own), kept sane by dividing the query channels that
+    meet the bias by its size.
+
+    Args:
+        model: with `q_proj` and `k_proj` without biases in its attention modules.
+        bias: the bias, before RoPE.
+        pair: the RoPE pair, from 0, the fastest, to head_dim / 2 - 1, the slowest.
+    """
+    for module in model.modules():
+        if hasattr(module, "k_proj"):
+            d = module.head_dim
+            added = torch.zeros(module.k_proj.out_features, device=module.k_proj.weight.device)
+            added[pair::d] = bias
+            module.k_proj.bias = torch.nn.Parameter(added.to(module.k_proj.weight.dtype))
+            module.q_proj.weight.unflatten(0, (-1, d))[:, [pair, pair + d // 2]] /= abs(bias)
 
 
 class KeyOffsetCache(RotorQuantCache):

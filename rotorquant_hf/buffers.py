@@ -15,8 +15,8 @@ _GRANULE = 32
 class TokenBuffers:
     """Named tensors (batch, heads, capacity, ...) of which the rows [start, end) are in use.
 
-    Rows below `end` are never written again (`crop` gives them up first), so slices handed out
-    by `rows` stay valid.
+    Slices handed out by `rows` stay valid until `crop` gives up their rows, which later appends
+    then write again.
     """
 
     def __init__(self) -> None:
@@ -38,12 +38,17 @@ class TokenBuffers:
         if not self._tensors or self.end + count > self.capacity:
             self._grow(rows, len(self) + max(count, expected))
         for name, new in rows.items():
+            if self._tensors[name].is_inference():  # cannot be written to outside inference mode
+                self._tensors[name] = self._tensors[name].clone()
             self._tensors[name][:, :, self.end : self.end + count] = new
         self.end += count
 
     def _grow(self, like: dict[str, Tensor], needed: int) -> None:
         capacity = needed + needed // _GROWTH
         capacity += -capacity % _GRANULE
+        self._reallocate(like, capacity)
+
+    def _reallocate(self, like: dict[str, Tensor], capacity: int) -> None:
         for name, new in like.items():
             grown = new.new_empty(*new.shape[:2], capacity, *new.shape[3:])
             if len(self):
@@ -61,14 +66,19 @@ class TokenBuffers:
     def crop(self, count: int) -> None:
         """Give up the last `count` rows."""
         self.end -= count
-        if not len(self):
-            self.clear()
+        self._shrink()
 
     def drop_front(self, count: int) -> None:
         """Give up the first `count` rows; their space is reused at the next growth."""
         self.start += count
+        self._shrink()
+
+    def _shrink(self) -> None:
+        """Free the space of rows given up, once it is a good part of the whole."""
         if not len(self):
             self.clear()
+        elif self.capacity - len(self) > len(self) // 4 + 2 * _GRANULE:
+            self._reallocate(self._tensors.copy(), len(self))
 
     def clear(self) -> None:
         """Give up everything."""

@@ -6,6 +6,7 @@ import os
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
@@ -24,7 +25,8 @@ class RotorQuantCache(Cache):
 
     Sink tokens and the most recent window stay exact; every other token is quantised once, when
     it leaves the window. Attention layers, full and sliding, are compressed; layers of other
-    kinds (linear attention, convolutions) keep Transformers' own cache.
+    kinds (linear attention, convolutions, attention and a recurrent state in one, indexed sparse
+    attention) keep Transformers' own cache, uncompressed.
 
     Args:
         settings: a preset name (see `PRESETS`), a `RotorQuantConfig`, or None for the defaults.
@@ -50,6 +52,11 @@ class RotorQuantCache(Cache):
         **options: Any,
     ) -> None:
         self.settings = RotorQuantConfig.from_options(settings, **options)
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise TypeError(
+                f"config is of type {type(config).__name__}; pass the model's config, model.config "
+                "(settings and preset names go first, without a keyword)"
+            )
         layers, make_layer = None, None
         if config is None:
             negative = [i for i in self.settings.exact_layers if i < 0]
@@ -72,6 +79,43 @@ class RotorQuantCache(Cache):
         )
         if config is None:
             self.layers = growing
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append tokens to a layer and return what its attention reads.
+
+        Args:
+            key_states: (batch, kv heads, n, key dim), after RoPE.
+            value_states: (batch, kv heads, n, value dim).
+            layer_idx: the layer.
+
+        Returns:
+            Keys and values of all tokens; see `RotorQuantLayer.update`.
+
+        Raises:
+            TypeError, ValueError: as there. The n tokens are then taken out again of the layers
+                before this one, so that the forward pass can be repeated.
+        """
+        try:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except (TypeError, ValueError) as error:
+            if not self._undo(layer_idx, key_states.shape[-2]):
+                error.add_note("Earlier layers hold the new tokens already: use cache.reset().")
+            raise
+
+    def _undo(self, failed: int, tokens: int) -> bool:
+        """Take the newest tokens out of the layers before `failed`; False where that cannot be."""
+        before: list[Any] = [x for x in self.layers[:failed] if hasattr(x, "get_seq_length")]
+        advanced = self.get_seq_length(failed) + tokens
+        if not before or any(layer.get_seq_length() != advanced for layer in before):
+            return True  # not a pass through the model: nothing to take back
+        try:
+            for layer in before:
+                layer.crop(-tokens)
+        except RuntimeError:  # a sliding window or a recurrent state has moved on
+            return False
+        return not any(self.is_linear)
 
     def memory(self) -> MemoryReport:
         """The bytes that this cache takes, by part, measured on its tensors."""

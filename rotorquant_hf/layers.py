@@ -142,10 +142,10 @@ class RotorQuantLayer(CacheLayerMixin):
                 raise ValueError(
                     f"{name} have shape {tuple(x.shape)}; pass (batch, heads, tokens, head dim)"
                 )
-        if keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
+        if keys.shape[:3] != values.shape[:3] or keys.device != values.device:
             raise ValueError(
-                f"keys are {keys.dtype} of shape {tuple(keys.shape)}, values {values.dtype} of "
-                f"shape {tuple(values.shape)}; they must agree in all but the last axis"
+                f"keys {tuple(keys.shape)} on {keys.device} and values {tuple(values.shape)} on "
+                f"{values.device} must agree in all but the last axis"
             )
         if self.is_initialized:
             for name, x, held in (
@@ -171,8 +171,20 @@ class RotorQuantLayer(CacheLayerMixin):
                 )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that `query_length` new tokens will see."""
+        """Length and offset of the keys that `query_length` new tokens will see.
+
+        Raises:
+            ValueError: if there are no new tokens.
+        """
+        self._require_tokens(query_length)
         return self.get_seq_length() + query_length, 0
+
+    def _require_tokens(self, query_length: int) -> None:
+        if query_length == 0:
+            raise ValueError(
+                f"no new tokens: the cache already holds {self.get_seq_length()}; pass the whole "
+                "text, longer than that, or start anew with cache.reset()"
+            )
 
     def get_seq_length(self) -> int:
         """Tokens seen so far."""
@@ -330,7 +342,8 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
             self.window = (keys.clone(), values.clone())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that `query_length` new tokens will see."""
+        """As in `RotorQuantLayer`; the offset is the number of tokens forgotten."""
+        self._require_tokens(query_length)
         seen = min(self.cumulative_length, self.sliding_window - 1)
         return seen + query_length, self.cumulative_length - seen
 

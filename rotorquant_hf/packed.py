@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from rotorquant_hf.quant import MSECodes, ProdCodes, RotorQuantMSE, RotorQuantProd
@@ -63,10 +64,11 @@ class PackedSpan:
         q = queries.float().unflatten(1, (heads, -1)).flatten(2, 3)
         rotated = self.quantizer.rotation.rotate(q * self.statistics.weight)
         scores = q.new_empty(batch, heads, q.shape[2], tokens)
-        for tile in self._tiles():
-            scores[..., tile] = rotated @ self.decode(tile).mT
-        if self.statistics.mean is not None:
-            scores += q @ self.statistics.mean.mT
+        with torch.autocast(q.device.type, enabled=False):
+            for tile in self._tiles():
+                scores[..., tile] = rotated @ self.decode(tile).mT
+            if self.statistics.mean is not None:
+                scores += q @ self.statistics.mean.mT
         return scores.unflatten(2, (-1, queries.shape[2])).flatten(1, 2)
 
 

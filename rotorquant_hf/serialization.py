@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,14 +63,17 @@ def save(path: str | os.PathLike[str], settings: RotorQuantConfig, layers: Seque
         for name, tensor in entry.tensors.items()
     }
     path = Path(path)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}; make it first")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        ordinary = partial.stat().st_mode  # safetensors makes files that only the owner can read
         save_file(tensors, partial, metadata={"format": FORMAT, "header": json.dumps(header)})
+        partial.chmod(ordinary)
         os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read(
@@ -90,7 +92,15 @@ def read(
         ) from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by RotorQuantCache.save")
-    header = json.loads(metadata["header"])
+    try:
+        return _parse(path, json.loads(metadata["header"]), tensors)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} has a header that makes no sense ({error!r})") from error
+
+
+def _parse(
+    path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[RotorQuantConfig, list[LayerEntry]]:
     if header["version"] != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {header['version']} (rotorquant_hf "

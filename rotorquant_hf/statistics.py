@@ -28,11 +28,9 @@ from rotorquant_hf.tiles import token_tiles
 _LEAST_RMS = 0.02
 
 # A channel is an offset channel if its energy is this many times the head's median and nearly all
-# of it is in the mean; the mean of a later token is expected to differ by `_DRIFT` of it, as RoPE
-# turns it slowly on.
+# of it is in the mean (measured on the first block, of 32 tokens or more).
 _OFFSET_ENERGY = 25.0
-_OFFSET_SHARE = 0.98
-_DRIFT = 0.05
+_OFFSET_SHARE = 0.999
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ class ChannelStatistics:
 
     Attributes:
         weight: (batch, heads, 1, d), or (batch, heads, 1, 1) where channels are not equalised,
-            float32, positive. Scaled so that |u| is about 1 (in the quadratic mean of the first
-            block, the expected drift of a mean included): 16-bit scales hold any unit.
+            float32, positive. Scaled so that |x / weight| is 1 in the quadratic mean of the first
+            block, which lets 16-bit scales hold vectors of any unit.
         mean: (batch, heads, 1, d) float32, or None.
     """
 
@@ -66,12 +64,11 @@ class ChannelStatistics:
         # The largest entry is taken out first: squares of 1e-30 or 1e30 leave float32.
         peak = torch.linalg.vector_norm(x, ord=math.inf, dim=(2, 3), keepdim=True).float()
         peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+        # The weights are those of the uncentred energy: RoPE may turn a constant later, and a
+        # weight taken from the small spread around it would let it drown the head then.
         energy, mean = _moments(x, peak)
-        if center:
-            if center == "auto":
-                mean = mean * _offset_channels(energy, mean, rope_layout)
-            spread = (energy - mean.square()).clamp(min=0)
-            energy = torch.where(mean == 0, energy, spread + _DRIFT**2 * mean.square())
+        if center == "auto":
+            mean = mean * _offset_channels(energy, mean, rope_layout)
         total = energy.sum(dim=-1, keepdim=True)
         total = torch.where(total > 0, total, torch.ones_like(total))
         center_point = mean * peak if center else None

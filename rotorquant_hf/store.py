@@ -204,11 +204,6 @@ class RotorQuantKVCache:
             self.key_statistics = self.key_statistics.map(fn)
             self.value_statistics = self.value_statistics.map(fn)
 
-    def to(self, device: torch.device | str) -> None:
-        """Move the store to another device."""
-        self.device = torch.empty(0, device=device).device
-        self.map(lambda tensor: tensor.to(self.device, non_blocking=True))
-
     def state(self) -> dict[str, Tensor]:
         """The live rows and the statistics by name, for saving."""
         if self.key_statistics is None or self.value_statistics is None:
@@ -266,7 +261,7 @@ def shared_quantizer(
     return _build_quantizer(*rule, qjl, config.rotation, config.rotor_layers, seed, d, device)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _build_quantizer(
     kind: str,
     bits: int,

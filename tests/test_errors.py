@@ -143,11 +143,6 @@ BAD_ALONE: dict[str, tuple[Callable[[], Pair], type[Exception], tuple[str, ...]]
         ValueError,
         ("(2, 3, 5, 16)", "(2, 6, 5, 12)", "must agree"),
     ),
-    "keys and values of other dtypes": (
-        lambda: (states()[0], states()[1].half()),
-        ValueError,
-        ("torch.float32", "torch.float16", "must agree"),
-    ),
 }
 BAD_AFTERWARDS: dict[str, tuple[Callable[[], Pair], type[Exception], tuple[str, ...]]] = {
     "bfloat16 into float32": (

@@ -121,7 +121,8 @@ class RotorQuantProd(nn.Module):
         x, peak = peak_and_rest(x.float())
         residual = self.rotation.rotate(x) - y_hat / peak
         norm = torch.linalg.vector_norm(residual, dim=-1) * peak.squeeze(-1)
-        positive = (residual @ self.S.T) >= 0
+        with torch.autocast(x.device.type, enabled=False):
+            positive = (residual @ self.S.T) >= 0
         return {
             "mse_indices": mse_indices,
             "qjl_signs": pack(positive, 1),
@@ -135,7 +136,9 @@ class RotorQuantProd(nn.Module):
         """
         signs = unpack(codes["qjl_signs"], 1, self.qjl_dim).float() * 2 - 1
         weight = codes["residual_norm"].float() * (math.sqrt(math.pi / 2) / self.qjl_dim)
-        return self.mse.decode(codes["mse_indices"]) + (signs @ self.S) * weight.unsqueeze(-1)
+        with torch.autocast(signs.device.type, enabled=False):
+            correction = signs @ self.S
+        return self.mse.decode(codes["mse_indices"]) + correction * weight.unsqueeze(-1)
 
     def dequantize(self, codes: ProdCodes) -> Tensor:
         """The reconstruction of stage 1, (..., d) float32."""

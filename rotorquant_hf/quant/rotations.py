@@ -50,13 +50,17 @@ class Rotation(nn.Module):
 
     def rotate(self, x: Tensor) -> Tensor:
         """T(x) of vectors (..., d), in their dtype (at least float32)."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x @ self._matrix.to(x.dtype).T
+        return self._product(x, self._matrix.T)
 
     def unrotate(self, y: Tensor) -> Tensor:
         """T^-1(y) of vectors (..., d), in their dtype (at least float32)."""
-        y = y.to(torch.promote_types(y.dtype, torch.float32))
-        return y @ self._matrix.to(y.dtype)
+        return self._product(y, self._matrix)
+
+    @staticmethod
+    def _product(x: Tensor, matrix: Tensor) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        with torch.autocast(x.device.type, enabled=False):  # which would multiply in 16 bits
+            return x @ matrix.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"d={self.d}"
