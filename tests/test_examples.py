@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from examples import generate, sample_text
 from tests.conftest import MODEL, ROOT
 
@@ -28,6 +30,12 @@ def test_generate_streams_and_prints_the_table(capsys) -> None:
     assert eight[4] == "12 of 12 tokens"
     assert float(two[6]) > float(eight[6])
     assert "quantised tokens alone" in output
+
+
+def test_a_missing_prompt_file_is_named(capsys) -> None:
+    with pytest.raises(SystemExit):
+        generate.main(["--prompt-file", "absent.txt"])
+    assert "there is no file absent.txt" in capsys.readouterr().err
 
 
 def test_agreement_length() -> None:

@@ -12,8 +12,11 @@ from tests.conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+CARD = (ROOT / "examples" / "books-7m" / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str, document: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document, flags=re.DOTALL)
 
 
 def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys) -> None:
@@ -29,6 +32,13 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys) -> None:
     assert "It was a dark night, and" in output
     assert "bits per number" in output
     assert "torch.Size([1, 8, 100, 48]) torch.uint8" in output
+
+
+def test_the_model_card_shows_what_runs(monkeypatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    for snippet in blocks("python", CARD):
+        exec(compile(snippet, "model card", "exec"), {})
+    assert "The lady of the house" in capsys.readouterr().out
 
 
 def test_ci_runs_the_test_command() -> None:
