@@ -123,7 +123,7 @@ def test_command_prints_a_row_per_setting(tmp_path, capsys) -> None:
 def test_committed_config_is_valid() -> None:
     rows = divergence._rows(ROOT / "configs" / "quantizers.yaml")
     assert len(rows) > 10
-    default = rows["the default (with sinks)"]
+    default = rows["the same, 4 sinks"]
     assert default.to_dict() | {"key_bits": 4, "value_bits": 4, "residual_length": 128} == (
         RotorQuantCache().settings.to_dict()
     )
