@@ -84,13 +84,14 @@ def compare(
     """
     kl, agree, loss, reference_loss, packed, read = [], [], [], [], 0, 0
     for ids, reference in zip(texts, references, strict=True):
-        cache = make_cache()
+        cache, packed_before = make_cache(), 0
         for start in range(0, ids.shape[1], chunk):
-            before = measure(cache.layers, start)
             logits = read_chunk(model, ids[:, start : start + chunk], cache)
             end = start + len(logits)
             after = measure(cache.layers, end)
-            packed, read = packed + before.packed_numbers, read + after.numbers
+            # The chunk read what was packed before it; the rest, and itself, exactly.
+            packed, read = packed + packed_before, read + after.numbers
+            packed_before = after.packed_numbers
             expected = reference[start:end].log_softmax(-1)
             actual = logits.log_softmax(-1)
             kl.append((expected.exp() * (expected - actual)).sum(-1))
@@ -121,10 +122,10 @@ def windows(ids: Tensor, count: int, length: int) -> list[Tensor]:
 
 def _rows(path: Path) -> dict[str, RotorQuantConfig]:
     """Named settings: `rows` of a YAML file, each over its `base`."""
-    spec: dict[str, Any] = yaml.safe_load(path.read_text())
-    unknown = sorted(set(spec) - {"base", "rows"})
-    if unknown or "rows" not in spec:
-        raise ValueError(f"{path} has the keys {sorted(spec)}; it takes 'base' and 'rows'")
+    spec: Any = yaml.safe_load(path.read_text())
+    if not isinstance(spec, dict) or not {"rows"} <= set(spec) <= {"base", "rows"}:
+        keys = sorted(spec) if isinstance(spec, dict) else repr(spec)
+        raise ValueError(f"{path} has the keys {keys}; it takes 'rows' and, if wanted, 'base'")
     base = spec.get("base", {})
     return {
         name: RotorQuantConfig.from_options(**{**base, **(options or {})})

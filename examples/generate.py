@@ -17,8 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     Cache,
     DynamicCache,
     PreTrainedModel,
@@ -26,6 +24,8 @@ from transformers import (
 )
 
 from evals.divergence import compare, reference_logits
+from examples.perplexity import load_model
+from examples.text_data import InputError, load_tokenizer, pick_device
 from rotorquant_hf import PRESETS, RotorQuantCache
 from rotorquant_hf.memory import measure
 
@@ -36,11 +36,13 @@ def main(argv: list[str] | None = None) -> None:
     """Stream a text, print the table."""
     args = _arguments(argv)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-    model = model.to(args.device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    try:
+        model = load_model(args.model, pick_device(args.device), getattr(torch, args.dtype))
+        tokenizer = load_tokenizer(args.model)
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from error
     text = args.prompt or args.prompt_file.read_text(encoding="utf-8").strip()
-    ids = tokenizer(text, return_tensors="pt").input_ids.to(args.device)
+    ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
     prompt = ids[:, : args.prompt_tokens]
 
     cache = RotorQuantCache(args.presets[0], config=model.config)
@@ -123,7 +125,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=1600, help="tokens to measure agreement on")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator, if any)")
     parser.add_argument(
         "--presets",
         nargs="+",

@@ -85,10 +85,12 @@ def score_books(
         yield book.name, score_tokens(model, tokens, count, window)
 
 
-def load_model(name: str, device: torch.device) -> PreTrainedModel:
-    """A causal language model in float32, ready to be measured."""
+def load_model(
+    name: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A causal language model, ready to be measured."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
         raise InputError(f"{name} is no model that loads: {error}") from error
     return model.to(device).eval()

@@ -19,10 +19,12 @@ class TokenBuffers:
     then write again.
     """
 
+    start: int
+    end: int
+    _tensors: dict[str, Tensor]
+
     def __init__(self) -> None:
-        self._tensors: dict[str, Tensor] = {}
-        self.start = 0
-        self.end = 0
+        self.clear()
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -78,11 +80,12 @@ class TokenBuffers:
         if not len(self):
             self.clear()
         elif self.capacity - len(self) > len(self) // 4 + 2 * _GRANULE:
-            self._reallocate(self._tensors.copy(), len(self))
+            self._reallocate(self._tensors, len(self))
 
     def clear(self) -> None:
         """Give up everything."""
-        self.__init__()  # type: ignore[misc]
+        self._tensors = {}
+        self.start = self.end = 0
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by `fn` of it (a batch selection, a move to a device)."""

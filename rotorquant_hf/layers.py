@@ -89,7 +89,7 @@ class RotorQuantLayer(CacheLayerMixin):
     def _store_tail(self, keys: Tensor, values: Tensor) -> None:
         """Divide the exact tokens among sinks, store and window."""
         room = self.config.num_sink_tokens - self.sinks[0].shape[2]
-        filled = min(room, keys.shape[2]) if not len(self.store) else 0
+        filled = min(room, keys.shape[2])  # 0 once tokens are packed: sinks are filled first
         leaving = self._leaving(keys.shape[2] - filled)
         kept = filled + leaving
         self.store.append(keys[:, :, filled:kept], values[:, :, filled:kept])

@@ -139,6 +139,9 @@ def test_bad_input_is_named(tmp_path) -> None:
     config.write_text("settings: {}")
     with pytest.raises(ValueError, match="settings"):
         divergence._rows(config)
+    config.write_text("")
+    with pytest.raises(ValueError, match=r"bad\.yaml has the keys None"):
+        divergence._rows(config)
 
 
 def test_cache_sizes(capsys) -> None:

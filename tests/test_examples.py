@@ -54,3 +54,11 @@ def test_sampled_texts_are_the_models(tmp_path, tokenizer) -> None:
     again = (tmp_path / "harbour.txt").read_text(encoding="utf-8")
     committed = (ROOT / "examples" / "sampled" / "harbour.txt").read_text(encoding="utf-8")
     assert committed.startswith(again[: len(sample_text.OPENINGS["harbour"]) + 40])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--model", "no/such/model"), ("--device", "absent-device")]
+)
+def test_what_cannot_be_loaded_is_named(option: str, value: str) -> None:
+    with pytest.raises(SystemExit, match=value):
+        generate.main([option, value])
