@@ -4,8 +4,10 @@ from rotorquant_hf import RotorQuantCache
 model.generate(**inputs, past_key_values=RotorQuantCache())
 """
 
+from rotorquant_hf.attention.registered import register as _register_attention
 from rotorquant_hf.cache import RotorQuantCache
 from rotorquant_hf.config import PRESETS, RotorQuantConfig
+from rotorquant_hf.graph import DecodeGraph
 from rotorquant_hf.memory import MemoryReport
 from rotorquant_hf.quant import RotorQuantMSE, RotorQuantProd
 from rotorquant_hf.store import RotorQuantKVCache
@@ -13,6 +15,7 @@ from rotorquant_hf.version import __version__
 
 __all__ = [
     "PRESETS",
+    "DecodeGraph",
     "MemoryReport",
     "RotorQuantCache",
     "RotorQuantConfig",
@@ -21,3 +24,5 @@ __all__ = [
     "RotorQuantProd",
     "__version__",
 ]
+
+_register_attention()

@@ -21,9 +21,10 @@ class TokenBuffers:
 
     start: int
     end: int
-    _tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]
 
     def __init__(self) -> None:
+        self.pinned = False  # True: memory stays where it is, as a CUDA graph remembers it
         self.clear()
 
     def __len__(self) -> int:
@@ -37,12 +38,27 @@ class TokenBuffers:
             expected: how many rows are to be appended in all, these included, if more follow.
         """
         count = next(iter(rows.values())).shape[2]
-        if not self._tensors or self.end + count > self.capacity:
-            self._grow(rows, len(self) + max(count, expected))
+        self.reserve(rows, count, expected)
         for name, new in rows.items():
-            if self._tensors[name].is_inference():  # cannot be written to outside inference mode
-                self._tensors[name] = self._tensors[name].clone()
-            self._tensors[name][:, :, self.end : self.end + count] = new
+            self.tensors[name][:, :, self.end : self.end + count] = new
+        self.extend(count)
+
+    def reserve(self, like: dict[str, Tensor], count: int, expected: int = 0) -> None:
+        """Make room for `count` more rows, or `expected` if memory has to be taken anyway.
+
+        Args:
+            like: tensors (batch, heads, any, ...) of the names, shapes and dtypes of the rows;
+                batch and heads matter only as long as there are none.
+            count, expected: rows.
+        """
+        if not self.tensors or self.end + count > self.capacity:
+            self._grow(like, len(self) + max(count, expected))
+        for name, tensor in self.tensors.items():
+            if tensor.is_inference():  # cannot be written to outside inference mode
+                self.tensors[name] = tensor.clone()
+
+    def extend(self, count: int) -> None:
+        """Count `count` rows, written into the room there is, among those in use."""
         self.end += count
 
     def _grow(self, like: dict[str, Tensor], needed: int) -> None:
@@ -54,15 +70,15 @@ class TokenBuffers:
         for name, new in like.items():
             grown = new.new_empty(*new.shape[:2], capacity, *new.shape[3:])
             if len(self):
-                grown[:, :, : len(self)] = self._tensors[name][:, :, self.start : self.end]
-            self._tensors[name] = grown  # one at a time: the old one is free before the next
+                grown[:, :, : len(self)] = self.tensors[name][:, :, self.start : self.end]
+            self.tensors[name] = grown  # one at a time: the old one is free before the next
         self.start, self.end = 0, len(self)
 
     def rows(self, start: int, end: int) -> dict[str, Tensor]:
         """Views of the rows [start, end), counted from the first row in use."""
         return {
             name: tensor[:, :, self.start + start : self.start + end]
-            for name, tensor in self._tensors.items()
+            for name, tensor in self.tensors.items()
         }
 
     def crop(self, count: int) -> None:
@@ -77,28 +93,30 @@ class TokenBuffers:
 
     def _shrink(self) -> None:
         """Free the space of rows given up, once it is a good part of the whole."""
+        if self.pinned:
+            return
         if not len(self):
             self.clear()
         elif self.capacity - len(self) > len(self) // 4 + 2 * _GRANULE:
-            self._reallocate(self._tensors, len(self))
+            self._reallocate(self.tensors, len(self))
 
     def clear(self) -> None:
         """Give up everything."""
-        self._tensors = {}
+        self.tensors = {}
         self.start = self.end = 0
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by `fn` of it (a batch selection, a move to a device)."""
-        self._tensors = {name: fn(tensor) for name, tensor in self._tensors.items()}
+        self.tensors = {name: fn(tensor) for name, tensor in self.tensors.items()}
 
     @property
     def capacity(self) -> int:
         """Rows that there is space for, rows given up at the front included."""
-        return next(iter(self._tensors.values())).shape[2] if self._tensors else 0
+        return next(iter(self.tensors.values())).shape[2] if self.tensors else 0
 
     def nbytes(self) -> dict[str, int]:
         """Bytes in use by name, and under "spare" those of the rows not in use."""
         capacity = max(self.capacity, 1)
-        used = {n: t.nbytes // capacity * len(self) for n, t in self._tensors.items()}
-        total = sum(t.nbytes for t in self._tensors.values())
+        used = {n: t.nbytes // capacity * len(self) for n, t in self.tensors.items()}
+        total = sum(t.nbytes for t in self.tensors.values())
         return used | {"spare": total - sum(used.values())}

@@ -80,6 +80,7 @@ class RotorQuantCache(Cache):
         if config is None:
             self.layers = growing
 
+    @torch.compiler.disable  # lengths are Python's: a graph of them would be made anew each step
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from rotorquant_hf.backend import current
 from rotorquant_hf.config import RotorQuantConfig
+from rotorquant_hf.decoding import DecodingState
 from rotorquant_hf.quant.checks import check_finite
 from rotorquant_hf.store import RotorQuantKVCache
 from rotorquant_hf.tensor import CachedStates, CompressedTensor
@@ -40,6 +42,7 @@ class RotorQuantLayer(CacheLayerMixin):
         # here are read from the parts.
         self.config = config
         self.is_initialized = False
+        self.decoding: DecodingState | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device, batch, heads and head dims from the first states."""
@@ -50,6 +53,20 @@ class RotorQuantLayer(CacheLayerMixin):
         self.sinks = (key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
         self.window = (key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
         self.is_initialized = True
+
+    @property
+    def window(self) -> tuple[Tensor, Tensor]:
+        """The recent keys and values, (batch, heads, m, d), exact, oldest first."""
+        return self._window if self.decoding is None else self.decoding.window()
+
+    @window.setter
+    def window(self, window: tuple[Tensor, Tensor]) -> None:
+        self._window, self.decoding = window, None
+
+    @property
+    def window_length(self) -> int:
+        """Tokens in the window."""
+        return self._window[0].shape[2] if self.decoding is None else self.decoding.count
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -81,10 +98,47 @@ class RotorQuantLayer(CacheLayerMixin):
 
     def _advance(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """What attention reads; then the new tokens go to their places, or an error to none."""
+        if self._decodes(key_states, value_states):
+            return self._step(key_states, value_states)
         tail = (_join(self.window[0], key_states), _join(self.window[1], value_states))
         visible = self._states(self.sinks, tail)
         self._store_tail(*tail)
         return visible
+
+    def _decodes(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether new tokens can be taken in by the kernels alone; sets `decoding` up for it."""
+        store = self.store
+        if not (0 < keys.shape[2] <= self.config.block_length and len(store)):
+            return False
+        if not store.runs_on_kernels or keys.dtype == torch.float64:
+            return False
+        if self.decoding is None:
+            recorded = (keys, values, *self._window)
+            if torch.is_grad_enabled() and any(x.requires_grad for x in recorded):
+                return False
+            self.decoding = DecodingState(
+                store, self.sinks, self._window, self.config, self._decoding_window()
+            )
+            self._window = (keys[:, :, :0], values[:, :, :0])
+        if self.decoding.takes(keys.shape[2]):
+            return True
+        self.window = self.decoding.window()
+        return False
+
+    def _decoding_window(self) -> int:
+        """Tokens that a query sees, 0 for all."""
+        return 0
+
+    def follow_replay(self, n: int) -> None:
+        """Count a step of n tokens that a CUDA graph took on the device alone."""
+        assert self.decoding is not None
+        self.decoding.replayed(n)
+
+    def _step(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.decoding is not None
+        with current(self.device):
+            seen = self.decoding.step(keys, values)
+        return CompressedTensor(seen[0]), CompressedTensor(seen[1])
 
     def _store_tail(self, keys: Tensor, values: Tensor) -> None:
         """Divide the exact tokens among sinks, store and window."""
@@ -132,7 +186,7 @@ class RotorQuantLayer(CacheLayerMixin):
         """Rows of the batch."""
         if not self.is_initialized:
             raise AttributeError("batch_size is not known before the first update")
-        return self.window[0].shape[0]
+        return self.sinks[0].shape[0]
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         for name, x in (("keys", keys), ("values", values)):
@@ -149,8 +203,8 @@ class RotorQuantLayer(CacheLayerMixin):
             )
         if self.is_initialized:
             for name, x, held in (
-                ("keys", keys, self.window[0]),
-                ("values", values, self.window[1]),
+                ("keys", keys, self.sinks[0]),
+                ("values", values, self.sinks[1]),
             ):
                 self._check_fits(name, x, held)
         check_finite("keys", keys, on_gpu=self.config.check_finite)
@@ -190,7 +244,7 @@ class RotorQuantLayer(CacheLayerMixin):
         """Tokens seen so far."""
         if not self.is_initialized:
             return 0
-        return self.sinks[0].shape[2] + len(self.store) + self.window[0].shape[2]
+        return self.sinks[0].shape[2] + len(self.store) + self.window_length
 
     def get_max_length(self) -> int:
         """-1: no limit."""
@@ -223,8 +277,9 @@ class RotorQuantLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, also the shapes."""
-        for name in ("store", "sinks", "window", "dtype", "device"):
+        for name in ("store", "sinks", "_window", "dtype", "device"):
             self.__dict__.pop(name, None)
+        self.decoding = None
         self.is_initialized = False
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -257,7 +312,7 @@ class RotorQuantLayer(CacheLayerMixin):
             self._move(self.device)
 
     def _move(self, device: torch.device) -> None:
-        if self.is_initialized and self.window[0].device != device:
+        if self.is_initialized and self.sinks[0].device != device:
             self._map(lambda x: x.to(device, non_blocking=True))
             self.store.device = device
 
@@ -265,17 +320,20 @@ class RotorQuantLayer(CacheLayerMixin):
         """Bytes by part."""
         if not self.is_initialized:
             return {}
-        exact = {"sinks": self.sinks, "window": self.window}
-        return {k: v[0].nbytes + v[1].nbytes for k, v in exact.items()} | self.store.nbytes()
+        window = sum(x.nbytes for x in self._window)
+        if self.decoding is not None:
+            window += self.decoding.nbytes
+        sinks = sum(x.nbytes for x in self.sinks)
+        return {"sinks": sinks, "window": window} | self.store.nbytes()
 
     def numbers(self) -> tuple[int, int]:
         """How many numbers the layer stands for: in all, and in the packed part."""
         if not self.is_initialized:
             return 0, 0
-        keys, values = self.window
+        keys, values = self.sinks
         per_token = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
         packed = len(self.store)
-        return (self.sinks[0].shape[2] + packed + keys.shape[2]) * per_token, packed * per_token
+        return (keys.shape[2] + packed + self.window_length) * per_token, packed * per_token
 
 
 class RotorQuantSlidingLayer(RotorQuantLayer):
@@ -300,7 +358,18 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
         """Keep tokens that leave the window until the next `crop` (assisted decoding)."""
         self.record_past = True
 
+    def _decoding_window(self) -> int:
+        return self.sliding_window
+
+    def follow_replay(self, n: int) -> None:
+        """As in `RotorQuantLayer`."""
+        super().follow_replay(n)
+        self.cumulative_length += n
+
     def _advance(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.record_past and self._decodes(key_states, value_states):
+            self.cumulative_length += key_states.shape[2]
+            return self._step(key_states, value_states)
         # More than the window is held only while past tokens are recorded.
         hidden = max(0, self._held() - self.sliding_window + 1)
         seen = self.window[0].shape[2] - max(0, hidden - len(self.store))
@@ -330,7 +399,7 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
         self.window = (keys[:, :, leaving:].clone(), values[:, :, leaving:].clone())
 
     def _held(self) -> int:
-        return len(self.store) + self.window[0].shape[2]
+        return len(self.store) + self.window_length
 
     def _trim(self) -> None:
         """Forget the tokens that no later query sees."""

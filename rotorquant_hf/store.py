@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rotorquant_hf.backend import current, uses_triton
 from rotorquant_hf.buffers import TokenBuffers
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.packed import PackedSpan, Quantizer, encode
@@ -100,18 +101,98 @@ class RotorQuantKVCache:
             raise
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
-        if self.key_statistics is None or self.value_statistics is None:
-            config = self.config
-            self.key_statistics = ChannelStatistics.of_block(
-                keys, config.equalize_keys, config.center_keys, config.rope_layout
-            )
-            self.value_statistics = ChannelStatistics.of_block(values, config.equalize_values)
+        self._take_statistics(keys, values)
+        if self.runs_on_kernels and keys.dtype != torch.float64:
+            self._append_by_kernel(keys, values)
+            return
+        assert self.key_statistics is not None
+        assert self.value_statistics is not None
         batch, heads, tokens, _ = keys.shape
         for tile in token_tiles(tokens, batch * heads * max(self.d_key, self.d_value)):
             u = self.key_statistics.normalize(keys[:, :, tile])
             self._keys.append(encode(self.key_quantizer, u), tokens - tile.start)
             u = self.value_statistics.normalize(values[:, :, tile])
             self._values.append(encode(self.value_quantizer, u), tokens - tile.start)
+
+    def _take_statistics(self, keys: Tensor, values: Tensor) -> None:
+        if self.key_statistics is None or self.value_statistics is None:
+            config = self.config
+            self.key_statistics = ChannelStatistics.of_block(
+                keys, config.equalize_keys, config.center_keys, config.rope_layout
+            )
+            self.value_statistics = ChannelStatistics.of_block(values, config.equalize_values)
+
+    @property
+    def runs_on_kernels(self) -> bool:
+        """Whether the Triton kernels read and write this store."""
+        if not uses_triton(self.device):
+            return False
+        from rotorquant_hf.kernels.append import supports
+
+        return supports(self.key_quantizer) and supports(self.value_quantizer)
+
+    def _append_by_kernel(self, keys: Tensor, values: Tensor) -> None:
+        from rotorquant_hf.kernels.append import AppendPart, append_block
+
+        tokens = keys.shape[2]
+        self.reserve(tokens, keys.shape[0], keys.shape[1])
+        bounds = torch.tensor([0, tokens, self._keys.end], dtype=torch.int32, device=self.device)
+        with current(self.device):
+            append_block(
+                bounds,
+                tokens,
+                AppendPart(keys, *self.key_coding()),
+                AppendPart(values, *self.value_coding()),
+            )
+        self.extend(tokens)
+
+    def reserve(self, count: int, batch: int = 0, heads: int = 0) -> None:
+        """Make room for `count` more tokens, to be written into the rows and then counted by
+        `extend`. Batch and heads are needed as long as there are no rows.
+        """
+        for buffers, quantizer in (
+            (self._keys, self.key_quantizer),
+            (self._values, self.value_quantizer),
+        ):
+            like = buffers.tensors or empty_rows(quantizer, batch, heads, self.device)
+            buffers.reserve(like, count)
+
+    def extend(self, count: int) -> None:
+        """Count `count` tokens that were written into the rows after the last."""
+        self._keys.extend(count)
+        self._values.extend(count)
+
+    def pin(self, pinned: bool) -> None:
+        """Keep the rows where they are, whatever is dropped, or no longer."""
+        self._keys.pinned = self._values.pinned = pinned
+
+    @property
+    def room(self) -> int:
+        """Tokens that can be taken without new memory."""
+        return self._keys.capacity - self._keys.end
+
+    @property
+    def first_row(self) -> int:
+        """Index of the first token in `key_rows` and `value_rows`."""
+        return self._keys.start
+
+    def key_rows(self) -> dict[str, Tensor]:
+        """The keys' whole tensors (batch, heads, capacity, ...), spare rows included."""
+        return self._keys.tensors
+
+    def value_rows(self) -> dict[str, Tensor]:
+        """The values' whole tensors (batch, heads, capacity, ...), spare rows included."""
+        return self._values.tensors
+
+    def key_coding(self) -> tuple[Quantizer, ChannelStatistics, dict[str, Tensor]]:
+        """What codes keys: quantiser, statistics, and the tensors that take the rows."""
+        assert self.key_statistics is not None
+        return self.key_quantizer, self.key_statistics, self._keys.tensors
+
+    def value_coding(self) -> tuple[Quantizer, ChannelStatistics, dict[str, Tensor]]:
+        """What codes values; as `key_coding`."""
+        assert self.value_statistics is not None
+        return self.value_quantizer, self.value_statistics, self._values.tensors
 
     def _check(self, name: str, x: Tensor, d: int) -> None:
         check_vectors(name, x, d)
@@ -296,6 +377,17 @@ def _build_quantizer(
         scale=scale,
         scale_dtype=torch.float16,
     )
+
+
+def empty_rows(
+    quantizer: Quantizer, batch: int, heads: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Rows of no tokens, (batch, heads, 0, ...), of the shapes and dtypes that `encode` gives."""
+    none = torch.empty(0, quantizer.d, device=device)
+    return {
+        name: rows.new_empty(batch, heads, 0, *rows.shape[1:])
+        for name, rows in encode(quantizer, none).items()
+    }
 
 
 def _materialize(span: PackedSpan) -> Tensor:

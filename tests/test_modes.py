@@ -143,3 +143,17 @@ def test_a_saved_file_has_ordinary_permissions(tmp_path):
     assert len(modes) == 1
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent"):
         cache.save(tmp_path / "absent" / "cache")
+
+
+def test_torch_compile_gives_the_same(model):
+    """It breaks the graph at the cache and at attention over it, and is right."""
+    ids = torch.tensor([list(range(5, 45))])
+    settings = {"residual_length": 8, "block_length": 4, "num_sink_tokens": 2}
+    logits = []
+    for run in (model, torch.compile(model, backend="eager")):
+        cache = RotorQuantCache(**settings)
+        with torch.no_grad():
+            run(ids[:, :30], past_key_values=cache)
+            steps = [run(ids[:, i : i + 1], past_key_values=cache).logits for i in range(30, 40)]
+        logits.append(torch.cat(steps, dim=1))
+    assert torch.equal(*logits)

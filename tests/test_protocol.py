@@ -663,7 +663,7 @@ def test_no_dequantised_copy_outlives_its_attention_call(name, attention, dequan
     gc.disable()  # nothing may wait for the collector either
     try:
         feed(model, cache, ids, (40, 1, 1, 5))
-        assert len(found) == 3 * 2 * len(cache.layers)
+        assert len(found) == (3 * 2 * len(cache.layers) if attention == "eager" else 0)
         assert not any(ref() is not None for ref in found)
         assert most[0] <= 2  # keys and values of one layer
     finally:

@@ -171,8 +171,8 @@ def test_bytes_are_those_of_the_tensors() -> None:
     assert parts["key_signs"] == vectors * 16
     assert parts["key_scale"] == parts["key_residual_norm"] == vectors * 2
     assert parts["value_codes"] == vectors * 32
-    real = sum(t.untyped_storage().nbytes() for t in store._keys._tensors.values())
-    real += sum(t.untyped_storage().nbytes() for t in store._values._tensors.values())
+    real = sum(t.untyped_storage().nbytes() for t in store._keys.tensors.values())
+    real += sum(t.untyped_storage().nbytes() for t in store._values.tensors.values())
     assert sum(parts.values()) - parts["statistics"] == real
 
 

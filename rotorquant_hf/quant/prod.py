@@ -111,6 +111,11 @@ class RotorQuantProd(nn.Module):
         signs = packed_bytes(self.qjl_dim, 1)
         return self.mse.bytes_per_vector + signs + self.mse.scale_dtype.itemsize
 
+    @property
+    def correction(self) -> Tensor:
+        """sqrt(pi/2) / m S, (m, d): the residual counts as |r| (signs @ correction)."""
+        return self.S * (math.sqrt(math.pi / 2) / self.qjl_dim)
+
     def quantize(self, x: Tensor) -> ProdCodes:
         """Quantise vectors x (..., d), floating. Errors as in `RotorQuantMSE.quantize`.
 
@@ -135,10 +140,9 @@ class RotorQuantProd(nn.Module):
         The estimate is linear in q: its second term is <T q, S^T sign(S r)> times a number.
         """
         signs = unpack(codes["qjl_signs"], 1, self.qjl_dim).float() * 2 - 1
-        weight = codes["residual_norm"].float() * (math.sqrt(math.pi / 2) / self.qjl_dim)
         with torch.autocast(signs.device.type, enabled=False):
-            correction = signs @ self.S
-        return self.mse.decode(codes["mse_indices"]) + correction * weight.unsqueeze(-1)
+            residual = (signs @ self.correction) * codes["residual_norm"].float().unsqueeze(-1)
+        return self.mse.decode(codes["mse_indices"]) + residual
 
     def dequantize(self, codes: ProdCodes) -> Tensor:
         """The reconstruction of stage 1, (..., d) float32."""

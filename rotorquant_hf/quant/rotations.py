@@ -42,7 +42,8 @@ class Rotation(nn.Module):
         super().__init__()
         self.d = matrix.shape[0]
         self._matrix: Tensor
-        self.register_buffer("_matrix", matrix.to(torch.float32), persistent=False)
+        matrix = matrix.to(torch.float32).contiguous()  # kernels read it by rows
+        self.register_buffer("_matrix", matrix, persistent=False)
 
     def matrix(self) -> Tensor:
         """T as a (d, d) float32 matrix: rotate(x) = x @ matrix().T."""

@@ -1,0 +1,1 @@
+"""Attention that reads packed codes. Only `registered` knows Transformers."""

@@ -1,0 +1,150 @@
+"""A model's decode step, captured once in a CUDA graph and replayed for every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotorquant_hf.cache import RotorQuantCache
+from rotorquant_hf.layers import RotorQuantLayer, RotorQuantSlidingLayer
+
+# Steps run as they are before the capture, so that every kernel is compiled and every library
+# has its workspace.
+_WARM_UP = 2
+
+
+class DecodeGraph:
+    """Decodes one token at a time without the cost of launching a model's kernels one by one.
+
+        cache = RotorQuantCache(config=model.config)
+        logits = model(prompt, past_key_values=cache).logits
+        graph = DecodeGraph(model, cache)
+        for _ in range(100):
+            logits = graph(logits[:, -1:].argmax(-1))
+
+    The cache is the same before, between and after: it can be used otherwise at any time, and
+    the step is captured anew where that moved its memory. Steps run as usual until every layer
+    holds quantised tokens, and for two steps more.
+
+    Args:
+        model: a causal language model on a CUDA device, with sdpa or rotorquant attention.
+        cache: what the text so far was fed through; compressed layers only.
+        room: tokens that memory is taken for at each capture.
+
+    Raises:
+        ValueError: if the model is not on a CUDA device; if the cache is empty, has a layer that
+            is not compressed (such layers concatenate, which no graph can replay) or a sliding
+            window within the exact one; or if it checks entries for NaN.
+    """
+
+    def __init__(self, model: Any, cache: RotorQuantCache, room: int = 1024) -> None:
+        if model.device.type != "cuda":
+            raise ValueError(f"the model is on {model.device}; CUDA graphs need a CUDA device")
+        if room < 1:
+            raise ValueError(f"room is {room}; choose at least 1")
+        if cache.settings.check_finite:
+            raise ValueError(
+                "check_finite is on, which waits for the device at every step; leave it off"
+            )
+        if not cache.get_seq_length():
+            raise ValueError("the cache is empty; feed the prompt through the model first")
+        self.model, self.cache, self.room = model, cache, room
+        self._layers: list[RotorQuantLayer] = []
+        for index, layer in enumerate(cache.layers):
+            if not isinstance(layer, RotorQuantLayer):
+                raise ValueError(
+                    f"layer {index} of the cache is a {type(layer).__name__}, which cannot be "
+                    "captured; leave it out of exact_layers, or decode without a graph"
+                )
+            least = cache.settings.residual_length + 2 * cache.settings.block_length
+            if isinstance(layer, RotorQuantSlidingLayer) and layer.sliding_window <= least:
+                raise ValueError(
+                    f"layer {index} has a sliding window of {layer.sliding_window} tokens, of "
+                    f"which the exact window takes up to {least}; choose a smaller "
+                    "residual_length or block_length, or decode without a graph"
+                )
+            self._layers.append(layer)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._warm = 0
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Feed one token per row.
+
+        Args:
+            input_ids: (batch, 1).
+            position_ids: (batch, 1), by default the number of tokens so far for every row.
+
+        Returns:
+            Logits, (batch, 1, vocabulary).
+
+        Raises:
+            ValueError: if `input_ids` is not (batch, 1).
+        """
+        if input_ids.dim() != 2 or input_ids.shape[1] != 1:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; pass (batch, 1)")
+        if position_ids is None:
+            position_ids = torch.full_like(input_ids, self.cache.get_seq_length())
+        if not self._fits():
+            self._prepare()
+        with torch.no_grad():
+            if self._warm < _WARM_UP:
+                self._warm += self._is_prepared()
+                return self._step(input_ids, position_ids)
+            if self._graph is None:
+                # This runs the step on the host, which counts the token, but not on the device.
+                self._graph = self._capture(input_ids, position_ids)
+            else:
+                for layer in self._layers:
+                    layer.follow_replay(1)
+            self._input_ids.copy_(input_ids)
+            self._position_ids.copy_(position_ids)
+            self._graph.replay()
+            return self._logits.clone()
+
+    def _step(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        output = self.model(
+            input_ids=input_ids, position_ids=position_ids, past_key_values=self.cache
+        )
+        return output.logits
+
+    def _capture(self, input_ids: Tensor, position_ids: Tensor) -> torch.cuda.CUDAGraph:
+        self._input_ids, self._position_ids = input_ids.clone(), position_ids.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._logits = self._step(self._input_ids, self._position_ids)
+        return graph
+
+    def _is_prepared(self) -> bool:
+        return all(x.decoding is not None and x.decoding.captured for x in self._layers)
+
+    def _fits(self) -> bool:
+        """Whether what was captured is still what the layers are."""
+        block = self.cache.settings.block_length
+        return self._is_prepared() and all(x.store.room >= block for x in self._layers)
+
+    def _prepare(self) -> None:
+        """Take memory and fix it, in the layers that can decode on the device alone."""
+        self._graph, self._warm = None, 0
+        for layer in self._layers:
+            if layer.decoding is not None:
+                layer.store.pin(False)
+                layer.store.reserve(self.room + self.cache.settings.block_length)
+                layer.store.pin(True)
+                layer.decoding.captured = True
+
+    def close(self) -> None:
+        """Forget the graph; the cache gives memory back again as it shrinks."""
+        self._graph = None
+        for layer in self._layers:
+            if layer.is_initialized:
+                layer.store.pin(False)
+            if layer.decoding is not None:
+                layer.decoding.captured = False
+
+    def __enter__(self) -> DecodeGraph:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()

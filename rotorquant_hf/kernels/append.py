@@ -1,0 +1,406 @@
+# mypy: allow-untyped-defs
+"""Coding a block of tokens into the store's rows, in one launch for keys and values.
+
+The plain-torch reference is `encode(quantizer, statistics.normalize(x))` of `packed.py`. One
+program codes 32 tokens of one head (16 of more than 256 channels):
+
+    u = (x - mean) / weight        y = T u                   in chunks of the channels
+    index_j = #{boundaries < y_j / |y|}        s = |y| rule(y / |y|, centroid[index])
+    prod: r = y - s centroid[index]            |r|, signs of S r
+
+The columns of y are the d coordinates in the order of the narrowest plane's slots (`packing.py`),
+each slot filled up to a power of two: column k P + j is element k p + j for j < p, the bytes of
+that plane, P the power of two. A plane's byte is then the sum of its fields along the slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rotorquant_hf.packed import Quantizer
+from rotorquant_hf.quant import RotorQuantMSE, RotorQuantProd
+from rotorquant_hf.quant.packing import plane_bytes, planes
+from rotorquant_hf.statistics import ChannelStatistics
+
+_CHUNK = tl.constexpr(16)  # numbers that one step of a matrix product sums
+_TINY = tl.constexpr(2.0**-126)
+_MOST = tl.constexpr(65504.0)  # of float16
+
+
+@dataclass(frozen=True)
+class AppendPart:
+    """Keys or values to code.
+
+    Attributes:
+        x: (batch, heads, slots, d), float16, bfloat16 or float32, any strides.
+        quantizer: one that `supports` accepts.
+        statistics: equalisation and centring.
+        out: the store's tensors (batch, heads, capacity, ...) by name, as in `PackedSpan.rows`:
+            "codes", "scale" and for `RotorQuantProd` "signs" and "residual_norm". Any strides;
+            the rows must exist: the kernel does not look at the capacity.
+    """
+
+    x: Tensor
+    quantizer: Quantizer
+    statistics: ChannelStatistics
+    out: dict[str, Tensor]
+
+
+def supports(quantizer: Quantizer) -> bool:
+    """Whether the kernel can code for `quantizer`: whole bytes per slot, 16-bit scales."""
+    return quantizer.d % 8 == 0 and _stage_one(quantizer).scale_dtype == torch.float16
+
+
+def append_block(bounds: Tensor, max_count: int, keys: AppendPart, values: AppendPart) -> None:
+    """Code tokens into rows of the store, keys and values in one launch.
+
+    Token i < count is slot (begin + i) % slots of `x` and goes to row `row + i` of `out`.
+
+    Args:
+        bounds: (3,) int32 on the device: begin, count and row. They are read by the kernel, so
+            that a CUDA graph can replay the launch; with count = 0 nothing is written.
+        max_count: the most that count can be. It sizes the grid.
+        keys, values: what to code. Their batch and heads agree.
+    """
+    if max_count == 0:
+        return
+    arguments, options = kernel_arguments(bounds, keys, values)
+    batch, heads = keys.x.shape[:2]
+    tiles = triton.cdiv(max_count, arguments["TOKENS"])
+    with torch.cuda.device_of(bounds):  # Triton launches on the current device
+        append_kernel[tiles, heads, 2 * batch](**arguments, **options)
+
+
+def kernel_arguments(
+    bounds: Tensor, keys: AppendPart, values: AppendPart
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The arguments of `append_kernel` and its compiler options."""
+    d = max(keys.quantizer.d, values.quantizer.d)
+    arguments = {
+        "p_bounds": bounds,
+        **{f"k_{name}": value for name, value in _arguments(keys).items()},
+        **{f"v_{name}": value for name, value in _arguments(values).items()},
+        "KEYS": _shape(keys.quantizer),
+        "VALUES": _shape(values.quantizer),
+        "TOKENS": 32 if d <= 256 else 16,
+    }
+    if d <= 256:
+        return arguments, {"num_warps": 4 if d <= 64 else 8, "num_stages": 3}
+    return arguments, {"num_warps": 16, "num_stages": 2}
+
+
+class _Shape(NamedTuple):
+    """What the kernel is compiled for.
+
+    Attributes:
+        d, bits, rule: of stage 1. projections: m, or 0 without a stage 2.
+        width: of the narrowest plane. slot: its bytes; 8 / width slots of as many elements make d.
+        pad: columns of a slot, a power of two.
+    """
+
+    d: int
+    bits: int
+    rule: str
+    projections: int
+    width: int
+    slot: int
+    pad: int
+
+
+def _stage_one(quantizer: Quantizer) -> RotorQuantMSE:
+    return quantizer.mse if isinstance(quantizer, RotorQuantProd) else quantizer
+
+
+def _shape(quantizer: Quantizer) -> _Shape:
+    mse, d = _stage_one(quantizer), quantizer.d
+    projections = quantizer.qjl_dim if isinstance(quantizer, RotorQuantProd) else 0
+    width = planes(mse.bits)[-1]
+    slot = plane_bytes(d, width)
+    pad = max(triton.next_power_of_2(slot), 2 * width)  # 16 columns at least
+    return _Shape(d, mse.bits, mse.scale, projections, width, slot, pad)
+
+
+def _arguments(part: AppendPart) -> dict[str, Any]:
+    """The kernel's arguments for keys or values; tensors as (pointer, *strides)."""
+    mse, out = _stage_one(part.quantizer), part.out
+    prod = part.quantizer if isinstance(part.quantizer, RotorQuantProd) else None
+    return {
+        "x": _strided(part.x),
+        "slots": part.x.shape[2],
+        "weight": _strided(part.statistics.weight.expand(-1, -1, -1, mse.d)),
+        "mean": _strided(part.statistics.mean),
+        "rotation": _strided(mse.rotation.matrix()),
+        "codebook": (mse.boundaries, mse.centroids),
+        "projection": _strided(prod.S if prod else None),
+        "codes": _strided(out["codes"]),
+        "scale": _strided(out["scale"]),
+        "signs": _strided(out["signs"] if prod else None),
+        "residual_norm": _strided(out["residual_norm"] if prod else None),
+    }
+
+
+# Triton 3.6 loses the constants in tuples of tuples: one level only.
+def _strided(tensor: Tensor | None) -> tuple | None:
+    return None if tensor is None else (tensor, *tensor.stride())
+
+
+@triton.jit(do_not_specialize=("k_slots", "v_slots"), do_not_specialize_on_alignment=("p_bounds",))
+def append_kernel(
+    p_bounds,
+    k_x,
+    k_slots,
+    k_weight,
+    k_mean,
+    k_rotation,
+    k_codebook,
+    k_projection,
+    k_codes,
+    k_scale,
+    k_signs,
+    k_residual_norm,
+    v_x,
+    v_slots,
+    v_weight,
+    v_mean,
+    v_rotation,
+    v_codebook,
+    v_projection,
+    v_codes,
+    v_scale,
+    v_signs,
+    v_residual_norm,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Grid (tiles of tokens, heads, 2 batch): the keys and the values of row b, side by side."""
+    i_tile, i_h, i_z = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    begin, count, row = tl.load(p_bounds), tl.load(p_bounds + 1), tl.load(p_bounds + 2)
+    if i_tile * TOKENS >= count:
+        return
+    i_b = (i_z // 2).to(tl.int64)
+    o_i = i_tile * TOKENS + tl.arange(0, TOKENS)
+    m_i = o_i < count
+    o_row = (row + o_i).to(tl.int64)
+    if i_z % 2 == 0:
+        _append(
+            k_x,
+            k_slots,
+            k_weight,
+            k_mean,
+            k_rotation,
+            k_codebook,
+            k_projection,
+            k_codes,
+            k_scale,
+            k_signs,
+            k_residual_norm,
+            i_b,
+            i_h,
+            begin + o_i,
+            o_row,
+            m_i,
+            KEYS,
+        )
+    else:
+        _append(
+            v_x,
+            v_slots,
+            v_weight,
+            v_mean,
+            v_rotation,
+            v_codebook,
+            v_projection,
+            v_codes,
+            v_scale,
+            v_signs,
+            v_residual_norm,
+            i_b,
+            i_h,
+            begin + o_i,
+            o_row,
+            m_i,
+            VALUES,
+        )
+
+
+@triton.jit
+def _append(
+    x,
+    slots,
+    weight,
+    mean,
+    rotation,
+    codebook,
+    projection,
+    codes,
+    scale,
+    signs,
+    residual_norm,
+    i_b,
+    i_h,
+    o_x,
+    o_row,
+    m_i,
+    SHAPE: tl.constexpr,
+):
+    """Code the tokens `o_x`, counted from slot 0 and beyond the last, into the rows `o_row`."""
+    o_x = (o_x % slots).to(tl.int64)
+    b_y = _rotate(x, weight, mean, rotation, i_b, i_h, o_x, m_i, SHAPE)
+    b_r, b_peak = _code(b_y, codebook, codes, scale, i_b, i_h, o_row, m_i, SHAPE)
+    if SHAPE.projections > 0:
+        _project(b_r, b_peak, projection, signs, residual_norm, i_b, i_h, o_row, m_i, SHAPE)
+
+
+@triton.jit
+def _rotate(x, weight, mean, rotation, i_b, i_h, o_x, m_i, SHAPE: tl.constexpr):
+    """T((x - mean) / weight) of the slots `o_x`: (tokens, columns)."""
+    D: tl.constexpr = SHAPE.d
+    o_n = tl.arange(0, 8 // SHAPE.width * SHAPE.pad)
+    m_n = o_n % SHAPE.pad < SHAPE.slot
+    p_x = _head(x, i_b, i_h) + o_x[:, None] * x[3]
+    p_w = _head(weight, i_b, i_h)
+    p_t = rotation[0] + _element(o_n, SHAPE)[None, :] * rotation[1]
+    b_y = tl.zeros((o_x.shape[0], o_n.shape[0]), tl.float32)
+    for k in range(0, D, _CHUNK):
+        o_k = k + tl.arange(0, _CHUNK)
+        m_k = o_k < D
+        b_u = tl.load(p_x + o_k[None, :] * x[4], m_i[:, None] & m_k[None, :], 0.0).to(tl.float32)
+        if mean is not None:
+            b_u -= tl.load(_head(mean, i_b, i_h) + o_k * mean[4], m_k, 0.0)[None, :]
+        b_u *= (1.0 / tl.load(p_w + o_k * weight[4], m_k, 1.0))[None, :]
+        b_t = tl.load(p_t + o_k[:, None] * rotation[2], m_k[:, None] & m_n[None, :], 0.0)
+        # Three products in tf32 make nearly float32, on tensor cores.
+        b_y = tl.dot(b_u, b_t, b_y, input_precision="tf32x3")
+    return b_y
+
+
+@triton.jit
+def _code(b_y, codebook, codes, scale, i_b, i_h, o_row, m_i, SHAPE: tl.constexpr):
+    """Store codes and scales of y (tokens, columns).
+
+    Returns (y - y_hat) / peak and peak (tokens,), the largest coordinate of y.
+    """
+    BITS: tl.constexpr = SHAPE.bits
+    RULE: tl.constexpr = SHAPE.rule
+    # Taken out first: squares of 1e-30 or 1e30 leave float32.
+    b_peak = tl.maximum(tl.max(tl.abs(b_y), axis=1), _TINY)
+    b_y *= (1.0 / b_peak)[:, None]
+    b_norm = tl.sqrt(tl.sum(b_y * b_y, axis=1))
+    b_unit = b_y * (1.0 / tl.maximum(b_norm, 1.0))[:, None]  # the norm is 1 or more, or y = 0
+
+    b_index, b_c = _nearest(b_unit, codebook[0], codebook[1], BITS)
+    o_n = tl.arange(0, b_y.shape[1])
+    b_c = tl.where((o_n % SHAPE.pad < SHAPE.slot)[None, :], b_c, 0.0)
+    b_scale = b_norm * _scale_of_unit(b_unit, b_c, RULE) * b_peak
+    b_scale = tl.where(b_scale > _MOST, _MOST, b_scale).to(tl.float16)
+    tl.store(_head(scale, i_b, i_h) + o_row * scale[3], b_scale, m_i)
+
+    p_codes = _head(codes, i_b, i_h) + o_row[:, None] * codes[3]
+    for i in tl.static_range(4):
+        if BITS & (8 >> i):
+            _store_plane(p_codes, codes[4], b_index, m_i, 8 >> i, SHAPE)
+    return b_y - b_c * (b_scale.to(tl.float32) / b_peak)[:, None], b_peak
+
+
+@triton.jit
+def _nearest(b_unit, p_boundaries, p_centroids, BITS: tl.constexpr):
+    """How many boundaries lie below each coordinate, and the centroid of that index."""
+    b_index = tl.zeros(b_unit.shape, tl.int32)
+    if BITS <= 4:  # from registers: gathers go through shared memory
+        b_c = tl.zeros(b_unit.shape, tl.float32) + tl.load(p_centroids)
+        for i in tl.static_range(1, 2**BITS):
+            m_above = b_unit > tl.load(p_boundaries + i - 1)
+            b_index = tl.where(m_above, i, b_index)
+            b_c = tl.where(m_above, tl.load(p_centroids + i), b_c)
+    else:
+        for i in tl.static_range(BITS):
+            b_upper = b_index + (1 << (BITS - 1 - i))
+            b_index = tl.where(b_unit > tl.load(p_boundaries + b_upper - 1), b_upper, b_index)
+        b_c = tl.load(p_centroids + b_index)
+    return b_index, b_c
+
+
+@triton.jit
+def _scale_of_unit(b_unit, b_c, RULE: tl.constexpr):
+    """The scale (tokens,) of rotated unit vectors with their centroids, as in `quant/mse.py`."""
+    if RULE == "norm":
+        return tl.full((b_unit.shape[0],), 1.0, tl.float32)
+    elif RULE == "matched":
+        return 1.0 / tl.sqrt(tl.sum(b_c * b_c, axis=1))
+    elif RULE == "least_squares":
+        return tl.sum(b_unit * b_c, axis=1) / tl.sum(b_c * b_c, axis=1)
+    else:
+        return 1.0 / tl.maximum(tl.sum(b_unit * b_c, axis=1), _TINY)
+
+
+@triton.jit
+def _store_plane(p_codes, stride, b_index, m_i, WIDTH: tl.constexpr, SHAPE: tl.constexpr):
+    """Store the plane of WIDTH bits: the widths are the binary digits of the bits of a code."""
+    SHIFT: tl.constexpr = SHAPE.bits // (2 * WIDTH) * (2 * WIDTH)  # the planes before
+    b_byte = _pack((b_index >> SHIFT) & ((1 << WIDTH) - 1), WIDTH)
+    o_n = tl.arange(0, b_byte.shape[1])
+    o_byte = SHAPE.d * SHIFT // 8 + _element(o_n, SHAPE)
+    m_byte = m_i[:, None] & (o_n % SHAPE.pad < SHAPE.slot)[None, :]
+    tl.store(p_codes + o_byte[None, :] * stride, b_byte, m_byte)
+
+
+@triton.jit
+def _project(b_r, b_peak, projection, signs, norm, i_b, i_h, o_row, m_i, SHAPE: tl.constexpr):
+    """Store the norm of the residual r = b_r * b_peak and the signs of S r.
+
+    As many bytes of signs at a time as take the registers that the residual does.
+    """
+    M: tl.constexpr = SHAPE.projections
+    SIZE: tl.constexpr = (M + 7) // 8
+    BYTES: tl.constexpr = max(2, min(triton.next_power_of_2(SIZE), b_r.shape[1] // 8))
+    CHUNKS: tl.constexpr = b_r.shape[1] // _CHUNK
+    b_norm = tl.sqrt(tl.sum(b_r * b_r, axis=1)) * b_peak
+    tl.store(_head(norm, i_b, i_h) + o_row * norm[3], b_norm.to(tl.float16), m_i)
+
+    p_signs = _head(signs, i_b, i_h) + o_row[:, None] * signs[3]
+    b_chunks = tl.reshape(b_r, (b_r.shape[0], CHUNKS, _CHUNK))
+    o_chunk = tl.arange(0, CHUNKS)[None, :, None]
+    o_m = tl.arange(0, 8 * BYTES)
+    for j in range(0, SIZE, BYTES):
+        o_byte = j + o_m % BYTES
+        o_s = o_m // BYTES * SIZE + o_byte
+        m_m = (o_byte < SIZE) & (o_s < M)
+        b_dot = tl.zeros((b_r.shape[0], 8 * BYTES), tl.float32)
+        for i in range(CHUNKS):
+            b_chunk = tl.sum(tl.where(o_chunk == i, b_chunks, 0.0), axis=1)
+            o_n = i * _CHUNK + tl.arange(0, _CHUNK)
+            p_s = projection[0] + _element(o_n, SHAPE)[:, None] * projection[2]
+            m_s = (o_n % SHAPE.pad < SHAPE.slot)[:, None] & m_m[None, :]
+            b_s = tl.load(p_s + o_s[None, :] * projection[1], m_s, 0.0)
+            b_dot = tl.dot(b_chunk, b_s, b_dot, input_precision="tf32x3")
+        b_byte = _pack(((b_dot >= 0) & m_m[None, :]).to(tl.int32), 1)
+        o_j = j + tl.arange(0, BYTES)
+        tl.store(p_signs + o_j[None, :] * signs[4], b_byte, m_i[:, None] & (o_j < SIZE)[None, :])
+
+
+@triton.jit
+def _pack(b_field, WIDTH: tl.constexpr):
+    """Fields (tokens, 8 / WIDTH * bytes), slot by slot, to bytes (tokens, bytes)."""
+    SLOTS: tl.constexpr = 8 // WIDTH
+    b_slots = tl.reshape(b_field, (b_field.shape[0], SLOTS, b_field.shape[1] // SLOTS))
+    o_shift = tl.arange(0, SLOTS) * WIDTH
+    return tl.sum(b_slots << o_shift[None, :, None], axis=1).to(tl.uint8)
+
+
+@triton.jit
+def _head(tensor, i_b, i_h):
+    """Pointer to one head of a (pointer, *strides) of (batch, heads, ...)."""
+    return tensor[0] + i_b * tensor[1] + i_h * tensor[2]
+
+
+@triton.jit
+def _element(o_n, SHAPE: tl.constexpr):
+    """The element in each column; a neighbour's in the columns that only fill up a slot."""
+    return o_n // SHAPE.pad * SHAPE.slot + o_n % SHAPE.pad

@@ -1,0 +1,487 @@
+"""The attention kernel: softmax(q K^T) V over packed and exact tokens, split over programs.
+
+One program holds a tile of query rows of one kv head (all query heads of its group, all query
+tokens) and walks over its share of the tokens; `combine` puts the shares together. Splits
+[0, packed_splits) take the packed tokens, the last split the exact ones (sinks, recent window,
+new tokens).
+
+A packed key's score is q~ . c s + offset and a packed value's contribution p s c, with centroids
+c read by `lookup` and everything else outside the loop over numbers (see `queries`, `combine`).
+Tokens lie along the rows of a tile, so that few query rows (8 at least) fill the tensor cores.
+
+The sums are kept in units of 2^top, where top is the largest base-2 logit plus the exponent of
+the value's scale: p s then fits float16 whatever the unit of the values is, and its largest is
+between 1 and 2.
+
+Lengths are read from device memory, so that a CUDA graph replays the launch while they grow.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from rotorquant_hf.kernels.lookup import (
+    load_planes,
+    load_table,
+    slot_centroids,
+    slot_signs,
+    slots,
+)
+
+NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2
+_LOG2_E = tl.constexpr(1.4426950408889634)
+# A scale is 0 or at least 2^-24, the least float16.
+_LEAST_EXPONENT = tl.constexpr(-24)
+
+
+@triton.jit(do_not_specialize=["rows", "queries", "splits"])
+def attend_kernel(
+    # prepared queries and queries
+    p_rotated,
+    p_projected,
+    p_factors,
+    stride_f,
+    p_q,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    # packed keys and values (batch, heads, capacity, ...), contiguous from the capacity on
+    p_kcodes,
+    stride_kcb,
+    stride_kch,
+    p_kscale,
+    stride_ksb,
+    stride_ksh,
+    p_ksigns,
+    stride_kgb,
+    stride_kgh,
+    p_knorm,
+    stride_knb,
+    stride_knh,
+    p_vcodes,
+    stride_vcb,
+    stride_vch,
+    p_vscale,
+    stride_vsb,
+    stride_vsh,
+    # exact tokens
+    p_sink_k,
+    stride_skb,
+    stride_skh,
+    stride_skt,
+    p_sink_v,
+    stride_svb,
+    stride_svh,
+    stride_svt,
+    p_tail_k,
+    stride_tkb,
+    stride_tkh,
+    stride_tkt,
+    p_tail_v,
+    stride_tvb,
+    stride_tvh,
+    stride_tvt,
+    tail_slots,
+    # mask (batch, query heads, n, tokens)
+    p_mask,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    stride_mt,
+    # lengths: sinks, first packed row, packed tokens, first slot of the tail, tokens of the tail
+    p_lengths,
+    # partial results
+    p_sums,
+    p_stats,
+    stride_stats,
+    scale,
+    softcap,
+    key_unit,
+    sign_unit,
+    heads,
+    group,
+    rows,
+    queries,
+    splits,
+    # tables of the look-ups
+    p_ktable,
+    p_kwords,
+    p_vtable,
+    p_vwords,
+    D_K: tl.constexpr,
+    D_V: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    SIGNS: tl.constexpr,  # 0, or the number of projections of RotorQuantProd
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EXACT_N: tl.constexpr,
+):
+    i_bh = tl.program_id(2).to(tl.int64)
+    i_split = tl.program_id(1)
+    i_b, i_h = i_bh // heads, i_bh % heads
+    o_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_r = o_r < rows
+
+    n_sinks = tl.load(p_lengths)
+    packed_begin, n_packed = tl.load(p_lengths + 1), tl.load(p_lengths + 2)
+    tail_begin, n_tail = tl.load(p_lengths + 3), tl.load(p_lengths + 4)
+    # The last token that a row's query sees, and where its mask lies.
+    o_last = n_sinks + n_packed + n_tail - queries + o_r // group
+    p_mrow = p_mask + i_b * stride_mb + (i_h * group + o_r % group) * stride_mh
+    p_mrow += (o_r // group).to(tl.int64) * stride_mn
+    p_stat = p_stats + (i_bh * splits + i_split) * rows + o_r
+    p_sum = p_sums + ((i_bh * splits + i_split) * rows + o_r[None, :]) * D_V
+
+    if i_split < splits - 1:
+        share = tl.cdiv(tl.cdiv(n_packed, splits - 1), BLOCK_N) * BLOCK_N
+        top, mass = _packed_split(
+            p_rotated + i_bh * rows * D_K,
+            p_projected + i_bh * rows * SIGNS,
+            p_factors + i_bh * rows,
+            stride_f,
+            p_kcodes + i_b * stride_kcb + i_h * stride_kch,
+            p_kscale + i_b * stride_ksb + i_h * stride_ksh,
+            p_ksigns + i_b * stride_kgb + i_h * stride_kgh,
+            p_knorm + i_b * stride_knb + i_h * stride_knh,
+            p_vcodes + i_b * stride_vcb + i_h * stride_vch,
+            p_vscale + i_b * stride_vsb + i_h * stride_vsh,
+            packed_begin,
+            i_split * share,
+            tl.minimum((i_split + 1) * share, n_packed),
+            n_sinks,
+            o_r,
+            m_r,
+            o_last,
+            p_mrow,
+            stride_mt,
+            p_sum,
+            scale,
+            softcap,
+            key_unit,
+            sign_unit,
+            p_ktable,
+            p_kwords,
+            p_vtable,
+            p_vwords,
+            D_K,
+            D_V,
+            K_BITS,
+            V_BITS,
+            SIGNS,
+            MASK,
+            CAUSAL,
+            SOFTCAP,
+            PTX,
+            BLOCK_M,
+            BLOCK_N,
+        )
+    else:
+        top, mass = _exact_split(
+            p_q + i_b * stride_qb + (i_h * group + o_r % group) * stride_qh,
+            (o_r // group).to(tl.int64) * stride_qn,
+            stride_qd,
+            p_sink_k + i_b * stride_skb + i_h * stride_skh,
+            stride_skt,
+            p_sink_v + i_b * stride_svb + i_h * stride_svh,
+            stride_svt,
+            p_tail_k + i_b * stride_tkb + i_h * stride_tkh,
+            stride_tkt,
+            p_tail_v + i_b * stride_tvb + i_h * stride_tvh,
+            stride_tvt,
+            tail_slots,
+            n_sinks,
+            n_packed,
+            tail_begin,
+            n_tail,
+            m_r,
+            o_last,
+            p_mrow,
+            stride_mt,
+            p_sum,
+            scale,
+            softcap,
+            D_K,
+            D_V,
+            MASK,
+            CAUSAL,
+            SOFTCAP,
+            BLOCK_M,
+            EXACT_N,
+        )
+    tl.store(p_stat, top, mask=m_r)
+    tl.store(p_stat + stride_stats, mass, mask=m_r)
+
+
+@triton.jit
+def _packed_split(
+    p_rotated,
+    p_projected,
+    p_factor,
+    stride_f,
+    p_kcodes,
+    p_kscale,
+    p_ksigns,
+    p_knorm,
+    p_vcodes,
+    p_vscale,
+    packed_begin,
+    start,
+    end,
+    n_sinks,
+    o_r,
+    m_r,
+    o_last,
+    p_mrow,
+    stride_mt,
+    p_sum,
+    scale,
+    softcap,
+    key_unit,
+    sign_unit,
+    p_ktable,
+    p_kwords,
+    p_vtable,
+    p_vwords,
+    D_K: tl.constexpr,
+    D_V: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    SIGNS: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attention over the packed tokens [start, end); stores the sums, returns top and mass."""
+    KSLOTS: tl.constexpr = slots(K_BITS)
+    VSLOTS: tl.constexpr = slots(V_BITS)
+    KS: tl.constexpr = D_K // KSLOTS
+    VS: tl.constexpr = D_V // VSLOTS
+    SIGN_BYTES: tl.constexpr = (SIGNS + 7) // 8
+    # Bytes of a row, known to the compiler, which so sees how loads are aligned.
+    K_ROW: tl.constexpr = D_K * K_BITS // 8
+    V_ROW: tl.constexpr = D_V * V_BITS // 8
+    o_ks = tl.arange(0, max(16, triton.next_power_of_2(KS)))
+    o_vs = tl.arange(0, max(16, triton.next_power_of_2(VS)))
+    o_sg = tl.arange(0, max(16, triton.next_power_of_2(SIGN_BYTES)))
+    DTYPE: tl.constexpr = p_rotated.dtype.element_ty
+    k_table = load_table(p_ktable, p_kwords, K_BITS, PTX)
+    v_table = load_table(p_vtable, p_vwords, V_BITS, PTX)
+
+    p_row = p_rotated + o_r[None, :] * D_K + o_ks[:, None]
+    m_q = m_r[None, :] & (o_ks < KS)[:, None]
+    b_q = ()
+    for k in tl.static_range(KSLOTS):
+        b_q = b_q + (tl.load(p_row + k * KS, mask=m_q, other=0),)  # noqa: RUF005
+    q_factor = tl.load(p_factor + o_r, mask=m_r, other=0) * key_unit
+    q_offset = tl.load(p_factor + 2 * stride_f + o_r, mask=m_r, other=0)
+    b_g = ()
+    g_factor = q_factor
+    if SIGNS > 0:
+        p_row = p_projected + o_r[None, :] * SIGNS + o_sg[:, None]
+        for k in tl.static_range(8):
+            m_g = (o_sg < SIGN_BYTES) & (o_sg + k * SIGN_BYTES < SIGNS)
+            m_g = m_r[None, :] & m_g[:, None]
+            b_g = b_g + (tl.load(p_row + k * SIGN_BYTES, mask=m_g, other=0),)  # noqa: RUF005
+        g_factor = tl.load(p_factor + stride_f + o_r, mask=m_r, other=0) * sign_unit
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    acc = ()
+    for _ in tl.static_range(VSLOTS):
+        acc = acc + (tl.zeros([o_vs.shape[0], BLOCK_M], tl.float32),)  # noqa: RUF005
+
+    for t in range(start, end, BLOCK_N):
+        o_n = t + tl.arange(0, BLOCK_N)
+        m_n = o_n < end
+        o_row = (packed_begin + o_n).to(tl.int64)
+
+        # Scores, (BLOCK_N, BLOCK_M).
+        p_code = p_kcodes + o_row * K_ROW
+        tiles = load_planes(p_code[:, None], o_ks, m_n[:, None], KS, K_BITS)
+        b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for k in tl.static_range(KSLOTS):
+            b_c = slot_centroids(tiles, o_ks, k_table, KS, K_BITS, k, PTX)
+            b_s = tl.dot(b_c, b_q[k], b_s, input_precision="tf32x3")
+        k_scale = tl.load(p_kscale + o_row, mask=m_n, other=0).to(tl.float32)
+        b_s = b_s * q_factor[None, :] * k_scale[:, None] + q_offset[None, :]
+        if SIGNS > 0:
+            m_sign = m_n[:, None] & (o_sg < SIGN_BYTES)[None, :]
+            p_sign = p_ksigns + (o_row * SIGN_BYTES)[:, None] + o_sg[None, :]
+            b_bits = tl.load(p_sign, mask=m_sign, other=0)
+            b_e = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            for k in tl.static_range(8):
+                b_sign = slot_signs(b_bits, k, DTYPE, PTX)
+                b_e = tl.dot(b_sign, b_g[k], b_e, input_precision="tf32x3")
+            k_norm = tl.load(p_knorm + o_row, mask=m_n, other=0).to(tl.float32)
+            b_s += b_e * g_factor[None, :] * k_norm[:, None]
+        b_z = _logits(
+            b_s,
+            n_sinks + o_n,
+            m_n,
+            o_last,
+            p_mrow,
+            stride_mt,
+            m_r,
+            scale,
+            softcap,
+            MASK,
+            CAUSAL,
+            SOFTCAP,
+        )
+
+        # The value's scale is 2^e f with 1 <= f < 2 (f = 0 for scale 0).
+        v_scale = tl.load(p_vscale + o_row, mask=m_n, other=0).to(tl.float32)
+        e = ((v_scale.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+        e = tl.maximum(e, _LEAST_EXPONENT)
+        unit = ((127 - e) << 23).to(tl.float32, bitcast=True)  # 2^-e
+        b_p, keep, top = _rescale(b_z + e.to(tl.float32)[:, None], top)
+        mass = mass * keep + tl.sum(b_p * unit[:, None], axis=0)
+        b_w = (b_p * (v_scale * unit)[:, None]).to(DTYPE)
+
+        p_code = p_vcodes + o_row * V_ROW
+        tiles = load_planes(p_code[:, None], o_vs, m_n[:, None], VS, V_BITS)
+        new = ()
+        for k in tl.static_range(VSLOTS):
+            b_c = slot_centroids(tiles, o_vs, v_table, VS, V_BITS, k, PTX)
+            b_o = tl.dot(tl.trans(b_c), b_w, acc[k] * keep[None, :], input_precision="tf32x3")
+            new = new + (b_o,)  # noqa: RUF005
+        acc = new
+
+    m_o = m_r[None, :] & (o_vs < VS)[:, None]
+    for k in tl.static_range(VSLOTS):
+        tl.store(p_sum + k * VS + o_vs[:, None], acc[k], mask=m_o)
+    return top, mass
+
+
+@triton.jit
+def _exact_split(
+    p_q,
+    o_q,
+    stride_qd,
+    p_sink_k,
+    stride_sk,
+    p_sink_v,
+    stride_sv,
+    p_tail_k,
+    stride_tk,
+    p_tail_v,
+    stride_tv,
+    tail_slots,
+    n_sinks,
+    n_packed,
+    tail_begin,
+    n_tail,
+    m_r,
+    o_last,
+    p_mrow,
+    stride_mt,
+    p_sum,
+    scale,
+    softcap,
+    D_K: tl.constexpr,
+    D_V: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    EXACT_N: tl.constexpr,
+):
+    """Attention over sinks and tail; stores the sums, returns top and mass."""
+    # tf32 holds float16 and bfloat16 exactly, and three bits more of p than bfloat16 would.
+    PRECISION: tl.constexpr = "tf32x3" if p_q.dtype.element_ty == tl.float32 else "tf32"
+    o_dk = tl.arange(0, max(16, triton.next_power_of_2(D_K)))
+    o_dv = tl.arange(0, max(16, triton.next_power_of_2(D_V)))
+    m_q = m_r[None, :] & (o_dk < D_K)[:, None]
+    p_x = (p_q + o_q)[None, :] + o_dk[:, None] * stride_qd
+    b_q = tl.load(p_x, mask=m_q, other=0).to(tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([o_dv.shape[0], BLOCK_M], tl.float32)
+    # Two walks, as the parts lie in different tensors: the tail in a ring.
+    for part in tl.static_range(2):
+        p_k, stride_k = (p_tail_k, stride_tk) if part else (p_sink_k, stride_sk)
+        p_v, stride_v = (p_tail_v, stride_tv) if part else (p_sink_v, stride_sv)
+        count = n_tail if part else n_sinks
+        for t in range(0, count, EXACT_N):
+            o_n = t + tl.arange(0, EXACT_N)
+            m_n = o_n < count
+            o_slot = (tail_begin + o_n) % tail_slots if part else o_n
+            o_slot = o_slot.to(tl.int64)[:, None]
+            m_k = m_n[:, None] & (o_dk < D_K)[None, :]
+            b_k = tl.load(p_k + o_slot * stride_k + o_dk[None, :], mask=m_k, other=0)
+            b_s = tl.dot(b_k.to(tl.float32), b_q, input_precision=PRECISION)
+            b_z = _logits(
+                b_s,
+                o_n + (n_sinks + n_packed if part else 0),
+                m_n,
+                o_last,
+                p_mrow,
+                stride_mt,
+                m_r,
+                scale,
+                softcap,
+                MASK,
+                CAUSAL,
+                SOFTCAP,
+            )
+            b_p, keep, top = _rescale(b_z, top)
+            mass = mass * keep + tl.sum(b_p, axis=0)
+            m_v = m_n[:, None] & (o_dv < D_V)[None, :]
+            b_v = tl.load(p_v + o_slot * stride_v + o_dv[None, :], mask=m_v, other=0)
+            b_v = tl.trans(b_v).to(tl.float32)
+            acc = tl.dot(b_v, b_p, acc * keep[None, :], input_precision=PRECISION)
+    tl.store(p_sum + o_dv[:, None], acc, mask=m_r[None, :] & (o_dv < D_V)[:, None])
+    return top, mass
+
+
+@triton.jit
+def _logits(
+    b_s,
+    o_col,
+    m_n,
+    o_last,
+    p_mrow,
+    stride_mt,
+    m_r,
+    scale,
+    softcap,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Base-2 logits (N, M) of the inner products `b_s`; -inf for what is not seen."""
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        b_t = tl.exp2(b_s * (2 * scale / softcap * _LOG2_E))
+        b_z = softcap * _LOG2_E * (1 - 2 / (b_t + 1))
+    else:
+        b_z = b_s * (scale * _LOG2_E)
+    m_seen = m_n[:, None] & m_r[None, :]
+    if MASK != 0:
+        p_tile = p_mrow[None, :] + o_col.to(tl.int64)[:, None] * stride_mt
+        b_mask = tl.load(p_tile, mask=m_seen, other=0)
+        if MASK == 1:
+            m_seen = m_seen & (b_mask != 0)
+        else:
+            b_z += b_mask.to(tl.float32) * _LOG2_E
+    if CAUSAL:
+        m_seen = m_seen & (o_col[:, None] <= o_last[None, :])
+    return tl.where(m_seen, b_z, float("-inf"))
+
+
+@triton.jit
+def _rescale(b_z, top):
+    """2^(z - new top) (N, M), the factor of what was summed before, and the new top, (M,)."""
+    new = tl.maximum(top, tl.max(b_z, axis=0))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    return tl.exp2(b_z - base[None, :]), tl.exp2(top - base), new

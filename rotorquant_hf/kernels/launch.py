@@ -1,0 +1,216 @@
+"""Attention over cached states through the kernels: prepare, attend, combine."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from rotorquant_hf.attention.options import AttentionOptions
+from rotorquant_hf.decoding import LiveStates
+from rotorquant_hf.kernels.attend import ADDED_MASK, BOOL_MASK, NO_MASK, attend_kernel
+from rotorquant_hf.kernels.combine import combine
+from rotorquant_hf.kernels.lookup import centroid_table, ptx_words, table_unit
+from rotorquant_hf.kernels.push import LENGTHS
+from rotorquant_hf.kernels.queries import prepare_queries
+from rotorquant_hf.packed import PackedSpan
+from rotorquant_hf.quant import RotorQuantMSE, RotorQuantProd
+from rotorquant_hf.tensor import States
+
+# A split of fewer tokens is not worth its partial result.
+_LEAST_SPLIT = 256
+_PROGRAMS_PER_PROCESSOR = 6
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the attention kernel is cut up.
+
+    Attributes:
+        block_m: query rows of a program. block_n: packed tokens of a step. exact_n: exact tokens
+            of a step. splits: programs that share the packed tokens. warps, stages: of Triton.
+    """
+
+    block_m: int
+    block_n: int
+    exact_n: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def supports(keys: PackedSpan, values: PackedSpan) -> bool:
+    """Whether the kernels take these: head dims that are multiples of 8."""
+    return keys.quantizer.d % 8 == 0 and values.quantizer.d % 8 == 0
+
+
+def choose_tiling(
+    rows: int, programs: int, tokens: int, d: int, processors: int, dtype: torch.dtype
+) -> Tiling:
+    """A tiling for `rows` query rows a kv head, `programs` = batch * kv heads, `tokens` packed."""
+    least = 8 if dtype == torch.float16 else 16
+    block_m = min(max(triton.next_power_of_2(rows), least), 64 if d <= 256 else 16)
+    programs *= triton.cdiv(rows, block_m)
+    wanted = triton.cdiv(processors * _PROGRAMS_PER_PROCESSOR, programs)
+    splits = max(1, min(wanted, triton.cdiv(tokens, _LEAST_SPLIT)))
+    wide = block_m >= 32 or d > 128
+    return Tiling(
+        block_m=block_m,
+        block_n=64 if d <= 256 else 32,
+        exact_n=16,
+        splits=splits,
+        warps=4 if wide else 2,
+        stages=2,
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the kernels find keys or values, and how many.
+
+    Attributes:
+        rows: packed tensors (batch, heads, capacity, ...) by name.
+        tail: (batch, heads, slots, d), a ring.
+        lengths: (5,) int32 on the device; see `kernels.push`.
+        most: packed tokens that the launch is laid out for.
+    """
+
+    rows: dict[str, Tensor]
+    tail: Tensor
+    lengths: Tensor
+    most: int
+
+
+def _source(states: States) -> _Source:
+    if not isinstance(states, LiveStates):
+        counts = [states.sinks.shape[2], 0, states.packed.shape[2], 0, states.tail.shape[2]]
+        lengths = torch.tensor(counts, dtype=torch.int32)
+        if states.tail.device.type == "cuda":
+            lengths = lengths.pin_memory().to(states.tail.device, non_blocking=True)
+        return _Source(states.packed.rows, states.tail, lengths, counts[2])
+    states.require_current()
+    ring = states.ring
+    return _Source(states.base, ring.ring[states.part], ring.lengths[LENGTHS], states.most)
+
+
+def attend_packed(
+    query: Tensor,
+    keys: States,
+    values: States,
+    options: AttentionOptions,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """Attention of queries (batch, query heads, n, key dim) over cached keys and values.
+
+    Float16 and bfloat16 queries compute with float16 operands and float32 sums, float32 queries
+    with float32 throughout. Returns (batch, query heads, n, value dim) in the query's dtype.
+    """
+    batch, query_heads, n, d_k = query.shape
+    heads, d_v = values.shape[1], values.shape[3]
+    group = query_heads // heads
+    rows = n * group
+    dtype = torch.float32 if query.dtype == torch.float32 else torch.float16
+    k_source, v_source = _source(keys), _source(values)
+    if options.mask is not None and query.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            "this attention has a mask, whose length a CUDA graph would freeze; decode rows "
+            "without padding, and call model.set_attn_implementation('rotorquant')"
+        )
+    if tiling is None:
+        processors = _processors(query.device)
+        tiling = choose_tiling(rows, batch * heads, k_source.most, max(d_k, d_v), processors, dtype)
+    prepared = prepare_queries(query, keys.packed, dtype)
+    splits = tiling.splits + 1
+    sums = query.new_empty(batch * heads, splits, rows, d_v, dtype=torch.float32)
+    stats = query.new_empty(2, batch * heads, splits, rows, dtype=torch.float32)
+    out = query.new_empty(batch, query_heads, n, d_v)
+
+    k_quantizer, v_quantizer = keys.packed.quantizer, values.packed.quantizer
+    assert isinstance(v_quantizer, RotorQuantMSE)
+    prod = isinstance(k_quantizer, RotorQuantProd)
+    k_mse = k_quantizer.mse if isinstance(k_quantizer, RotorQuantProd) else k_quantizer
+    signs = k_quantizer.qjl_dim if isinstance(k_quantizer, RotorQuantProd) else 0
+    k_rows, v_rows = k_source.rows, v_source.rows
+    mask, kind = options.mask, NO_MASK
+    if mask is not None:
+        kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
+        mask = mask.expand(batch, query_heads, n, keys.shape[2])
+        mask = mask.view(torch.uint8) if kind == BOOL_MASK else mask
+    k_signs = k_rows["signs"] if prod else k_rows["codes"]
+    k_norm = k_rows["residual_norm"] if prod else k_rows["scale"]
+    device = query.device
+    attend_kernel[(triton.cdiv(rows, tiling.block_m), splits, batch * heads)](
+        prepared.rotated,
+        prepared.projected,
+        prepared.factors,
+        prepared.factors.stride(0),
+        query,
+        *query.stride(),
+        k_rows["codes"],
+        *k_rows["codes"].stride()[:2],
+        k_rows["scale"],
+        *k_rows["scale"].stride()[:2],
+        k_signs,
+        *k_signs.stride()[:2],
+        k_norm,
+        *k_norm.stride()[:2],
+        v_rows["codes"],
+        *v_rows["codes"].stride()[:2],
+        v_rows["scale"],
+        *v_rows["scale"].stride()[:2],
+        keys.sinks,
+        *keys.sinks.stride()[:3],
+        values.sinks,
+        *values.sinks.stride()[:3],
+        k_source.tail,
+        *k_source.tail.stride()[:3],
+        v_source.tail,
+        *v_source.tail.stride()[:3],
+        k_source.tail.shape[2],
+        query if mask is None else mask,
+        *((0, 0, 0, 0) if mask is None else mask.stride()),
+        k_source.lengths,
+        sums,
+        stats,
+        stats.stride(0),
+        options.scale,
+        options.softcap or 1.0,
+        table_unit(k_mse.bits) / math.sqrt(d_k),
+        math.sqrt(math.pi / 2) / max(signs, 1),
+        heads,
+        group,
+        rows,
+        n,
+        splits,
+        centroid_table(k_mse.bits, dtype, device),
+        ptx_words(k_mse.bits, device),
+        centroid_table(v_quantizer.bits, dtype, device),
+        ptx_words(v_quantizer.bits, device),
+        D_K=d_k,
+        D_V=d_v,
+        K_BITS=k_mse.bits,
+        V_BITS=v_quantizer.bits,
+        SIGNS=signs,
+        MASK=kind,
+        CAUSAL=options.causal,
+        SOFTCAP=options.softcap is not None,
+        PTX=dtype == torch.float16 and device.type == "cuda" and torch.version.hip is None,
+        BLOCK_M=tiling.block_m,
+        BLOCK_N=tiling.block_n,
+        EXACT_N=tiling.exact_n,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )
+    combine(sums, stats, values.packed, out, tiling.splits, options.sinks)
+    return out
+
+
+@functools.lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

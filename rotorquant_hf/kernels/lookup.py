@@ -1,0 +1,272 @@
+"""From packed bytes to centroids inside a kernel.
+
+A row of codes is read as tiles of bytes, one per bit plane, with a column for every byte of the
+widest plane (see `quant.packing`: slot k of byte j holds element j + k S). Element j + k S of a
+narrower plane lies in another byte and slot; its byte is loaded at column j as well, so that
+every slot k of a tile yields the codes of the contiguous elements [k S, (k + 1) S).
+
+Centroids are those of N(0, 1) divided by `table_unit`, the same for every d; the factor
+`table_unit` / sqrt(d) goes into the scores and the output.
+
+Two ways from code to centroid:
+
+- portable: shift, mask, and a load from a table in memory (any width; also the interpreter).
+- PTX, for 2, 3 and 4 bits: `prmt.b32` picks 4 bytes of an 8-byte table by the 4 nibbles of a
+  word, so two of them look up the upper and lower bytes of four float16 centroids. Codes of four
+  bytes are brought into nibble positions by shifts and masks of whole words: 1.6 instructions a
+  number at 3 bits, 2.8 at 4, in place of about ten.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rotorquant_hf.quant.lloyd_max import LloydMaxCodebook
+
+PER_THREAD = tl.constexpr(
+    "{.reg .b32 t; mov.u32 t, %lanemask_eq; popc.b32 t, t; add.u32 t, t, $1; sub.u32 $0, t, 1;}"
+)
+_CENTROID_OPERANDS = tl.constexpr("=r,=r" + ",r" * 19)
+
+
+@triton.constexpr_function
+def plane_width(bits, i):
+    """Width of plane `i` of a code, 0 where there is none: `packing.planes`."""
+    widths = ((1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (8,))[int(bits) - 1]
+    return widths[int(i)] if int(i) < len(widths) else 0
+
+
+@triton.constexpr_function
+def slots(bits):
+    """Slots of the widest plane: pieces that a tile of bytes yields."""
+    return (8, 4, 4, 2, 2, 2, 2, 1)[int(bits) - 1]
+
+
+@functools.lru_cache(maxsize=8)
+def table_unit(bits: int) -> float:
+    """What centroids are divided by: of the units from 2 to 4, the one that float16 rounds least.
+
+    Any unit will do for the numbers; at 4 bits the best has a quarter of the rounding of 2.
+    """
+    exact = LloydMaxCodebook.for_dimension(1, bits).centroids
+    units = torch.linspace(2, 4, 4097, dtype=torch.float64)[:-1]
+    scaled = exact / units[:, None]
+    error = (_halves(scaled, bits).double() - scaled) * units[:, None]
+    return float(units[error.square().sum(dim=1).argmin()])
+
+
+def _halves(x: Tensor, bits: int) -> Tensor:
+    """x in float16, at 4 bits to the last but one bit: the last gets lost in `ptx_centroids`."""
+    if bits != 4:
+        return x.half()
+    return ((x.half().view(torch.int16) + 1) & -2).view(torch.float16)
+
+
+@functools.lru_cache(maxsize=64)
+def centroid_table(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(2**bits,) centroids in units of `table_unit`, float16 or float32."""
+    table = LloydMaxCodebook.for_dimension(1, bits).centroids / table_unit(bits)
+    return (_halves(table, bits) if dtype == torch.float16 else table.to(dtype)).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def ptx_words(bits: int, device: torch.device) -> Tensor:
+    """(4,) int32: the bytes of the float16 table as `prmt.b32` wants them; see `ptx_centroids`."""
+    table = centroid_table(bits, torch.float16, torch.device("cpu"))
+    halves = table.view(torch.int16).int() & 0xFFFF
+    if bits == 4:  # magnitudes, shifted so that bit 14 is free for the sign
+        halves = halves[8:] >> 1
+    high, low = halves >> 8, halves & 0xFF
+    words = [_word(part[i : i + 4]) for part in (high, low) for i in (0, 4)]
+    return torch.tensor(words, dtype=torch.int64).to(torch.int32).to(device)
+
+
+def _word(values: Tensor) -> int:
+    word = sum(int(v) << (8 * i) for i, v in enumerate(values))
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+@triton.jit
+def load_planes(p_row, o_s, m_row, S: tl.constexpr, BITS: tl.constexpr):
+    """The bytes of rows of codes, a tile (N, columns) per plane.
+
+    Args:
+        p_row: (N, 1) pointers to the rows. o_s: (columns,), S of them in use. m_row: (N, 1).
+    """
+    m = m_row & (o_s < S)[None, :]
+    W0: tl.constexpr = plane_width(BITS, 0)
+    tiles = (tl.load(p_row + o_s[None, :], mask=m, other=0),)
+    W1: tl.constexpr = plane_width(BITS, 1)
+    if W1 > 0:
+        S1: tl.constexpr = S * W1 // W0
+        tiles = tiles + (tl.load(p_row + S + (o_s % S1)[None, :], mask=m, other=0),)  # noqa: RUF005
+        W2: tl.constexpr = plane_width(BITS, 2)
+        if W2 > 0:
+            S2: tl.constexpr = S * W2 // W0
+            p_tile = p_row + S + S1 + (o_s % S2)[None, :]
+            tiles = tiles + (tl.load(p_tile, mask=m, other=0),)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def plane_field(
+    tile, o_s, S: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr, k: tl.constexpr
+):
+    """The bits that `PLANE` gives to the codes of slot `k`, (N, columns) int32, from bit 0."""
+    W0: tl.constexpr = plane_width(BITS, 0)
+    W: tl.constexpr = plane_width(BITS, PLANE)
+    shift = k * W0 + (o_s // (S * W // W0) * W)[None, :]
+    return (tile.to(tl.int32) >> shift) & ((1 << W) - 1)
+
+
+@triton.jit
+def unpack_slot(tiles, o_s, S: tl.constexpr, BITS: tl.constexpr, k: tl.constexpr):
+    """The codes of slot `k`, (N, columns) int32."""
+    code = plane_field(tiles[0], o_s, S, BITS, 0, k)
+    W0: tl.constexpr = plane_width(BITS, 0)
+    W1: tl.constexpr = plane_width(BITS, 1)
+    if W1 > 0:
+        code |= plane_field(tiles[1], o_s, S, BITS, 1, k) << W0
+        W2: tl.constexpr = plane_width(BITS, 2)
+        if W2 > 0:
+            code |= plane_field(tiles[2], o_s, S, BITS, 2, k) << (W0 + W1)
+    return code
+
+
+@triton.jit
+def load_table(p_table, p_words, BITS: tl.constexpr, PTX: tl.constexpr):
+    """What `slot_centroids` looks up in: a pointer, or four words in registers."""
+    if PTX and (BITS == 2 or BITS == 3 or BITS == 4):
+        table = (
+            _per_thread(tl.load(p_words)),
+            _per_thread(tl.load(p_words + 1)),
+            _per_thread(tl.load(p_words + 2)),
+            _per_thread(tl.load(p_words + 3)),
+        )
+    else:
+        table = (p_table, p_table, p_table, p_table)
+    return table
+
+
+@triton.jit
+def slot_centroids(
+    tiles, o_s, table, S: tl.constexpr, BITS: tl.constexpr, k: tl.constexpr, PTX: tl.constexpr
+):
+    """Centroids of the codes of slot `k`, (N, columns), in the dtype of the table.
+
+    Columns beyond S hold the centroid of code 0: the operand they meet has zeros there, or they
+    are not stored.
+    """
+    if PTX and (BITS == 2 or BITS == 3 or BITS == 4):
+        second = tiles[0]
+        upper_half = tiles[0]
+        if BITS == 3:
+            second = tiles[1]
+            upper_half = tl.where(o_s >= S // 2, 255, 0).to(tl.uint8)[None, :]
+        return tl.inline_asm_elementwise(
+            ptx_centroids(BITS, k),
+            _CENTROID_OPERANDS,
+            [tiles[0], second, upper_half, table[0], table[1], table[2], table[3]],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return tl.load(table[0] + unpack_slot(tiles, o_s, S, BITS, k))
+
+
+@triton.jit
+def slot_signs(tile, k: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """+1 or -1 by bit `k` of every byte of a tile."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            ptx_signs(k), "=r,=r,r", [tile], dtype=tl.float16, is_pure=True, pack=4
+        )
+    else:
+        return (((tile.to(tl.int32) >> k) & 1) * 2 - 1).to(DTYPE)
+
+
+@triton.jit
+def _per_thread(word):
+    """`word`, in a register of every thread: a uniform register would be copied at every use."""
+    return tl.inline_asm_elementwise(
+        PER_THREAD,
+        "=r,r",
+        [word],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.constexpr_function
+def ptx_centroids(bits, k):
+    """PTX from four bytes of codes to their four float16 centroids of slot `k`.
+
+    Operands: $0, $1 the results, two float16 each; $2 the bytes of the first plane; $3 of the
+    second (3 bits) at their column modulo S / 2; $4 0xFF in the columns from S / 2 on; $5 and $9
+    the upper bytes of the table's entries 0-3 and 4-7, $13 and $17 the lower bytes. (Scalars
+    come once per element, hence the steps of four.)
+
+    In each variant `n` first gets eight selectors, one per nibble: nibble 2 i + h belongs to byte
+    i and to slot k of h = 0 or 1. The look-up of the low, then of the high 16 bits gives the
+    bytes of four numbers each, of which the wanted slot's two are put together.
+    """
+    bits, k = int(bits), int(k)
+    if bits == 4:
+        # Slot h is nibble h. The top bit says positive; the codebook is symmetric, so a negative
+        # code counts magnitudes downwards: complement its low bits. `prmt` with the top bit of a
+        # selector set fills the byte with the sign of the entry: 0xFF for positive codes, and
+        # else the entry, 0x80. Its bit 6 becomes the sign, which the last shift brings to bit 15.
+        select = """
+            and.b32 t, $2, 0x88888888;
+            shr.b32 n, t, 3;
+            sub.u32 t, t, n;
+            lop3.b32 n, $2, t, 0x77777777, 0x82;"""
+        h, upper_code = k, "shr.b32 c, $2, 16;"
+        sign = "prmt.b32 t, 0x80808080, 0x80808080, c; lop3.b32 a, a, t, 0x40404040, 0xF2;"
+        first, last = "mov.b32 c, $2;", "shl.b32 OUT, OUT, 1;"
+    else:
+        # Slots k and k + 2 of the plane of 2 bits are nibbles 0 and 1 after a shift by 2 (k % 2).
+        h, odd = k // 2, k % 2
+        upper_code, sign, first, last = "", "", "", ""
+        move = "shr.b32 n, $2, 2; and.b32 n, n, 0x33333333;"
+        select = move if odd else "and.b32 n, $2, 0x33333333;"
+        if bits == 3:
+            # The plane of 1 bit: columns from S / 2 on are one bit further up in their byte.
+            shift = "" if odd else "shl.b32 t, t, 2;"
+            select += f"""
+            shr.b32 t, $3, 1;
+            lop3.b32 t, $3, t, $4, 0xD8;
+            {shift}
+            lop3.b32 n, n, t, 0x44444444, 0xF8;"""
+    order = "0x7351" if h else "0x6240"
+    look_up = f"""
+            prmt.b32 a, $5, $9, n;
+            prmt.b32 b, $13, $17, n;
+            {sign}
+            prmt.b32 OUT, b, a, {order};
+            {last}"""
+    return f"""{{
+            .reg .b32 n, t, a, b, c;
+            {first}{select}{look_up.replace("OUT", "$0")}
+            shr.b32 n, n, 16;
+            {upper_code}{look_up.replace("OUT", "$1")}
+        }}"""
+
+
+@triton.constexpr_function
+def ptx_signs(k):
+    """PTX from four bytes to four float16 of +1 (bit `k` set: 0x3C00) or -1 (0xBC00)."""
+    return f"""{{
+            .reg .b32 t;
+            shl.b32 t, $2, {7 - int(k)};
+            lop3.b32 t, t, 0x80808080, 0xBCBCBCBC, 0x6A;
+            prmt.b32 $0, t, 0, 0x1404;
+            prmt.b32 $1, t, 0, 0x3424;
+        }}"""

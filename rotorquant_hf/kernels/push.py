@@ -1,0 +1,131 @@
+"""One step of decoding on the device: new tokens enter the ring, and the lengths move on.
+
+The state of a layer is a vector of `STATE` int32:
+
+    0 sinks           number of first tokens kept exactly
+    1 packed_begin    first packed row in use      2 packed_count
+    3 tail_begin      slot of the oldest token     4 tail_count     of the ring
+    5 flush_begin     slot     6 flush_count       7 flush_row      block to be coded now
+    8 arrived         programs of this launch that are done
+
+After a push, 0-4 are what attention reads and 5-7 the block that the append kernel codes. It is
+still read exactly by this step's attention; the next push counts it among the packed ones.
+All of this happens on the device, so that a CUDA graph of a step can be replayed.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+STATE = 9
+LENGTHS, FLUSH = slice(0, 5), slice(5, 8)
+
+
+def push_tokens(
+    keys: Tensor,
+    values: Tensor,
+    ring_keys: Tensor,
+    ring_values: Tensor,
+    state: Tensor,
+    *,
+    residual: int,
+    block: int,
+    window: int,
+) -> None:
+    """Put new tokens into the ring and advance the state.
+
+    Args:
+        keys, values: (batch, heads, n, d), any strides; n at most the free slots of the ring.
+        ring_keys, ring_values: (batch, heads, slots, d), contiguous.
+        state: (STATE,) int32.
+        residual, block: tokens leave the ring in multiples of `block`, down to `residual`.
+        window: of sliding-window attention, 0 for none: before the new tokens, only the last
+            window - 1 are kept. What is beyond has to be packed tokens.
+    """
+    batch, heads, n, d_k = keys.shape
+    d_v = values.shape[3]
+    push_kernel[(batch * heads,)](
+        keys,
+        *keys.stride(),
+        values,
+        *values.stride(),
+        ring_keys,
+        ring_values,
+        state,
+        heads,
+        ring_keys.shape[2],
+        residual,
+        block,
+        window,
+        d_k,
+        d_v,
+        N=n,
+        PAD_K=triton.next_power_of_2(d_k),
+        PAD_V=triton.next_power_of_2(d_v),
+        num_warps=1,
+    )
+
+
+@triton.jit(do_not_specialize=["residual", "block", "window", "slots"])
+def push_kernel(
+    p_k,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    p_v,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    p_ring_k,
+    p_ring_v,
+    p_state,
+    heads,
+    slots,
+    residual,
+    block,
+    window,
+    d_k,
+    d_v,
+    N: tl.constexpr,
+    PAD_K: tl.constexpr,
+    PAD_V: tl.constexpr,
+):
+    i_bh = tl.program_id(0).to(tl.int64)
+    i_b, i_h = i_bh // heads, i_bh % heads
+    o_k, o_v = tl.arange(0, PAD_K), tl.arange(0, PAD_V)
+    m_k, m_v = o_k < d_k, o_v < d_v
+    packed_begin, packed_count = tl.load(p_state + 1), tl.load(p_state + 2)
+    tail_begin, tail_count = tl.load(p_state + 3), tl.load(p_state + 4)
+    flushed = tl.load(p_state + 6)
+
+    p_row_k = p_k + i_b * stride_kb + i_h * stride_kh + o_k * stride_kd
+    p_row_v = p_v + i_b * stride_vb + i_h * stride_vh + o_v * stride_vd
+    for i in range(N):
+        slot = i_bh * slots + (tail_begin + tail_count + i) % slots
+        tl.store(p_ring_k + slot * d_k + o_k, tl.load(p_row_k + i * stride_kn, mask=m_k), mask=m_k)
+        tl.store(p_ring_v + slot * d_v + o_v, tl.load(p_row_v + i * stride_vn, mask=m_v), mask=m_v)
+
+    # Every program has read the state when the last one arrives, and writes it.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(p_state + 8, 1)
+    if arrived == tl.num_programs(0) - 1:
+        packed_count += flushed
+        tail_begin += flushed
+        tail_count += N - flushed
+        if window > 0:
+            hidden = tl.maximum(packed_count + tail_count - (window - 1 + N), 0)
+            packed_begin += hidden
+            packed_count -= hidden
+        tail_begin = tail_begin % slots
+        tl.store(p_state + 1, packed_begin)
+        tl.store(p_state + 2, packed_count)
+        tl.store(p_state + 3, tail_begin)
+        tl.store(p_state + 4, tail_count)
+        tl.store(p_state + 5, tail_begin)
+        tl.store(p_state + 6, tl.maximum(tail_count - residual, 0) // block * block)
+        tl.store(p_state + 7, packed_begin + packed_count)
+        tl.store(p_state + 8, 0)

@@ -1,0 +1,178 @@
+"""The kernel before attention: queries as packed keys want them.
+
+A score is <q, k_hat> = <T(q w), c> s + <q, mean>, with the weights w and means of the keys'
+`ChannelStatistics`, and for `RotorQuantProd` + <S T(q w), sign> |r| sqrt(pi/2) / m. What depends
+on the query alone is done once, here:
+
+    rotated = T(q w),  projected = S T(q w),  offset = <q, mean>.
+
+The first two are stored as unit-sized float16 rows with a float32 factor each, so that no unit of
+the model leaves float16 (or as float32 with factor 1, for float32 attention).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rotorquant_hf.packed import PackedSpan
+from rotorquant_hf.quant import RotorQuantProd
+
+_ROWS = 16
+
+
+@dataclass(frozen=True)
+class PreparedQueries:
+    """Queries (batch * kv heads, rows, ...); row i g + j is query i of the group's head j of g.
+
+    Attributes:
+        rotated: (batch * kv heads, rows, d) float16 or float32. projected: the same with m, or
+            a placeholder where keys have no signs.
+        factors: (3, batch * kv heads, rows) float32: of `rotated`, of `projected`, and the offset.
+    """
+
+    rotated: Tensor
+    projected: Tensor
+    factors: Tensor
+
+
+def prepare_queries(query: Tensor, keys: PackedSpan, dtype: torch.dtype) -> PreparedQueries:
+    """Rotate and project queries (batch, query heads, n, d) for attention over `keys`."""
+    batch, query_heads, n, d = query.shape
+    heads = keys.statistics.weight.shape[1]
+    group = query_heads // heads
+    rows = n * group
+    weight, mean = keys.statistics.weight, keys.statistics.mean
+    rotation = keys.quantizer.rotation.matrix()
+    prod = isinstance(keys.quantizer, RotorQuantProd)
+    if isinstance(keys.quantizer, RotorQuantProd):
+        projection = _projection(keys.quantizer)
+    else:
+        projection = rotation
+    m = projection.shape[0]
+    rotated = query.new_empty(batch * heads, rows, d, dtype=dtype)
+    projected = query.new_empty(batch * heads, rows, m, dtype=dtype) if prod else rotated
+    factors = query.new_empty(3, batch * heads, rows, dtype=torch.float32)
+    prepare_kernel[(triton.cdiv(rows, _ROWS), batch * heads)](
+        query,
+        *query.stride(),
+        weight,
+        int(weight.shape[3] != 1),
+        weight if mean is None else mean,
+        rotation,
+        projection,
+        rotated,
+        projected,
+        factors,
+        factors.stride(0),
+        heads,
+        group,
+        rows,
+        d,
+        m,
+        MEAN=mean is not None,
+        PROD=prod,
+        HALF=dtype == torch.float16,
+        ROWS=_ROWS,
+        PAD_D=max(16, triton.next_power_of_2(d)),
+        PAD_M=max(16, triton.next_power_of_2(m)) if prod else 16,
+        CHUNK=32 if max(d, m) <= 128 and not prod else 16,
+        num_warps=4 if max(d, m) <= 256 and not prod else 8,
+    )
+    return PreparedQueries(rotated, projected, factors)
+
+
+@functools.lru_cache(maxsize=64)
+def _projection(quantizer: RotorQuantProd) -> Tensor:
+    """S T, (m, d) float32."""
+    return (quantizer.S.double() @ quantizer.rotation.matrix().double()).float()
+
+
+@triton.jit(do_not_specialize=["rows"])
+def prepare_kernel(
+    p_q,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    p_weight,
+    stride_weight,
+    p_mean,
+    p_rotation,
+    p_projection,
+    p_rotated,
+    p_projected,
+    p_factors,
+    stride_f,
+    heads,
+    group,
+    rows,
+    d,
+    m,
+    MEAN: tl.constexpr,
+    PROD: tl.constexpr,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAD_D: tl.constexpr,
+    PAD_M: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    i_bh = tl.program_id(1).to(tl.int64)
+    o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_d, o_m = tl.arange(0, PAD_D), tl.arange(0, PAD_M)
+    m_r, m_d, m_m = o_r < rows, o_d < d, o_m < m
+
+    p_row = p_q + i_bh // heads * stride_qb
+    p_row += (i_bh % heads * group + o_r % group) * stride_qh
+    p_row += (o_r // group).to(tl.int64) * stride_qn
+    p_w = p_weight + i_bh * tl.where(stride_weight == 1, d, 1)
+    offset = tl.zeros([ROWS], tl.float32)
+    b_y = tl.zeros([ROWS, PAD_D], tl.float32)
+    b_g = tl.zeros([ROWS, PAD_M], tl.float32)
+    for k in range(0, d, CHUNK):
+        o_k = k + tl.arange(0, CHUNK)
+        m_k = o_k < d
+        m_q = m_r[:, None] & m_k[None, :]
+        b_q = tl.load(p_row[:, None] + o_k[None, :] * stride_qd, mask=m_q, other=0)
+        b_q = b_q.to(tl.float32)
+        if MEAN:
+            b_mean = tl.load(p_mean + i_bh * d + o_k, mask=m_k, other=0)
+            offset += tl.sum(b_q * b_mean[None, :], axis=1)
+        b_q *= tl.load(p_w + o_k * stride_weight, mask=m_k, other=0)[None, :]
+        # Row k of T^T is column k of T.
+        p_t = p_rotation + o_d[None, :] * d + o_k[:, None]
+        b_t = tl.load(p_t, mask=m_d[None, :] & m_k[:, None], other=0)
+        b_y = tl.dot(b_q, b_t, b_y, input_precision="tf32x3")
+        if PROD:
+            p_s = p_projection + o_m[None, :] * d + o_k[:, None]
+            b_s = tl.load(p_s, mask=m_m[None, :] & m_k[:, None], other=0)
+            b_g = tl.dot(b_q, b_s, b_g, input_precision="tf32x3")
+
+    p_factor = p_factors + i_bh * rows + o_r
+    tl.store(p_factor + 2 * stride_f, offset, mask=m_r)
+    b_unit, factor = _unit_rows(b_y, HALF)
+    p_out = p_rotated + (i_bh * rows + o_r[:, None]) * d + o_d[None, :]
+    b_unit = b_unit.to(p_rotated.dtype.element_ty)
+    tl.store(p_out, b_unit, mask=m_r[:, None] & m_d[None, :])
+    tl.store(p_factor, factor, mask=m_r)
+    if PROD:
+        b_unit, factor = _unit_rows(b_g, HALF)
+        p_out = p_projected + (i_bh * rows + o_r[:, None]) * m + o_m[None, :]
+        b_unit = b_unit.to(p_projected.dtype.element_ty)
+        tl.store(p_out, b_unit, mask=m_r[:, None] & m_m[None, :])
+        tl.store(p_factor + stride_f, factor, mask=m_r)
+
+
+@triton.jit
+def _unit_rows(b_y, HALF: tl.constexpr):
+    """Rows divided by their largest magnitude, and that; as they are unless HALF."""
+    factor = tl.full([b_y.shape[0]], 1.0, tl.float32)
+    if HALF:
+        peak = tl.max(tl.abs(b_y), axis=1)
+        factor = tl.where(peak > 0, peak, 1.0)
+    return b_y / factor[:, None], factor

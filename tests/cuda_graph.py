@@ -1,0 +1,100 @@
+"""CUDA graphs, emulated on the CPU: what a capture records is run again by `replay`.
+
+During a capture every torch operator and every Triton launch is recorded with its very tensors;
+`replay` runs them again in order and writes each result into the tensor that the capture got.
+Python does not run again, as on a GPU: what the host computes anew in each step is frozen. An
+operator that would ask the device for a value fails the capture, as on a GPU.
+
+A real capture does not compute. Here it does, so the tensors given as `memory` are put back to
+what they held before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import GridExecutor
+
+_SYNCHRONISING = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero"}
+
+
+class EmulatedGraph:
+    """Stands for `torch.cuda.CUDAGraph`."""
+
+    captures = 0
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        """Run what was recorded."""
+        for call in self.calls:
+            call()
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, graph: EmulatedGraph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        assert func._overloadpacket.__name__ not in _SYNCHRONISING, f"{func} waits for the device"
+        out = func(*args, **kwargs)
+        aliases = [x.alias_info for x in func._schema.returns]
+        if all(a is None for a in aliases):
+            results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+
+            def again() -> None:
+                new = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, Tensor)]
+                for old, value in zip(results, new, strict=True):
+                    old.copy_(value)
+
+            self.graph.calls.append(again)
+        elif any(a is not None and a.is_write for a in aliases):
+            self.graph.calls.append(lambda: func(*args, **kwargs))
+        return out
+
+
+@contextmanager
+def emulated(monkeypatch: Any, memory: Callable[[], list[Tensor]]) -> Iterator[None]:
+    """Put the emulation in the place of torch's CUDA graphs.
+
+    Args:
+        memory: gives the tensors that the captured step changes and later steps read.
+    """
+    launch = GridExecutor.__call__
+    recording: list[EmulatedGraph] = []
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if recording:
+            recording[-1].calls.append(lambda: launch(self, *args, **kwargs))
+            with torch.utils._python_dispatch._disable_current_modes():
+                return launch(self, *args, **kwargs)
+        return launch(self, *args, **kwargs)
+
+    @contextmanager
+    def capture(graph: EmulatedGraph) -> Iterator[None]:
+        EmulatedGraph.captures += 1
+        before = [(x, x.clone()) for x in memory()]
+        recording.append(graph)
+        try:
+            with _Recorder(graph):
+                yield
+        finally:
+            recording.pop()
+        for tensor, value in before:
+            tensor.copy_(value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", recorded)
+        patch.setattr(torch.cuda, "CUDAGraph", EmulatedGraph)
+        patch.setattr(torch.cuda, "graph", capture)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(recording))
+        yield
