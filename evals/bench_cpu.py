@@ -12,11 +12,14 @@ the middle half of the samples in brackets.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -53,6 +56,7 @@ def interleaved(variants: dict[str, Callable[[], Tensor]], repeats: int) -> dict
     return times
 
 
+@torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Print a Markdown table, a row per width, dtype and number of threads."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -66,8 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    torch.set_grad_enabled(False)
-    print(f"{' '.join(sys.orig_argv[1:])}; torch {torch.__version__}, {platform.processor()}\n")
+    threads_before = torch.get_num_threads()
+    print(f"{' '.join(sys.orig_argv[1:])}; torch {torch.__version__}, {_machine()}\n")
     columns = ("packed codes", "dequantise + sdpa", "ratio", "sdpa, uncompressed")
     print(f"| dtype | bits | threads | {' | '.join(columns)} |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -98,6 +102,14 @@ def main(argv: list[str] | None = None) -> None:
                     f"| {dtype} | {bits} | {threads} | {packed} | {dequantised} | {ratio:.2f}x | "
                     f"{plain} |"
                 )
+    torch.set_num_threads(threads_before)
+
+
+def _machine() -> str:
+    cores = f"{os.cpu_count()} cores"
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{names[0] if names else platform.machine()}, {cores}"
 
 
 def _summary(samples: list[float]) -> str:

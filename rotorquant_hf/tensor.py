@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rotorquant_hf.attention.attend import attend, misfit, needs_gradient
+from rotorquant_hf.attention.attend import compute, misfit, needs_gradient
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.packed import PackedSpan
 from rotorquant_hf.views import AS_STORED, VIEWS, HeadView
@@ -172,7 +172,7 @@ def _attend(
         return None
     if needs_gradient(query, key.states, value.states, options):
         return None
-    return attend(query, key.states, value.states, options)
+    return compute(query, key.states, value.states, options)
 
 
 def _presented_otherwise(

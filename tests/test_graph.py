@@ -1,6 +1,7 @@
 """DecodeGraph, with real CUDA graphs on a GPU and emulated ones (`tests.cuda_graph`) elsewhere."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -96,9 +97,8 @@ def test_replayed_steps_are_eager_steps(options, graphs):
 
 
 def test_sliding_layers(graphs):
-    model = build("mistral").to(DEVICE)
+    model = copy.deepcopy(build("mistral", "rotorquant")).to(DEVICE)
     model.config.sliding_window = 20
-    model.set_attn_implementation("rotorquant")
     ids = prompt(model, 1, 46)
     wanted = decode_eagerly(model, ids, RotorQuantCache(config=model.config, **SMALL), 15)
     cache = RotorQuantCache(config=model.config, **SMALL)
@@ -185,7 +185,7 @@ class TestRefused:
             DecodeGraph(OnGPU(model), cache, **graph)
 
     def test_short_sliding_windows(self):
-        model = build("mistral")
+        model = copy.deepcopy(build("mistral"))
         model.config.sliding_window = 16
         cache = RotorQuantCache(config=model.config, **SMALL)
         model(torch.ones(1, 3, dtype=torch.long), past_key_values=cache)

@@ -41,6 +41,11 @@ def attend(query: Tensor, keys: States, values: States, options: AttentionOption
             "attention over packed codes has no gradient; call it under torch.no_grad(), or use "
             "the materialised keys and values"
         )
+    return compute(query, keys, values, options)
+
+
+def compute(query: Tensor, keys: States, values: States, options: AttentionOptions) -> Tensor:
+    """`attend` without its checks, for callers that have made them."""
     if uses_triton(query.device):
         from rotorquant_hf.kernels.launch import attend_packed, supports
 

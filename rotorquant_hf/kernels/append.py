@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rotorquant_hf.kernels.sizes import pieces
 from rotorquant_hf.packed import Quantizer
 from rotorquant_hf.quant import RotorQuantMSE, RotorQuantProd
 from rotorquant_hf.quant.packing import plane_bytes, planes
@@ -72,7 +73,7 @@ def append_block(bounds: Tensor, max_count: int, keys: AppendPart, values: Appen
         return
     arguments, options = kernel_arguments(bounds, keys, values)
     batch, heads = keys.x.shape[:2]
-    tiles = triton.cdiv(max_count, arguments["TOKENS"])
+    tiles = pieces(max_count, arguments["TOKENS"])
     with torch.cuda.device_of(bounds):  # Triton launches on the current device
         append_kernel[tiles, heads, 2 * batch](**arguments, **options)
 

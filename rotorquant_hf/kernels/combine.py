@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rotorquant_hf.kernels.lookup import table_unit
+from rotorquant_hf.kernels.sizes import padded, pieces
 from rotorquant_hf.packed import PackedSpan
 
 _ROWS = 16
@@ -43,7 +44,7 @@ def combine(
     batch, query_heads, _, _ = out.shape
     heads = total // batch
     weight, mean = values.statistics.weight, values.statistics.mean
-    combine_kernel[(triton.cdiv(rows, _ROWS), total)](
+    combine_kernel[(pieces(rows, _ROWS), total)](
         sums,
         stats,
         stats.stride(0),
@@ -64,7 +65,7 @@ def combine(
         MEAN=mean is not None,
         SINKS=sinks is not None,
         ROWS=_ROWS,
-        PAD_D=max(16, triton.next_power_of_2(d)),
+        PAD_D=padded(d),
         CHUNK=32 if d <= 256 else 16,
         num_warps=4 if d <= 256 else 8,
     )

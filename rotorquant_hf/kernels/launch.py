@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from rotorquant_hf.attention.options import AttentionOptions
@@ -17,6 +16,7 @@ from rotorquant_hf.kernels.combine import combine
 from rotorquant_hf.kernels.lookup import centroid_table, ptx_words, table_unit
 from rotorquant_hf.kernels.push import LENGTHS
 from rotorquant_hf.kernels.queries import prepare_queries
+from rotorquant_hf.kernels.sizes import pieces
 from rotorquant_hf.packed import PackedSpan
 from rotorquant_hf.quant import RotorQuantMSE, RotorQuantProd
 from rotorquant_hf.tensor import States
@@ -53,10 +53,10 @@ def choose_tiling(
 ) -> Tiling:
     """A tiling for `rows` query rows a kv head, `programs` = batch * kv heads, `tokens` packed."""
     least = 8 if dtype == torch.float16 else 16
-    block_m = min(max(triton.next_power_of_2(rows), least), 64 if d <= 256 else 16)
-    programs *= triton.cdiv(rows, block_m)
-    wanted = triton.cdiv(processors * _PROGRAMS_PER_PROCESSOR, programs)
-    splits = max(1, min(wanted, triton.cdiv(tokens, _LEAST_SPLIT)))
+    block_m = min(max(1 << (rows - 1).bit_length(), least), 64 if d <= 256 else 16)
+    programs *= pieces(rows, block_m)
+    wanted = pieces(processors * _PROGRAMS_PER_PROCESSOR, programs)
+    splits = max(1, min(wanted, pieces(tokens, _LEAST_SPLIT)))
     wide = block_m >= 32 or d > 128
     return Tiling(
         block_m=block_m,
@@ -143,7 +143,7 @@ def attend_packed(
     k_signs = k_rows["signs"] if prod else k_rows["codes"]
     k_norm = k_rows["residual_norm"] if prod else k_rows["scale"]
     device = query.device
-    attend_kernel[(triton.cdiv(rows, tiling.block_m), splits, batch * heads)](
+    attend_kernel[(pieces(rows, tiling.block_m), splits, batch * heads)](
         prepared.rotated,
         prepared.projected,
         prepared.factors,

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rotorquant_hf.kernels.sizes import padded
+
 STATE = 9
 LENGTHS, FLUSH = slice(0, 5), slice(5, 8)
 
@@ -62,8 +64,8 @@ def push_tokens(
         d_k,
         d_v,
         N=n,
-        PAD_K=triton.next_power_of_2(d_k),
-        PAD_V=triton.next_power_of_2(d_v),
+        PAD_K=padded(d_k),
+        PAD_V=padded(d_v),
         num_warps=1,
     )
 

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rotorquant_hf.kernels.sizes import padded, pieces
 from rotorquant_hf.packed import PackedSpan
 from rotorquant_hf.quant import RotorQuantProd
 
@@ -58,7 +59,7 @@ def prepare_queries(query: Tensor, keys: PackedSpan, dtype: torch.dtype) -> Prep
     rotated = query.new_empty(batch * heads, rows, d, dtype=dtype)
     projected = query.new_empty(batch * heads, rows, m, dtype=dtype) if prod else rotated
     factors = query.new_empty(3, batch * heads, rows, dtype=torch.float32)
-    prepare_kernel[(triton.cdiv(rows, _ROWS), batch * heads)](
+    prepare_kernel[(pieces(rows, _ROWS), batch * heads)](
         query,
         *query.stride(),
         weight,
@@ -79,8 +80,8 @@ def prepare_queries(query: Tensor, keys: PackedSpan, dtype: torch.dtype) -> Prep
         PROD=prod,
         HALF=dtype == torch.float16,
         ROWS=_ROWS,
-        PAD_D=max(16, triton.next_power_of_2(d)),
-        PAD_M=max(16, triton.next_power_of_2(m)) if prod else 16,
+        PAD_D=padded(d),
+        PAD_M=padded(m) if prod else 16,
         CHUNK=32 if max(d, m) <= 128 and not prod else 16,
         num_warps=4 if max(d, m) <= 256 and not prod else 8,
     )
