@@ -189,7 +189,7 @@ def other_costs(d: int, signs: int = 0, arch: int = 90) -> dict[str, Cost]:
     for name, kernel, constants, tiling in (
         ("prepare", prepare_kernel, prepare, eight if wide or signs else four),
         ("combine", combine_kernel, combine, eight if wide else four),
-        ("push", push_kernel, {"N": 1, "PAD_K": padded, "PAD_V": padded}, one),
+        ("push", push_kernel, {"PAD_K": padded, "PAD_V": padded}, one),
     ):
         known = {k: v for k, v in pointers.items() if k in kernel.arg_names}
         found[name] = compile_kernel(kernel, known, constants, tiling, arch)

@@ -32,6 +32,14 @@ def current(device: torch.device) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def on_device(values: list[int], device: torch.device) -> torch.Tensor:
+    """An int32 tensor on `device`, without waiting for it."""
+    tensor = torch.tensor(values, dtype=torch.int32)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Use one backend whatever the device, for comparisons and tests.

@@ -51,28 +51,38 @@ class TokenBuffers:
                 batch and heads matter only as long as there are none.
             count, expected: rows.
         """
-        if not self.tensors or self.end + count > self.capacity:
-            self._grow(like, len(self) + max(count, expected))
+        if not self.has_room(count):
+            self.adopt(self.grown(like, max(count, expected)))
         for name, tensor in self.tensors.items():
             if tensor.is_inference():  # cannot be written to outside inference mode
                 self.tensors[name] = tensor.clone()
+
+    def has_room(self, count: int) -> bool:
+        """Whether `count` more rows fit."""
+        return bool(self.tensors) and self.end + count <= self.capacity
+
+    def grown(self, like: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+        """Copies with the rows in use at the front and room for `count` more; see `adopt`."""
+        needed = len(self) + count
+        capacity = needed + needed // _GROWTH
+        return self._copies(like, capacity + -capacity % _GRANULE)
+
+    def adopt(self, tensors: dict[str, Tensor]) -> None:
+        """Take the copies that `grown` made in the place of the tensors."""
+        self.tensors = tensors
+        self.start, self.end = 0, len(self)
 
     def extend(self, count: int) -> None:
         """Count `count` rows, written into the room there is, among those in use."""
         self.end += count
 
-    def _grow(self, like: dict[str, Tensor], needed: int) -> None:
-        capacity = needed + needed // _GROWTH
-        capacity += -capacity % _GRANULE
-        self._reallocate(like, capacity)
-
-    def _reallocate(self, like: dict[str, Tensor], capacity: int) -> None:
+    def _copies(self, like: dict[str, Tensor], capacity: int) -> dict[str, Tensor]:
+        copies = {}
         for name, new in like.items():
-            grown = new.new_empty(*new.shape[:2], capacity, *new.shape[3:])
+            copies[name] = new.new_empty(*new.shape[:2], capacity, *new.shape[3:])
             if len(self):
-                grown[:, :, : len(self)] = self.tensors[name][:, :, self.start : self.end]
-            self.tensors[name] = grown  # one at a time: the old one is free before the next
-        self.start, self.end = 0, len(self)
+                copies[name][:, :, : len(self)] = self.tensors[name][:, :, self.start : self.end]
+        return copies
 
     def rows(self, start: int, end: int) -> dict[str, Tensor]:
         """Views of the rows [start, end), counted from the first row in use."""
@@ -86,10 +96,16 @@ class TokenBuffers:
         self.end -= count
         self._shrink()
 
-    def drop_front(self, count: int) -> None:
-        """Give up the first `count` rows; their space is reused at the next growth."""
+    def drop_front(self, count: int, shrink: bool = True) -> None:
+        """Give up the first `count` rows; their space is reused at the next growth.
+
+        Args:
+            count: rows.
+            shrink: False leaves the memory as it is, where something else refers to it.
+        """
         self.start += count
-        self._shrink()
+        if count and shrink:
+            self._shrink()
 
     def _shrink(self) -> None:
         """Free the space of rows given up, once it is a good part of the whole."""
@@ -98,7 +114,7 @@ class TokenBuffers:
         if not len(self):
             self.clear()
         elif self.capacity - len(self) > len(self) // 4 + 2 * _GRANULE:
-            self._reallocate(self.tensors, len(self))
+            self.adopt(self._copies(self.tensors, len(self)))
 
     def clear(self) -> None:
         """Give up everything."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rotorquant_hf.backend import on_device
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.packed import PackedSpan
 from rotorquant_hf.store import RotorQuantKVCache
@@ -40,6 +41,7 @@ class DecodingState:
         from rotorquant_hf.kernels.push import STATE
 
         self.store, self.sinks, self.config = store, sinks, config
+        store.reserve(0)  # the same rows for keys and values
         self.sliding_window = sliding_window
         slots = config.residual_length + 2 * config.block_length
         self.begin, self.count = 0, window[0].shape[2]
@@ -60,25 +62,43 @@ class DecodingState:
             with torch.inference_mode(False):
                 store.reserve(config.block_length)
         self._upload()
-        push_tokens(
-            keys,
-            values,
-            *self.ring,
-            self.lengths,
-            residual=config.residual_length,
-            block=config.block_length,
-            window=self.sliding_window,
-        )
-        self._push(n)
-        seen = self._states(0), self._states(1)
-        if self._flush() or self.captured:
-            append_block(
-                self.lengths[FLUSH],
-                config.block_length,
-                AppendPart(self.ring[0], *store.key_coding()),
-                AppendPart(self.ring[1], *store.value_coding()),
+        before = self.snapshot()
+        self._on_device = None  # until all is done
+        try:
+            push_tokens(
+                keys,
+                values,
+                *self.ring,
+                self.lengths,
+                residual=config.residual_length,
+                block=config.block_length,
+                window=self.sliding_window,
             )
+            self._push(n)
+            seen = self._states(0), self._states(1)
+            if self._leaving(self.count) or self.captured:
+                append_block(
+                    self.lengths[FLUSH],
+                    config.block_length,
+                    AppendPart(self.ring[0], *store.key_coding()),
+                    AppendPart(self.ring[1], *store.value_coding()),
+                )
+            self._flush()
+        except BaseException:
+            self.restore(before)
+            raise
         return seen
+
+    def snapshot(self) -> tuple[int, ...]:
+        """The lengths on the host, for `restore`."""
+        return self.begin, self.count, *self.store.rows_in_use()
+
+    def restore(self, snapshot: tuple[int, ...]) -> None:
+        """Undo steps on the host; the device is told before the next one."""
+        self.begin, self.count, start, end = snapshot
+        self.store.use_rows(start, end)
+        self.steps += 1
+        self._on_device = None
 
     def replayed(self, n: int) -> None:
         """Follow a step of n tokens that ran on the device alone."""
@@ -86,27 +106,22 @@ class DecodingState:
         self._flush()
 
     def _push(self, n: int) -> None:
-        self.store.drop_front(self._hidden())
+        self.store.drop_front(self._hidden(), shrink=False)
         self.count += n
         self.steps += 1
 
-    def _flush(self) -> int:
-        """Count the block that leaves the ring among the packed tokens; its length."""
+    def _flush(self) -> None:
+        """Count the block that leaves the ring among the packed tokens."""
         leaving = self._leaving(self.count)
         self.store.extend(leaving)
         self.begin = (self.begin + leaving) % self.ring[0].shape[2]
         self.count -= leaving
         self._on_device = self._lengths()
-        return leaving
 
     def _leaving(self, count: int) -> int:
         """How many of `count` exact tokens are quantised now."""
         block = self.config.block_length
         return max(0, count - self.config.residual_length) // block * block
-
-    def takes(self, n: int) -> bool:
-        """Whether a step of n tokens is possible: they fit, and packed tokens stay."""
-        return n <= self.config.block_length and self._hidden() < len(self.store)
 
     def _hidden(self) -> int:
         """Tokens that the next step's queries no longer see."""
@@ -125,14 +140,11 @@ class DecodingState:
             return
         if self.captured and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("the lengths on the device are not up to date; step once before")
-        values = torch.tensor([*lengths, 0, 0, 0, 0], dtype=torch.int32)
-        if self.lengths.device.type == "cuda":
-            values = values.pin_memory()
-        self.lengths.copy_(values, non_blocking=True)
+        self.lengths.copy_(on_device([*lengths, 0, 0, 0, 0], self.lengths.device))
 
     def _states(self, part: int) -> LiveStates:
         span = self.store.value_span() if part else self.store.key_span()
-        base = self.store.value_rows() if part else self.store.key_rows()
+        base = dict(self.store.value_rows() if part else self.store.key_rows())
         most = base["scale"].shape[2] if self.captured else span.shape[2]
         return LiveStates(
             self.sinks[part], span, self, part, self.begin, self.count, self.steps, base, most

@@ -19,10 +19,11 @@ class DecodeGraph:
     """Decodes one token at a time without the cost of launching a model's kernels one by one.
 
         cache = RotorQuantCache(config=model.config)
-        logits = model(prompt, past_key_values=cache).logits
-        graph = DecodeGraph(model, cache)
-        for _ in range(100):
-            logits = graph(logits[:, -1:].argmax(-1))
+        with torch.no_grad():
+            logits = model(prompt, past_key_values=cache).logits
+        with DecodeGraph(model, cache) as graph:
+            for _ in range(100):
+                logits = graph(logits[:, -1:].argmax(-1))
 
     The cache is the same before, between and after: it can be used otherwise at any time, and
     the step is captured anew where that moved its memory. Steps run as usual until every layer
@@ -36,7 +37,8 @@ class DecodeGraph:
     Raises:
         ValueError: if the model is not on a CUDA device; if the cache is empty, has a layer that
             is not compressed (such layers concatenate, which no graph can replay) or a sliding
-            window within the exact one; or if it checks entries for NaN.
+            window within the exact one, is not decoded by the kernels, or checks its entries
+            for NaN (`check_finite`); or if `room` is less than 1.
     """
 
     def __init__(self, model: Any, cache: RotorQuantCache, room: int = 1024) -> None:
@@ -65,8 +67,14 @@ class DecodeGraph:
                     f"which the exact window takes up to {least}; choose a smaller "
                     "residual_length or block_length, or decode without a graph"
                 )
+            if not layer.store.runs_on_kernels or layer.dtype == torch.float64:
+                raise ValueError(
+                    f"layer {index} does not decode through the Triton kernels, which take head "
+                    "dims that are multiples of 8 and 16- or 32-bit floats, and need Triton"
+                )
             self._layers.append(layer)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._memory: list[tuple[Any, ...]] = []
         self._warm = 0
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -80,12 +88,14 @@ class DecodeGraph:
             Logits, (batch, 1, vocabulary).
 
         Raises:
-            ValueError: if `input_ids` is not (batch, 1).
+            ValueError: if the arguments are not (batch, 1) of the cache's batch.
         """
-        if input_ids.dim() != 2 or input_ids.shape[1] != 1:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; pass (batch, 1)")
+        shape = (self._layers[0].batch_size, 1)
         if position_ids is None:
             position_ids = torch.full_like(input_ids, self.cache.get_seq_length())
+        for name, ids in (("input_ids", input_ids), ("position_ids", position_ids)):
+            if ids.shape != shape:
+                raise ValueError(f"{name} has shape {tuple(ids.shape)}; pass {shape}")
         if not self._fits():
             self._prepare()
         with torch.no_grad():
@@ -94,12 +104,15 @@ class DecodeGraph:
                 return self._step(input_ids, position_ids)
             if self._graph is None:
                 # This runs the step on the host, which counts the token, but not on the device.
-                self._graph = self._capture(input_ids, position_ids)
+                self._capture(input_ids, position_ids)
+                self._input_ids.copy_(input_ids)
+                self._position_ids.copy_(position_ids)
             else:
+                self._input_ids.copy_(input_ids)
+                self._position_ids.copy_(position_ids)
                 for layer in self._layers:
                     layer.follow_replay(1)
-            self._input_ids.copy_(input_ids)
-            self._position_ids.copy_(position_ids)
+            assert self._graph is not None
             self._graph.replay()
             return self._logits.clone()
 
@@ -109,24 +122,41 @@ class DecodeGraph:
         )
         return output.logits
 
-    def _capture(self, input_ids: Tensor, position_ids: Tensor) -> torch.cuda.CUDAGraph:
-        self._input_ids, self._position_ids = input_ids.clone(), position_ids.clone()
+    def _capture(self, input_ids: Tensor, position_ids: Tensor) -> None:
+        with torch.inference_mode(False):  # also written to outside of it
+            self._input_ids, self._position_ids = input_ids.clone(), position_ids.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._logits = self._step(self._input_ids, self._position_ids)
-        return graph
+        before = [x.decoding.snapshot() for x in self._layers if x.decoding is not None]
+        length = self.cache.get_seq_length()
+        try:
+            with torch.cuda.graph(graph):
+                self._logits = self._step(self._input_ids, self._position_ids)
+        except BaseException:
+            for layer, snapshot in zip(self._layers, before, strict=True):
+                if layer.get_seq_length() > length:
+                    layer.forget_step(1, snapshot)
+            raise
+        self._graph = graph
+        # Kept, so that no other tensor can come to lie where the graph writes.
+        self._memory = [_memory(x) for x in self._layers]
 
     def _is_prepared(self) -> bool:
         return all(x.decoding is not None and x.decoding.captured for x in self._layers)
 
     def _fits(self) -> bool:
-        """Whether what was captured is still what the layers are."""
+        """Whether there is room, and what was captured is still what the layers hold."""
         block = self.cache.settings.block_length
-        return self._is_prepared() and all(x.store.room >= block for x in self._layers)
+        if not self._is_prepared() or any(x.store.room < block for x in self._layers):
+            return False
+        return self._graph is None or all(
+            a is b
+            for layer, captured in zip(self._layers, self._memory, strict=True)
+            for a, b in zip(_memory(layer), captured, strict=True)
+        )
 
     def _prepare(self) -> None:
         """Take memory and fix it, in the layers that can decode on the device alone."""
-        self._graph, self._warm = None, 0
+        self._graph, self._memory, self._warm = None, [], 0
         for layer in self._layers:
             if layer.decoding is not None:
                 layer.store.pin(False)
@@ -136,7 +166,7 @@ class DecodeGraph:
 
     def close(self) -> None:
         """Forget the graph; the cache gives memory back again as it shrinks."""
-        self._graph = None
+        self._graph, self._memory = None, []
         for layer in self._layers:
             if layer.is_initialized:
                 layer.store.pin(False)
@@ -148,3 +178,9 @@ class DecodeGraph:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def _memory(layer: RotorQuantLayer) -> tuple[Any, ...]:
+    """What a captured step of a layer refers to."""
+    rows = layer.store.key_rows(), layer.store.value_rows()
+    return layer.decoding, layer.sinks, *rows[0].values(), *rows[1].values()

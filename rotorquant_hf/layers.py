@@ -61,6 +61,8 @@ class RotorQuantLayer(CacheLayerMixin):
 
     @window.setter
     def window(self, window: tuple[Tensor, Tensor]) -> None:
+        if self.decoding is not None:
+            self.decoding.steps += 1  # what attention was handed out of the ring is over
         self._window, self.decoding = window, None
 
     @property
@@ -107,23 +109,25 @@ class RotorQuantLayer(CacheLayerMixin):
 
     def _decodes(self, keys: Tensor, values: Tensor) -> bool:
         """Whether new tokens can be taken in by the kernels alone; sets `decoding` up for it."""
-        store = self.store
-        if not (0 < keys.shape[2] <= self.config.block_length and len(store)):
+        if not self._fits_a_step(keys, values):
+            return False
+        if self.decoding is None:
+            self.decoding = DecodingState(
+                self.store, self.sinks, self._window, self.config, self._decoding_window()
+            )
+            self._window = (keys[:, :, :0], values[:, :, :0])
+        return True
+
+    def _fits_a_step(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether the kernels can do it: few tokens, no gradient, packed tokens that stay."""
+        store, window = self.store, self._decoding_window()
+        hidden = max(0, len(store) + self.window_length - window + 1) if window else 0
+        if not 0 < keys.shape[2] <= self.config.block_length or hidden >= len(store):
             return False
         if not store.runs_on_kernels or keys.dtype == torch.float64:
             return False
-        if self.decoding is None:
-            recorded = (keys, values, *self._window)
-            if torch.is_grad_enabled() and any(x.requires_grad for x in recorded):
-                return False
-            self.decoding = DecodingState(
-                store, self.sinks, self._window, self.config, self._decoding_window()
-            )
-            self._window = (keys[:, :, :0], values[:, :, :0])
-        if self.decoding.takes(keys.shape[2]):
-            return True
-        self.window = self.decoding.window()
-        return False
+        recorded = (keys, values, *self._window)
+        return not (torch.is_grad_enabled() and any(x.requires_grad for x in recorded))
 
     def _decoding_window(self) -> int:
         """Tokens that a query sees, 0 for all."""
@@ -133,6 +137,11 @@ class RotorQuantLayer(CacheLayerMixin):
         """Count a step of n tokens that a CUDA graph took on the device alone."""
         assert self.decoding is not None
         self.decoding.replayed(n)
+
+    def forget_step(self, n: int, before: tuple[int, ...]) -> None:
+        """Undo on the host a step of n tokens that the device never took."""
+        assert self.decoding is not None
+        self.decoding.restore(before)
 
     def _step(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         assert self.decoding is not None
@@ -366,10 +375,16 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
         super().follow_replay(n)
         self.cumulative_length += n
 
+    def forget_step(self, n: int, before: tuple[int, ...]) -> None:
+        """As in `RotorQuantLayer`."""
+        super().forget_step(n, before)
+        self.cumulative_length -= n
+
     def _advance(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if not self.record_past and self._decodes(key_states, value_states):
+            visible = self._step(key_states, value_states)
             self.cumulative_length += key_states.shape[2]
-            return self._step(key_states, value_states)
+            return visible
         # More than the window is held only while past tokens are recorded.
         hidden = max(0, self._held() - self.sliding_window + 1)
         seen = self.window[0].shape[2] - max(0, hidden - len(self.store))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rotorquant_hf.backend import current, uses_triton
+from rotorquant_hf.backend import current, on_device, uses_triton
 from rotorquant_hf.buffers import TokenBuffers
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.packed import PackedSpan, Quantizer, encode
@@ -136,7 +136,7 @@ class RotorQuantKVCache:
 
         tokens = keys.shape[2]
         self.reserve(tokens, keys.shape[0], keys.shape[1])
-        bounds = torch.tensor([0, tokens, self._keys.end], dtype=torch.int32, device=self.device)
+        bounds = on_device([0, tokens, self._keys.end], self.device)
         with current(self.device):
             append_block(
                 bounds,
@@ -148,19 +148,33 @@ class RotorQuantKVCache:
 
     def reserve(self, count: int, batch: int = 0, heads: int = 0) -> None:
         """Make room for `count` more tokens, to be written into the rows and then counted by
-        `extend`. Batch and heads are needed as long as there are no rows.
+        `extend`; afterwards a token has the same row among keys and values. Batch and heads are
+        needed as long as there are no rows.
         """
-        for buffers, quantizer in (
-            (self._keys, self.key_quantizer),
-            (self._values, self.value_quantizer),
-        ):
+        keys, values = self._keys, self._values
+        even = (keys.start, keys.capacity) == (values.start, values.capacity)
+        if even and keys.has_room(count) and values.has_room(count):
+            return
+        grown = []
+        for buffers, quantizer in ((keys, self.key_quantizer), (values, self.value_quantizer)):
             like = buffers.tensors or empty_rows(quantizer, batch, heads, self.device)
-            buffers.reserve(like, count)
+            grown.append(buffers.grown(like, count))
+        keys.adopt(grown[0])  # only now, so that no failure leaves them with different rows
+        values.adopt(grown[1])
 
     def extend(self, count: int) -> None:
         """Count `count` tokens that were written into the rows after the last."""
         self._keys.extend(count)
         self._values.extend(count)
+
+    def rows_in_use(self) -> tuple[int, int]:
+        """The first row and the one after the last, of keys and values alike."""
+        return self._keys.start, self._keys.end
+
+    def use_rows(self, start: int, end: int) -> None:
+        """Go back to rows that were in use before, in the same memory."""
+        for buffers in (self._keys, self._values):
+            buffers.start, buffers.end = start, end
 
     def pin(self, pinned: bool) -> None:
         """Keep the rows where they are, whatever is dropped, or no longer."""
@@ -266,10 +280,10 @@ class RotorQuantKVCache:
         if not len(self):
             self.reset()
 
-    def drop_front(self, count: int) -> None:
-        """Forget the first `count` tokens; the statistics stay."""
-        self._keys.drop_front(count)
-        self._values.drop_front(count)
+    def drop_front(self, count: int, shrink: bool = True) -> None:
+        """Forget the first `count` tokens; the statistics stay, and unless `shrink` the memory."""
+        self._keys.drop_front(count, shrink)
+        self._values.drop_front(count, shrink)
 
     def reset(self) -> None:
         """Forget everything, statistics included."""

@@ -97,7 +97,6 @@ class CompressedTensor(Tensor):
             f"packed={self.states.packed.shape[2]})"
         )
 
-    @torch.compiler.disable
     def materialize(self) -> Tensor:
         """The dequantised tensor."""
         return self.view_of_heads.of(self.states.materialize())

@@ -199,6 +199,76 @@ def test_gradients_do_not_go_through_the_ring():
     assert torch.equal(new.grad[0], torch.ones_like(new.grad[0]))
 
 
+@pytest.mark.parametrize(
+    ("residual", "block", "sliding", "total"),
+    [(8, 80, 0, 300), (16, 16, 0, 150), (16, 96, 200, 420), (24, 8, 48, 200)],
+)
+def test_rows_are_there_before_they_are_written(residual, block, sliding, total):
+    """Blocks and windows of sizes for which the rows shrink, grow and move all the time."""
+    options = {"residual_length": residual, "block_length": block}
+    on_torch, on_kernels = layer(sliding, **options), layer(sliding, **options)
+    sizes = [residual + block + 8] + [max(1, block // 2)] * (
+        (total - residual) // max(1, block // 2)
+    )
+    states = tokens(sum(sizes))
+    for (k, _), (live_k, _) in zip(
+        feed(on_torch, states, sizes, "torch"),
+        feed(on_kernels, states, sizes, "triton"),
+        strict=True,
+    ):
+        rows = on_kernels.store.rows_in_use()
+        assert 0 <= rows[0] <= rows[1] <= on_kernels.store.key_rows()["codes"].shape[2]
+        off = (dense(k) - dense(live_k)).abs().amax(dim=-1) > 1e-4
+        assert off.float().mean() < 0.02
+    assert on_kernels.decoding is not None
+
+
+def test_a_failed_step_is_no_step(monkeypatch):
+    """Whatever fails, the layer holds what it held, and goes on rightly."""
+    states = tokens(60)
+    for sliding in (0, 24):
+        for name in ("push.push_tokens", "append.append_block"):
+            target, twin = layer(sliding), layer(sliding)
+            for one in (target, twin):
+                for _ in feed(one, states, (40, *[1] * 3), "triton"):
+                    pass
+
+            def fail(*args, **kwargs):
+                raise RuntimeError("out of memory")
+
+            with monkeypatch.context() as patch, backend("triton"):
+                patch.setattr(f"rotorquant_hf.kernels.{name}", fail)
+                for i in range(43, 52):
+                    length = target.get_seq_length()
+                    try:
+                        target.update(*states[:, :, :, i : i + 1])
+                        twin.update(*states[:, :, :, i : i + 1])
+                    except RuntimeError:
+                        break
+            assert target.get_seq_length() == length == twin.get_seq_length()
+            start = length
+            with backend("triton"):
+                for i in range(start, start + 6):
+                    a = target.update(*states[:, :, :, i : i + 1])
+                    b = twin.update(*states[:, :, :, i : i + 1])
+                    assert torch.equal(dense(a[0]), dense(b[0]))
+                    assert torch.equal(dense(a[1]), dense(b[1]))
+            lengths = target.decoding.lengths[:5].tolist(), twin.decoding.lengths[:5].tolist()
+            assert lengths[0][2] + lengths[0][4] == lengths[1][2] + lengths[1][4]
+
+
+def test_a_gradient_needed_later_leaves_the_ring():
+    states = tokens(60)
+    target = layer()
+    for _ in feed(target, states, (40, 1), "triton"):
+        pass
+    assert target.decoding is not None
+    new = states[:, :, :, 41:42].clone().requires_grad_()
+    with backend("triton"):
+        keys, _ = target.update(*new)
+    assert keys.requires_grad or keys.states.tail.requires_grad
+
+
 def test_double_precision_stays_on_the_torch_path():
     states = tokens(60).double()
     target = layer()

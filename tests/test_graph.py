@@ -146,6 +146,48 @@ def test_eager_steps_until_there_is_something_packed(graphs):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_ordinary_steps_in_between_may_move_the_memory(graphs):
+    """They outgrow the room of the graph, which has to be captured anew."""
+    model = build("llama").to(DEVICE)
+    ids = prompt(model, 1, 74)
+    wanted = decode_eagerly(model, ids, RotorQuantCache(**SMALL), 30)
+    cache = RotorQuantCache(**SMALL)
+    with torch.no_grad():
+        model(ids[:, :30], past_key_values=cache)
+        graph = graphs(model, cache, room=6)
+        found = [graph(ids[:, i : i + 1]) for i in range(30, 34)]
+        before = cache.layers[0].store.key_rows()["codes"]
+        for i in range(34, 70):
+            found.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
+        assert cache.layers[0].store.key_rows()["codes"] is not before
+        found += [graph(ids[:, i : i + 1]) for i in range(70, 74)]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_failed_capture_counts_nothing(graphs, monkeypatch):
+    model = build("llama").to(DEVICE)
+    ids = prompt(model, 1, 40)
+    wanted = decode_eagerly(model, ids[:, :36], RotorQuantCache(**SMALL), 30)
+    cache = RotorQuantCache(**SMALL)
+    with torch.no_grad():
+        model(ids[:, :30], past_key_values=cache)
+    graph = graphs(model, cache)
+    found = [graph(ids[:, i : i + 1]) for i in range(30, 32)]
+
+    def fail(self, x):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.lm_head), "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            graph(ids[:, 32:33])
+    assert cache.get_seq_length() == 32
+    found += [graph(ids[:, i : i + 1]) for i in range(32, 36)]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_closing_gives_memory_back(graphs):
     model = build("llama").to(DEVICE)
     ids = prompt(model, 1, 40)
@@ -161,6 +203,11 @@ def test_closing_gives_memory_back(graphs):
 
 
 class TestRefused:
+    @pytest.fixture(autouse=True)
+    def _on_kernels(self):
+        with backend("triton"):
+            yield
+
     def test_on_the_cpu(self, model):
         with pytest.raises(ValueError, match="on cpu; CUDA graphs need a CUDA device"):
             DecodeGraph(model, RotorQuantCache())
@@ -192,9 +239,20 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"sliding window of 16 tokens, of which .* up to 16"):
             DecodeGraph(OnGPU(model), cache)
 
-    def test_several_tokens(self, model):
+    def test_torch_backend(self, model):
         cache = RotorQuantCache()
         model(torch.ones(1, 3, dtype=torch.long), past_key_values=cache)
+        with backend("torch"), pytest.raises(ValueError, match="layer 0 does not decode through"):
+            DecodeGraph(OnGPU(model), cache)
+
+    @pytest.mark.parametrize("shape", [(1, 3), (2, 1), (1,)], ids=str)
+    def test_other_shapes(self, model, shape):
+        cache = RotorQuantCache()
+        one = torch.ones(1, 1, dtype=torch.long)
+        model(one.expand(1, 3), past_key_values=cache)
         graph = DecodeGraph(OnGPU(model), cache)
-        with pytest.raises(ValueError, match=r"shape \(1, 3\); pass \(batch, 1\)"):
-            graph(torch.ones(1, 3, dtype=torch.long))
+        with pytest.raises(ValueError, match=r"input_ids has shape .*; pass \(1, 1\)"):
+            graph(torch.ones(shape, dtype=torch.long), one)
+        with pytest.raises(ValueError, match=r"position_ids has shape .*; pass \(1, 1\)"):
+            graph(one, torch.ones(shape, dtype=torch.long))
+        assert cache.get_seq_length() == 3

@@ -49,7 +49,7 @@ def compute(query: Tensor, keys: States, values: States, options: AttentionOptio
     if uses_triton(query.device):
         from rotorquant_hf.kernels.launch import attend_packed, supports
 
-        if supports(keys.packed, values.packed):
+        if supports(keys.packed, values.packed, query.dtype):
             with current(query.device):
                 return attend_packed(query, keys, values, options)
     return attend_tiled(query, keys, values, options)

@@ -31,6 +31,7 @@ from rotorquant_hf.kernels.lookup import (
 
 NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_LEAST_LOGIT = tl.constexpr(-3.0e38)
 # A scale is 0 or at least 2^-24, the least float16.
 _LEAST_EXPONENT = tl.constexpr(-24)
 
@@ -473,7 +474,11 @@ def _logits(
         if MASK == 1:
             m_seen = m_seen & (b_mask != 0)
         else:
-            b_z += b_mask.to(tl.float32) * _LOG2_E
+            # The least float32, which masks are made of, must not become -inf in base 2: a row
+            # that has nothing else is an average then, as elsewhere.
+            b_mask = b_mask.to(tl.float32)
+            b_z = tl.maximum(b_z + b_mask * _LOG2_E, _LEAST_LOGIT)
+            b_z = tl.where(b_mask == float("-inf"), float("-inf"), b_z)
     if CAUSAL:
         m_seen = m_seen & (o_col[:, None] <= o_last[None, :])
     return tl.where(m_seen, b_z, float("-inf"))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rotorquant_hf.attention.options import AttentionOptions
+from rotorquant_hf.backend import on_device
 from rotorquant_hf.decoding import LiveStates
 from rotorquant_hf.kernels.attend import ADDED_MASK, BOOL_MASK, NO_MASK, attend_kernel
 from rotorquant_hf.kernels.combine import combine
@@ -24,6 +25,8 @@ from rotorquant_hf.tensor import States
 # A split of fewer tokens is not worth its partial result.
 _LEAST_SPLIT = 256
 _PROGRAMS_PER_PROCESSOR = 6
+# Numbers of the float32 partial results: 256 MiB.
+_MOST_SUMS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -43,28 +46,32 @@ class Tiling:
     stages: int
 
 
-def supports(keys: PackedSpan, values: PackedSpan) -> bool:
-    """Whether the kernels take these: head dims that are multiples of 8."""
-    return keys.quantizer.d % 8 == 0 and values.quantizer.d % 8 == 0
+def supports(keys: PackedSpan, values: PackedSpan, dtype: torch.dtype) -> bool:
+    """Whether the kernels take these: head dims that are multiples of 8, in float32 to 512.
+
+    (Larger ones in float32 leave the shared memory of most GPUs.)
+    """
+    dims = keys.quantizer.d, values.quantizer.d
+    return not any(d % 8 for d in dims) and (dtype != torch.float32 or max(dims) <= 512)
 
 
 def choose_tiling(
     rows: int, programs: int, tokens: int, d: int, processors: int, dtype: torch.dtype
 ) -> Tiling:
     """A tiling for `rows` query rows a kv head, `programs` = batch * kv heads, `tokens` packed."""
-    least = 8 if dtype == torch.float16 else 16
-    block_m = min(max(1 << (rows - 1).bit_length(), least), 64 if d <= 256 else 16)
+    half = dtype == torch.float16
+    wide = d > 256 or not half  # tiles of float32 take twice the shared memory
+    block_m = min(max(1 << (rows - 1).bit_length(), 8 if half else 16), 16 if wide else 64)
     programs *= pieces(rows, block_m)
     wanted = pieces(processors * _PROGRAMS_PER_PROCESSOR, programs)
     splits = max(1, min(wanted, pieces(tokens, _LEAST_SPLIT)))
-    wide = block_m >= 32 or d > 128
     return Tiling(
         block_m=block_m,
-        block_n=64 if d <= 256 else 32,
+        block_n=(64 if half else 32) if d <= 128 or (half and d <= 256) else 16,
         exact_n=16,
         splits=splits,
-        warps=4 if wide else 2,
-        stages=2,
+        warps=4 if block_m >= 32 or d > 128 or not half else 2,
+        stages=1 if wide else 2,
     )
 
 
@@ -85,16 +92,20 @@ class _Source:
     most: int
 
 
-def _source(states: States) -> _Source:
-    if not isinstance(states, LiveStates):
-        counts = [states.sinks.shape[2], 0, states.packed.shape[2], 0, states.tail.shape[2]]
-        lengths = torch.tensor(counts, dtype=torch.int32)
-        if states.tail.device.type == "cuda":
-            lengths = lengths.pin_memory().to(states.tail.device, non_blocking=True)
-        return _Source(states.packed.rows, states.tail, lengths, counts[2])
-    states.require_current()
-    ring = states.ring
-    return _Source(states.base, ring.ring[states.part], ring.lengths[LENGTHS], states.most)
+def _source(states: States, *, with_lengths: bool) -> _Source:
+    if isinstance(states, LiveStates):
+        states.require_current()
+        ring = states.ring
+        return _Source(states.base, ring.ring[states.part], ring.lengths[LENGTHS], states.most)
+    tail, tokens = _unit_stride(states.tail), states.packed.shape[2]
+    counts = [states.sinks.shape[2], 0, tokens, 0, tail.shape[2]]
+    lengths = on_device(counts, tail.device) if with_lengths else tail
+    return _Source(states.packed.rows, tail, lengths, tokens)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """x with neighbouring channels side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def attend_packed(
@@ -106,15 +117,43 @@ def attend_packed(
 ) -> Tensor:
     """Attention of queries (batch, query heads, n, key dim) over cached keys and values.
 
+    Many queries are taken some at a time, so that partial results stay within `_MOST_SUMS`.
     Float16 and bfloat16 queries compute with float16 operands and float32 sums, float32 queries
     with float32 throughout. Returns (batch, query heads, n, value dim) in the query's dtype.
     """
+    batch, query_heads, n, _ = query.shape
+    most = max(1, _MOST_SUMS // (2 * batch * query_heads * values.shape[3]))
+    if n <= most:
+        return _attend_some(query, keys, values, options, n, tiling)
+    out = query.new_empty(batch, query_heads, n, values.shape[3])
+    for start in range(0, n, most):
+        some = slice(start, min(start + most, n))
+        mask = options.mask
+        if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
+            mask = mask[..., some, :]
+        out[:, :, some] = _attend_some(
+            query[:, :, some], keys, values, replace(options, mask=mask), n - start, tiling
+        )
+    return out
+
+
+def _attend_some(
+    query: Tensor,
+    keys: States,
+    values: States,
+    options: AttentionOptions,
+    from_end: int,
+    tiling: Tiling | None,
+) -> Tensor:
+    """Attention of queries of which the first is the `from_end`-th from the last token."""
     batch, query_heads, n, d_k = query.shape
     heads, d_v = values.shape[1], values.shape[3]
     group = query_heads // heads
     rows = n * group
     dtype = torch.float32 if query.dtype == torch.float32 else torch.float16
-    k_source, v_source = _source(keys), _source(values)
+    k_source = _source(keys, with_lengths=True)
+    v_source = _source(values, with_lengths=False)
+    k_sinks, v_sinks = _unit_stride(keys.sinks), _unit_stride(values.sinks)
     if options.mask is not None and query.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             "this attention has a mask, whose length a CUDA graph would freeze; decode rows "
@@ -162,10 +201,10 @@ def attend_packed(
         *v_rows["codes"].stride()[:2],
         v_rows["scale"],
         *v_rows["scale"].stride()[:2],
-        keys.sinks,
-        *keys.sinks.stride()[:3],
-        values.sinks,
-        *values.sinks.stride()[:3],
+        k_sinks,
+        *k_sinks.stride()[:3],
+        v_sinks,
+        *v_sinks.stride()[:3],
         k_source.tail,
         *k_source.tail.stride()[:3],
         v_source.tail,
@@ -184,7 +223,7 @@ def attend_packed(
         heads,
         group,
         rows,
-        n,
+        from_end,
         splits,
         centroid_table(k_mse.bits, dtype, device),
         ptx_words(k_mse.bits, device),
@@ -205,7 +244,8 @@ def attend_packed(
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
-    combine(sums, stats, values.packed, out, tiling.splits, options.sinks)
+    sinks = None if options.sinks is None else options.sinks.contiguous()
+    combine(sums, stats, values.packed, out, tiling.splits, sinks)
     return out
 
 

@@ -58,19 +58,19 @@ def push_tokens(
         state,
         heads,
         ring_keys.shape[2],
+        n,
         residual,
         block,
         window,
         d_k,
         d_v,
-        N=n,
         PAD_K=padded(d_k),
         PAD_V=padded(d_v),
         num_warps=1,
     )
 
 
-@triton.jit(do_not_specialize=["residual", "block", "window", "slots"])
+@triton.jit(do_not_specialize=["n", "residual", "block", "window", "slots"])
 def push_kernel(
     p_k,
     stride_kb,
@@ -87,12 +87,12 @@ def push_kernel(
     p_state,
     heads,
     slots,
+    n,
     residual,
     block,
     window,
     d_k,
     d_v,
-    N: tl.constexpr,
     PAD_K: tl.constexpr,
     PAD_V: tl.constexpr,
 ):
@@ -106,7 +106,7 @@ def push_kernel(
 
     p_row_k = p_k + i_b * stride_kb + i_h * stride_kh + o_k * stride_kd
     p_row_v = p_v + i_b * stride_vb + i_h * stride_vh + o_v * stride_vd
-    for i in range(N):
+    for i in range(n):
         slot = i_bh * slots + (tail_begin + tail_count + i) % slots
         tl.store(p_ring_k + slot * d_k + o_k, tl.load(p_row_k + i * stride_kn, mask=m_k), mask=m_k)
         tl.store(p_ring_v + slot * d_v + o_v, tl.load(p_row_v + i * stride_vn, mask=m_v), mask=m_v)
@@ -117,9 +117,9 @@ def push_kernel(
     if arrived == tl.num_programs(0) - 1:
         packed_count += flushed
         tail_begin += flushed
-        tail_count += N - flushed
+        tail_count += n - flushed
         if window > 0:
-            hidden = tl.maximum(packed_count + tail_count - (window - 1 + N), 0)
+            hidden = tl.maximum(packed_count + tail_count - (window - 1 + n), 0)
             packed_begin += hidden
             packed_count -= hidden
         tail_begin = tail_begin % slots

@@ -126,12 +126,13 @@ class RotorQuantProd(nn.Module):
         x, peak = peak_and_rest(x.float())
         residual = self.rotation.rotate(x) - y_hat / peak
         norm = torch.linalg.vector_norm(residual, dim=-1) * peak.squeeze(-1)
+        most = torch.finfo(self.mse.scale_dtype).max
         with torch.autocast(x.device.type, enabled=False):
             positive = (residual @ self.S.T) >= 0
         return {
             "mse_indices": mse_indices,
             "qjl_signs": pack(positive, 1),
-            "residual_norm": norm.to(self.mse.scale_dtype),
+            "residual_norm": norm.clamp(max=most).to(self.mse.scale_dtype),
         }
 
     def decode(self, codes: ProdCodes) -> Tensor:
