@@ -56,6 +56,7 @@ from evals.timing import (
     markdown,
     on_gpu,
     random_states,
+    require_kernels,
 )
 from rotorquant_hf import RotorQuantConfig
 from rotorquant_hf.attention.options import AttentionOptions
@@ -828,6 +829,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="leave out what --out has")
     parser.add_argument("--share", type=share, help="I/N: only compile share I of N")
     args = parser.parse_args(argv)
+    require_kernels(parser, args.device)
+    numbers = (args.kv_heads, args.heads, *args.batch, *args.context, *args.head_dim)
+    if min(numbers) < 1 or not all(1 <= bits <= 8 for bits in args.bits):
+        parser.error("sizes must be positive, and --bits from 1 to 8")
     if args.heads % args.kv_heads:
         parser.error(f"--heads is {args.heads}; choose a multiple of --kv-heads {args.kv_heads}")
     return args

@@ -30,6 +30,8 @@ from rotorquant_hf.attention.attend import attend
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.tensor import CompressedTensor
 
+_DTYPES = ["float32", "bfloat16", "float16"]
+
 
 def cached(
     context: int, heads: int, d: int, bits: int, dtype: torch.dtype
@@ -64,11 +66,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=32, help="query heads")
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8])
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8], choices=range(1, 9))
+    parser.add_argument("--dtype", nargs="+", default=_DTYPES[:2], choices=_DTYPES)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args(argv)
+    if args.context < 300 or args.repeats < 2 or min(args.threads) < 1:
+        parser.error("choose a --context from 300, --repeats from 2 and --threads from 1")
+    if args.heads % args.kv_heads:
+        parser.error(f"--heads is {args.heads}; choose a multiple of --kv-heads {args.kv_heads}")
     torch.manual_seed(0)
     threads_before = torch.get_num_threads()
     print(f"{' '.join(sys.orig_argv[1:])}; torch {torch.__version__}, {_machine()}\n")

@@ -32,7 +32,7 @@ from rotorquant_hf.kernels.push import push_kernel
 from rotorquant_hf.kernels.queries import prepare_kernel
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# An H200: processors, clock, and its measured copy bandwidth.
+# An H200: processors, clock, and the bandwidth of a large copy as published for such machines.
 PROCESSORS, CLOCK, BANDWIDTH = 132, 1.755e9, 4.3e12
 _FLOATS = {"scale", "softcap", "key_unit", "sign_unit", "centroid_unit"}
 

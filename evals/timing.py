@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -51,6 +52,17 @@ class DeviceLost(RuntimeError):
 def device_of(name: str) -> torch.device:
     """A device by name, with its index."""
     return torch.empty(0, device=name).device
+
+
+def require_kernels(parser: argparse.ArgumentParser, device: str) -> None:
+    """Refuse to measure kernels where there is nothing to run them on."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device is {device}, but torch sees no CUDA device here")
+    if not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error(
+            f"--device is {device}: the kernels need a GPU; TRITON_INTERPRET=1 in the environment "
+            "runs this command through Triton's interpreter, to check it"
+        )
 
 
 def on_gpu(device: torch.device) -> bool:

@@ -305,7 +305,7 @@ def test_tuning_compares_tilings_and_reports_those_that_fail(tmp_path, monkeypat
 
     monkeypatch.setattr(bench_attention.Step, "attend", broken)
     status, path = run_attention(
-        tmp_path, "--bits", "3", "--tune", "--limit", "2", "--repeats", "1"
+        tmp_path, "--dtype", "float16", "--bits", "3", "--tune", "--limit", "2", "--repeats", "1"
     )
     assert status == 1
     rows = rows_of(path, "tune")

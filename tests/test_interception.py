@@ -506,3 +506,10 @@ def test_no_tensor_of_a_long_chunk_is_larger_than_its_output(tail, monkeypatch):
     with LargestTensor() as largest:
         out = F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
     assert largest.nbytes == out.nbytes
+
+
+def test_compiled_functions_take_it_in_one_graph():
+    """As flex_attention does, whose arguments must not break the graph."""
+    keys, _ = pair()
+    total = torch.compile(lambda x: x.sum(dim=-1), backend="eager", fullgraph=True)(keys)
+    torch.testing.assert_close(total, keys.materialize().sum(dim=-1))
