@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.llama.modeling_llama import repeat_kv
@@ -508,8 +509,10 @@ def test_no_tensor_of_a_long_chunk_is_larger_than_its_output(tail, monkeypatch):
     assert largest.nbytes == out.nbytes
 
 
-def test_compiled_functions_take_it_in_one_graph():
-    """As flex_attention does, whose arguments must not break the graph."""
-    keys, _ = pair()
-    total = torch.compile(lambda x: x.sum(dim=-1), backend="eager", fullgraph=True)(keys)
-    torch.testing.assert_close(total, keys.materialize().sum(dim=-1))
+def test_flex_attention_takes_it():
+    """Compiled, as Transformers calls it, and without a break of the graph."""
+    keys, values = pair()
+    query = draw(ROWS, 4, 3, D)
+    out = torch.compile(flex_attention, backend="eager")(query, keys, values, enable_gqa=True)
+    exact = flex_attention(query, keys.materialize(), values.materialize(), enable_gqa=True)
+    torch.testing.assert_close(out, exact)
