@@ -8,6 +8,7 @@ import torch
 from rotorquant_hf import RotorQuantConfig
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
+from rotorquant_hf.kernels import launch
 from rotorquant_hf.kernels.launch import Tiling, attend_packed, choose_tiling
 from rotorquant_hf.store import RotorQuantKVCache
 from rotorquant_hf.tensor import CachedStates
@@ -103,6 +104,20 @@ def test_several_queries_and_groups(n, heads):
     keys, values = states(tail=40)
     options = AttentionOptions(scale=0.125, causal=True)
     assert error(query(n=n, heads=heads), keys, values, options) < 1e-5
+
+
+@pytest.mark.parametrize("mask", [None, "by query", "shared"])
+def test_many_queries_are_taken_some_at_a_time(mask, monkeypatch):
+    monkeypatch.setattr(launch, "_MOST_SUMS", 2 * 2 * 4 * 64 * 5)  # five queries
+    launches = []
+    real = launch.combine
+    monkeypatch.setattr(launch, "combine", lambda *args: launches.append(1) or real(*args))
+    keys, values = states()
+    if mask is not None:
+        mask = torch.rand(1, 1, 12 if mask == "by query" else 1, 94, device=DEVICE) > 0.4
+    options = AttentionOptions(scale=0.125, mask=mask, causal=mask is None)
+    assert error(query(n=12), keys, values, options) < 1e-5
+    assert len(launches) == 3
 
 
 MASKS = {
