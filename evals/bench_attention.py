@@ -144,6 +144,12 @@ class Step:
 
         return attend_packed(self.query, self.keys, self.values, self.shape.options, tiling)
 
+    def default_tiling(self) -> Tiling:
+        """The tiling that `attend_packed` chooses."""
+        from rotorquant_hf.kernels.launch import default_tiling
+
+        return default_tiling(self.query, self.values)
+
     def reference(self) -> Tensor:
         """The same in float64, on the dequantised tensors."""
         keys, values = (
@@ -539,19 +545,6 @@ def _brief(row: dict[str, Any]) -> str:
 # Tuning
 
 
-def default_tiling(step: Step) -> Tiling:
-    """The tiling that `attend_packed` chooses for a step."""
-    from rotorquant_hf.kernels.launch import choose_tiling
-
-    shape, device = step.shape, step.query.device
-    processors = 1
-    if on_gpu(device):
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    dtype = torch.float32 if step.query.dtype == torch.float32 else torch.float16
-    programs = shape.batch * shape.kv_heads
-    return choose_tiling(shape.group, programs, step.keys.most, shape.head_dim, processors, dtype)
-
-
 def tilings(default: Tiling) -> list[Tiling]:
     """Tilings that need a compilation of their own, those most like the default first."""
     grid = itertools.product((32, 64, 128), (1, 2, 4, 8), (1, 2, 3))
@@ -567,12 +560,9 @@ def tilings(default: Tiling) -> list[Tiling]:
         mine, theirs = asdict(tiling), asdict(default)
         return sum(mine[name] != theirs[name] for name in mine)
 
-    return sorted({default, *found}, key=lambda x: (distance(x), x.warps == 1, astuple(x)))
-
-
-def astuple(tiling: Tiling) -> tuple[int, ...]:
-    """The numbers of a tiling, for sorting."""
-    return dataclasses.astuple(tiling)
+    return sorted(
+        {default, *found}, key=lambda x: (distance(x), x.warps == 1, dataclasses.astuple(x))
+    )
 
 
 def variations(tiling: Tiling, tokens: int) -> list[Tiling]:
@@ -603,7 +593,7 @@ class Tuner:
     ) -> None:
         self.steps, self.stopwatch, self.repeats = steps, stopwatch, repeats
         self.begin, self.time, self.report = time.monotonic(), seconds, report
-        self.default = default_tiling(steps[0])
+        self.default = steps[0].default_tiling()
         self.expected = steps[0].attend(self.default)
         self.seconds: dict[Tiling, float] = {}
 
@@ -735,7 +725,7 @@ def compile_share(shapes: list[Shape], args: argparse.Namespace, device: torch.d
             step = take_step(shape, settings, generator)
             step.attend()
             if args.tune:
-                others = tilings(default_tiling(step))[: args.limit][index::count]
+                others = tilings(step.default_tiling())[: args.limit][index::count]
         for tiling in others:
             if time.monotonic() < until:
                 with guarded(device, _say):

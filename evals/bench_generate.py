@@ -58,7 +58,7 @@ from evals.timing import (
     random_states,
     recover,
 )
-from rotorquant_hf import PRESETS, RotorQuantCache
+from rotorquant_hf import PRESETS, DecodeGraph, RotorQuantCache
 
 BASELINE = "dynamic"
 QUANTIZED = {"quanto": 4, "hqq": 4, "fp8": None}
@@ -200,10 +200,8 @@ class Decoder:
 
     def _captured(self, cache: Any, steps: int) -> Callable[[Tensor], Tensor]:
         try:
-            from rotorquant_hf.graph import DecodeGraph
-
             return DecodeGraph(self.model, cache, steps)
-        except (ImportError, ValueError) as error:
+        except ValueError as error:
             raise NotAvailableError(str(error)) from None
 
     def warm_up(self, steps: int) -> None:

@@ -51,7 +51,7 @@ from evals.timing import (
     read_rows,
     require_kernels,
 )
-from rotorquant_hf import PRESETS, RotorQuantCache, RotorQuantConfig, RotorQuantKVCache
+from rotorquant_hf import PRESETS, DecodeGraph, RotorQuantCache, RotorQuantConfig, RotorQuantKVCache
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
 from rotorquant_hf.backend import backend
@@ -298,10 +298,6 @@ class ModelCase:
 
         step: Callable[[Tensor], Tensor] = eager
         if graph:
-            try:
-                from rotorquant_hf.graph import DecodeGraph
-            except ImportError as error:
-                raise bench_generate.NotAvailableError(str(error)) from None
             step = DecodeGraph(model, cache, self.steps)
         with torch.no_grad():
             return [step(ids[:, i : i + 1]).clone() for i in range(self.steps)]

@@ -26,10 +26,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rotorquant_hf.kernels.attend import attend_kernel
-from rotorquant_hf.kernels.combine import combine_kernel
+from rotorquant_hf.kernels.combine import combine_kernel, combine_options
 from rotorquant_hf.kernels.launch import Tiling, choose_tiling
-from rotorquant_hf.kernels.push import push_kernel
-from rotorquant_hf.kernels.queries import prepare_kernel
+from rotorquant_hf.kernels.push import push_kernel, push_options
+from rotorquant_hf.kernels.queries import prepare_kernel, prepare_options
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # An H200: processors, clock, and the bandwidth of a large copy as published for such machines.
@@ -54,13 +54,18 @@ class Cost:
 
 
 def compile_kernel(
-    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], tiling: Tiling, arch: int
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    options: dict[str, int],
+    arch: int,
 ) -> Cost:
     """Compile a kernel for CUDA architecture `arch` (90 for an H200).
 
     Args:
         pointers: element types of the pointers. constants: the compile-time arguments. All other
             arguments are integers, strides of packed and exact tensors divisible by 16.
+        options: num_warps and num_stages, as far as the launch gives them.
     """
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -76,7 +81,7 @@ def compile_kernel(
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": tiling.warps, "num_stages": tiling.stages},
+        options=options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -161,38 +166,26 @@ def attention_cost(
         "BLOCK_N": tiling.block_n,
         "EXACT_N": tiling.exact_n,
     }
-    return compile_kernel(attend_kernel, pointers, constants, tiling, arch), tiling
+    launch = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    return compile_kernel(attend_kernel, pointers, constants, launch, arch), tiling
 
 
 def other_costs(d: int, signs: int = 0, arch: int = 90) -> dict[str, Cost]:
     """The kernels before and after attention, and the ring's, for head dim `d`."""
-    padded = triton.next_power_of_2(d)
-    wide = max(d, signs) > 256
-    prepare = {
-        "MEAN": True,
-        "PROD": signs > 0,
-        "HALF": True,
-        "ROWS": 16,
-        "PAD_D": padded,
-        "PAD_M": max(16, triton.next_power_of_2(signs)),
-        "CHUNK": 32 if d <= 128 and not signs else 16,
-    }
-    combine = {"MEAN": True, "SINKS": True, "ROWS": 16, "PAD_D": padded}
-    combine["CHUNK"] = 16 if wide else 32
     floats = ["p_weight", "p_mean", "p_rotation", "p_projection", "p_factors", "p_sums", "p_stats"]
     pointers = dict.fromkeys(floats, "fp32")
     pointers |= dict.fromkeys(["p_q", "p_sinks", "p_out"], "bf16")
     pointers |= dict.fromkeys(["p_k", "p_v", "p_ring_k", "p_ring_v"], "bf16")
     pointers |= {"p_rotated": "fp16", "p_projected": "fp16", "p_state": "i32"}
-    four, eight, one = (Tiling(16, 0, 0, 1, warps, 2) for warps in (4, 8, 1))
     found = {}
-    for name, kernel, constants, tiling in (
-        ("prepare", prepare_kernel, prepare, eight if wide or signs else four),
-        ("combine", combine_kernel, combine, eight if wide else four),
-        ("push", push_kernel, {"PAD_K": padded, "PAD_V": padded}, one),
+    for name, kernel, constants in (
+        ("prepare", prepare_kernel, {"MEAN": True, "HALF": True} | prepare_options(d, signs)),
+        ("combine", combine_kernel, {"MEAN": True, "SINKS": True} | combine_options(d)),
+        ("push", push_kernel, push_options(d, d)),
     ):
+        launch = {"num_warps": constants.pop("num_warps")}
         known = {k: v for k, v in pointers.items() if k in kernel.arg_names}
-        found[name] = compile_kernel(kernel, known, constants, tiling, arch)
+        found[name] = compile_kernel(kernel, known, constants, launch, arch)
     return found
 
 

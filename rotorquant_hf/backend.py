@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -23,13 +23,6 @@ def uses_triton(device: torch.device) -> bool:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def current(device: torch.device) -> AbstractContextManager[None]:
-    """Makes `device` the current one: Triton launches there, wherever the tensors are."""
-    if device.type == "cuda":
-        return torch.cuda.device(device)
-    return nullcontext()
 
 
 def on_device(values: list[int], device: torch.device) -> torch.Tensor:

@@ -58,7 +58,7 @@ class DecodingState:
         from rotorquant_hf.kernels.push import FLUSH, push_tokens
 
         config, store, n = self.config, self.store, keys.shape[2]
-        if self._leaving(self.count + n):
+        if self.config.leaving(self.count + n):
             with torch.inference_mode(False):
                 store.reserve(config.block_length)
         self._upload()
@@ -76,7 +76,7 @@ class DecodingState:
             )
             self._push(n)
             seen = self._states(0), self._states(1)
-            if self._leaving(self.count) or self.captured:
+            if self.config.leaving(self.count) or self.captured:
                 append_block(
                     self.lengths[FLUSH],
                     config.block_length,
@@ -112,16 +112,11 @@ class DecodingState:
 
     def _flush(self) -> None:
         """Count the block that leaves the ring among the packed tokens."""
-        leaving = self._leaving(self.count)
+        leaving = self.config.leaving(self.count)
         self.store.extend(leaving)
         self.begin = (self.begin + leaving) % self.ring[0].shape[2]
         self.count -= leaving
         self._on_device = self._lengths()
-
-    def _leaving(self, count: int) -> int:
-        """How many of `count` exact tokens are quantised now."""
-        block = self.config.block_length
-        return max(0, count - self.config.residual_length) // block * block
 
     def _hidden(self) -> int:
         """Tokens that the next step's queries no longer see."""
@@ -130,7 +125,7 @@ class DecodingState:
         return max(0, len(self.store) + self.count - self.sliding_window + 1)
 
     def _lengths(self) -> tuple[int, ...]:
-        first = self.store.first_row
+        first, _ = self.store.rows_in_use()
         return self.sinks[0].shape[2], first, len(self.store), self.begin, self.count
 
     def _upload(self) -> None:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from rotorquant_hf.backend import current
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.decoding import DecodingState
 from rotorquant_hf.quant.checks import check_finite
@@ -102,7 +101,8 @@ class RotorQuantLayer(CacheLayerMixin):
         """What attention reads; then the new tokens go to their places, or an error to none."""
         if self._decodes(key_states, value_states):
             return self._step(key_states, value_states)
-        tail = (_join(self.window[0], key_states), _join(self.window[1], value_states))
+        window = self.window
+        tail = (_join(window[0], key_states), _join(window[1], value_states))
         visible = self._states(self.sinks, tail)
         self._store_tail(*tail)
         return visible
@@ -120,9 +120,8 @@ class RotorQuantLayer(CacheLayerMixin):
 
     def _fits_a_step(self, keys: Tensor, values: Tensor) -> bool:
         """Whether the kernels can do it: few tokens, no gradient, packed tokens that stay."""
-        store, window = self.store, self._decoding_window()
-        hidden = max(0, len(store) + self.window_length - window + 1) if window else 0
-        if not 0 < keys.shape[2] <= self.config.block_length or hidden >= len(store):
+        store = self.store
+        if not 0 < keys.shape[2] <= self.config.block_length or self._hidden() >= len(store):
             return False
         if not store.runs_on_kernels or keys.dtype == torch.float64:
             return False
@@ -131,6 +130,10 @@ class RotorQuantLayer(CacheLayerMixin):
 
     def _decoding_window(self) -> int:
         """Tokens that a query sees, 0 for all."""
+        return 0
+
+    def _hidden(self) -> int:
+        """Tokens held that no later query sees."""
         return 0
 
     def follow_replay(self, n: int) -> None:
@@ -145,15 +148,14 @@ class RotorQuantLayer(CacheLayerMixin):
 
     def _step(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         assert self.decoding is not None
-        with current(self.device):
-            seen = self.decoding.step(keys, values)
+        seen = self.decoding.step(keys, values)
         return CompressedTensor(seen[0]), CompressedTensor(seen[1])
 
     def _store_tail(self, keys: Tensor, values: Tensor) -> None:
         """Divide the exact tokens among sinks, store and window."""
         room = self.config.num_sink_tokens - self.sinks[0].shape[2]
         filled = min(room, keys.shape[2])  # 0 once tokens are packed: sinks are filled first
-        leaving = self._leaving(keys.shape[2] - filled)
+        leaving = self.config.leaving(keys.shape[2] - filled)
         kept = filled + leaving
         self.store.append(keys[:, :, filled:kept], values[:, :, filled:kept])
         if filled:
@@ -163,11 +165,6 @@ class RotorQuantLayer(CacheLayerMixin):
             )
         # Copies: a slice would keep the whole prompt's states alive.
         self.window = (keys[:, :, kept:].clone(), values[:, :, kept:].clone())
-
-    def _leaving(self, window: int) -> int:
-        """How many of `window` exact tokens are quantised now."""
-        block = self.config.block_length
-        return max(0, window - self.config.residual_length) // block * block
 
     def _states(
         self, sinks: tuple[Tensor, Tensor], tail: tuple[Tensor, Tensor], skip: int = 0
@@ -297,7 +294,8 @@ class RotorQuantLayer(CacheLayerMixin):
             return
         self.store.map(fn)
         self.sinks = (fn(self.sinks[0]), fn(self.sinks[1]))
-        self.window = (fn(self.window[0]), fn(self.window[1]))
+        keys, values = self.window
+        self.window = (fn(keys), fn(values))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the batch rows in the order `beam_idx` (rows,): codes, statistics and windows."""
@@ -370,6 +368,9 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
     def _decoding_window(self) -> int:
         return self.sliding_window
 
+    def _hidden(self) -> int:
+        return max(0, self._held() - self.sliding_window + 1)
+
     def follow_replay(self, n: int) -> None:
         """As in `RotorQuantLayer`."""
         super().follow_replay(n)
@@ -386,17 +387,17 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
             self.cumulative_length += key_states.shape[2]
             return visible
         # More than the window is held only while past tokens are recorded.
-        hidden = max(0, self._held() - self.sliding_window + 1)
-        seen = self.window[0].shape[2] - max(0, hidden - len(self.store))
+        hidden, window = self._hidden(), self.window
+        seen = window[0].shape[2] - max(0, hidden - len(self.store))
         visible = self._states(
             self.sinks,
             (
-                _join(_last(self.window[0], seen), key_states),
-                _join(_last(self.window[1], seen), value_states),
+                _join(_last(window[0], seen), key_states),
+                _join(_last(window[1], seen), value_states),
             ),
             skip=hidden,
         )
-        self._store_tail(_join(self.window[0], key_states), _join(self.window[1], value_states))
+        self._store_tail(_join(window[0], key_states), _join(window[1], value_states))
         self.cumulative_length += key_states.shape[2]
         if not self.record_past:
             self._trim()
@@ -408,7 +409,7 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
             # What no later query will see is not coded at all.
             keys, values = (_last(x, self.sliding_window - 1) for x in (keys, values))
             past = len(self.store)
-        leaving = self._leaving(keys.shape[2])
+        leaving = self.config.leaving(keys.shape[2])
         self.store.append(keys[:, :, :leaving], values[:, :, :leaving])
         self.store.drop_front(past)
         self.window = (keys[:, :, leaving:].clone(), values[:, :, leaving:].clone())
@@ -418,7 +419,7 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
 
     def _trim(self) -> None:
         """Forget the tokens that no later query sees."""
-        excess = max(0, self._held() - self.sliding_window + 1)
+        excess = self._hidden()
         packed = min(excess, len(self.store))
         self.store.drop_front(packed)
         if excess > packed:

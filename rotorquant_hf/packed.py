@@ -159,7 +159,7 @@ class Term:
 @functools.lru_cache(maxsize=64)
 def _terms(quantizer: Quantizer, device: torch.device) -> tuple[Term, ...]:
     """Stage 1, and for `RotorQuantProd` the residual, as its signs estimate it."""
-    mse = quantizer if isinstance(quantizer, RotorQuantMSE) else quantizer.mse
+    mse = stage_one(quantizer)
     with torch.inference_mode(False), torch.no_grad():  # they may be needed for a gradient
         rotation = quantizer.rotation.matrix().to(device)
         codes = CodeTable.of(mse.centroids.to(device), mse.bits, mse.d)
@@ -174,6 +174,16 @@ def _terms(quantizer: Quantizer, device: torch.device) -> tuple[Term, ...]:
 def _in_order(matrix: Tensor, order: Tensor) -> Tensor:
     """The rows of a matrix in this order, zero for padding."""
     return torch.cat((matrix, torch.zeros_like(matrix[:1])))[order]
+
+
+def stage_one(quantizer: Quantizer) -> RotorQuantMSE:
+    """What codes the vectors; of `RotorQuantProd` the first of two stages."""
+    return quantizer if isinstance(quantizer, RotorQuantMSE) else quantizer.mse
+
+
+def projections(quantizer: Quantizer) -> int:
+    """How many signs a vector has: m of `RotorQuantProd`, else 0."""
+    return 0 if isinstance(quantizer, RotorQuantMSE) else quantizer.qjl_dim
 
 
 def encode(quantizer: Quantizer, u: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rotorquant_hf.backend import current, on_device, uses_triton
+from rotorquant_hf.backend import on_device, uses_triton
 from rotorquant_hf.buffers import TokenBuffers
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.packed import PackedSpan, Quantizer, encode
@@ -137,13 +137,12 @@ class RotorQuantKVCache:
         tokens = keys.shape[2]
         self.reserve(tokens, keys.shape[0], keys.shape[1])
         bounds = on_device([0, tokens, self._keys.end], self.device)
-        with current(self.device):
-            append_block(
-                bounds,
-                tokens,
-                AppendPart(keys, *self.key_coding()),
-                AppendPart(values, *self.value_coding()),
-            )
+        append_block(
+            bounds,
+            tokens,
+            AppendPart(keys, *self.key_coding()),
+            AppendPart(values, *self.value_coding()),
+        )
         self.extend(tokens)
 
     def reserve(self, count: int, batch: int = 0, heads: int = 0) -> None:
@@ -168,7 +167,7 @@ class RotorQuantKVCache:
         self._values.extend(count)
 
     def rows_in_use(self) -> tuple[int, int]:
-        """The first row and the one after the last, of keys and values alike."""
+        """The first row in `key_rows` and `value_rows` and the one after the last."""
         return self._keys.start, self._keys.end
 
     def use_rows(self, start: int, end: int) -> None:
@@ -184,11 +183,6 @@ class RotorQuantKVCache:
     def room(self) -> int:
         """Tokens that can be taken without new memory."""
         return self._keys.capacity - self._keys.end
-
-    @property
-    def first_row(self) -> int:
-        """Index of the first token in `key_rows` and `value_rows`."""
-        return self._keys.start
 
     def key_rows(self) -> dict[str, Tensor]:
         """The keys' whole tensors (batch, heads, capacity, ...), spare rows included."""

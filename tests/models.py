@@ -269,6 +269,13 @@ MODELS: dict[str, Tiny] = {
 }
 
 
+COMMON = (
+    *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox"),
+    *("gpt_oss", "falcon", "deepseek_v3"),
+)
+"""Those of `MODELS` that stand for the kinds of attention there are."""
+
+
 @functools.cache
 def build(name: str, attention: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """The model `name`, the same weights every time. Skips where Transformers lacks it."""

@@ -77,6 +77,11 @@ def decode_eagerly(model, ids, cache, first):
         ]
 
 
+def assert_same_steps(found, wanted):
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{}, {"key_quantizer": "prod"}], ids=["mse", "prod"])
 def test_replayed_steps_are_eager_steps(options, graphs):
     """Through several flushes of the ring, growth of the rows, and captures anew."""
@@ -89,8 +94,7 @@ def test_replayed_steps_are_eager_steps(options, graphs):
         model(ids[:, :30], past_key_values=cache)
     graph = graphs(model, cache, room=6)
     found = [graph(ids[:, i : i + 1]) for i in range(30, 46)]
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert_same_steps(found, wanted)
     assert cache.get_seq_length() == 46
     if DEVICE == "cpu":
         assert cuda_graph.EmulatedGraph.captures >= 2  # room for 6 tokens at a time
@@ -106,8 +110,7 @@ def test_sliding_layers(graphs):
         model(ids[:, :15], past_key_values=cache)
     graph = graphs(model, cache)
     found = [graph(ids[:, i : i + 1]) for i in range(15, 46)]
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert_same_steps(found, wanted)
     assert graph._graph is not None
 
 
@@ -142,8 +145,7 @@ def test_eager_steps_until_there_is_something_packed(graphs):
         model(ids[:, :8], past_key_values=cache)
     graph = graphs(model, cache)
     found = [graph(ids[:, i : i + 1]) for i in range(8, 26)]
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert_same_steps(found, wanted)
 
 
 def test_ordinary_steps_in_between_may_move_the_memory(graphs):
@@ -161,8 +163,7 @@ def test_ordinary_steps_in_between_may_move_the_memory(graphs):
             found.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
         assert cache.layers[0].store.key_rows()["codes"] is not before
         found += [graph(ids[:, i : i + 1]) for i in range(70, 74)]
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert_same_steps(found, wanted)
 
 
 def test_a_failed_capture_counts_nothing(graphs, monkeypatch):
@@ -184,8 +185,7 @@ def test_a_failed_capture_counts_nothing(graphs, monkeypatch):
             graph(ids[:, 32:33])
     assert cache.get_seq_length() == 32
     found += [graph(ids[:, i : i + 1]) for i in range(32, 36)]
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert_same_steps(found, wanted)
 
 
 def test_closing_gives_memory_back(graphs):

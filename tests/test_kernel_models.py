@@ -7,27 +7,13 @@ from rotorquant_hf import RotorQuantCache
 from rotorquant_hf.backend import backend
 from rotorquant_hf.decoding import LiveStates
 from rotorquant_hf.kernels import launch
-from tests.models import build, feed, prompt
+from tests.models import COMMON, build, feed, prompt
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"residual_length": 8, "block_length": 4, "num_sink_tokens": 2}
-MODELS = (
-    "llama",
-    "qwen2",
-    "qwen3",
-    "mistral",
-    "gemma2",
-    "gemma3",
-    "phi3",
-    "gpt2",
-    "gpt_neox",
-    "gpt_oss",
-    "falcon",
-    "deepseek_v3",
-)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", COMMON)
 def test_decode(name, monkeypatch):
     """Prompt, single tokens and a chunk, through the kernels and through eager attention."""
     calls = []

@@ -43,7 +43,7 @@ from rotorquant_hf.attention.registered import rotorquant_attention, rotorquant_
 from rotorquant_hf.layers import RotorQuantLayer
 from rotorquant_hf.packed import PackedSpan
 from tests.conftest import MODEL
-from tests.models import MODELS, SLIDING_WINDOW, build, feed, prompt, relative_error
+from tests.models import COMMON, MODELS, SLIDING_WINDOW, build, feed, prompt, relative_error
 
 SMALL = {"residual_length": 8, "block_length": 4}
 
@@ -54,19 +54,7 @@ FOLLOWING = [
     for name, tiny in MODELS.items()
     if name not in OWN_ATTENTION and set(tiny.layers) != {"own"}
 ]
-MAIN = [
-    "llama",
-    "qwen2",
-    "qwen3",
-    "mistral",
-    "gemma2",
-    "gemma3",
-    "phi3",
-    "gpt2",
-    "gpt_neox",
-    "gpt_oss",
-    "deepseek_v3",
-]
+MAIN = [name for name in COMMON if name not in OWN_ATTENTION]
 LATENT = ["deepseek_v3"]
 """Models that compute keys and values from what they cached."""
 

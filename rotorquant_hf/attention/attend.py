@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.tiled import attend_tiled
-from rotorquant_hf.backend import current, uses_triton
+from rotorquant_hf.backend import uses_triton
 
 if TYPE_CHECKING:
     from rotorquant_hf.tensor import States
@@ -50,8 +50,7 @@ def compute(query: Tensor, keys: States, values: States, options: AttentionOptio
         from rotorquant_hf.kernels.launch import attend_packed, supports
 
         if supports(keys.packed, values.packed, query.dtype):
-            with current(query.device):
-                return attend_packed(query, keys, values, options)
+            return attend_packed(query, keys, values, options)
     return attend_tiled(query, keys, values, options)
 
 

@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rotorquant_hf.kernels.sizes import pieces
-from rotorquant_hf.packed import Quantizer
-from rotorquant_hf.quant import RotorQuantMSE, RotorQuantProd
+from rotorquant_hf.packed import Quantizer, projections, stage_one
+from rotorquant_hf.quant import RotorQuantProd
 from rotorquant_hf.quant.packing import plane_bytes, planes
 from rotorquant_hf.statistics import ChannelStatistics
 
@@ -55,7 +55,7 @@ class AppendPart:
 
 def supports(quantizer: Quantizer) -> bool:
     """Whether the kernel can code for `quantizer`: whole bytes per slot, 16-bit scales."""
-    return quantizer.d % 8 == 0 and _stage_one(quantizer).scale_dtype == torch.float16
+    return quantizer.d % 8 == 0 and stage_one(quantizer).scale_dtype == torch.float16
 
 
 def append_block(bounds: Tensor, max_count: int, keys: AppendPart, values: AppendPart) -> None:
@@ -114,22 +114,17 @@ class _Shape(NamedTuple):
     pad: int
 
 
-def _stage_one(quantizer: Quantizer) -> RotorQuantMSE:
-    return quantizer.mse if isinstance(quantizer, RotorQuantProd) else quantizer
-
-
 def _shape(quantizer: Quantizer) -> _Shape:
-    mse, d = _stage_one(quantizer), quantizer.d
-    projections = quantizer.qjl_dim if isinstance(quantizer, RotorQuantProd) else 0
+    mse, d = stage_one(quantizer), quantizer.d
     width = planes(mse.bits)[-1]
     slot = plane_bytes(d, width)
     pad = max(triton.next_power_of_2(slot), 2 * width)  # 16 columns at least
-    return _Shape(d, mse.bits, mse.scale, projections, width, slot, pad)
+    return _Shape(d, mse.bits, mse.scale, projections(quantizer), width, slot, pad)
 
 
 def _arguments(part: AppendPart) -> dict[str, Any]:
     """The kernel's arguments for keys or values; tensors as (pointer, *strides)."""
-    mse, out = _stage_one(part.quantizer), part.out
+    mse, out = stage_one(part.quantizer), part.out
     prod = part.quantizer if isinstance(part.quantizer, RotorQuantProd) else None
     return {
         "x": _strided(part.x),

@@ -36,7 +36,7 @@ _LEAST_LOGIT = tl.constexpr(-3.0e38)
 _LEAST_EXPONENT = tl.constexpr(-24)
 
 
-@triton.jit(do_not_specialize=["rows", "queries", "splits"])
+@triton.jit(do_not_specialize=["rows", "from_end", "splits"])
 def attend_kernel(
     # prepared queries and queries
     p_rotated,
@@ -104,7 +104,7 @@ def attend_kernel(
     heads,
     group,
     rows,
-    queries,
+    from_end,  # the first query is the from_end-th from the last token
     splits,
     # tables of the look-ups
     p_ktable,
@@ -134,7 +134,7 @@ def attend_kernel(
     packed_begin, n_packed = tl.load(p_lengths + 1), tl.load(p_lengths + 2)
     tail_begin, n_tail = tl.load(p_lengths + 3), tl.load(p_lengths + 4)
     # The last token that a row's query sees, and where its mask lies.
-    o_last = n_sinks + n_packed + n_tail - queries + o_r // group
+    o_last = n_sinks + n_packed + n_tail - from_end + o_r // group
     p_mrow = p_mask + i_b * stride_mb + (i_h * group + o_r % group) * stride_mh
     p_mrow += (o_r // group).to(tl.int64) * stride_mn
     p_stat = p_stats + (i_bh * splits + i_split) * rows + o_r

@@ -11,6 +11,7 @@ tokens in the model's:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -64,11 +65,19 @@ def combine(
         table_unit(values.quantizer.bits) / math.sqrt(d),
         MEAN=mean is not None,
         SINKS=sinks is not None,
-        ROWS=_ROWS,
-        PAD_D=padded(d),
-        CHUNK=32 if d <= 256 else 16,
-        num_warps=4 if d <= 256 else 8,
+        **combine_options(d),
     )
+
+
+def combine_options(d: int) -> dict[str, Any]:
+    """How `combine_kernel` is compiled for head dim d."""
+    wide = d > 256
+    return {
+        "ROWS": _ROWS,
+        "PAD_D": padded(d),
+        "CHUNK": 16 if wide else 32,
+        "num_warps": 8 if wide else 4,
+    }
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "packed_splits"])

@@ -18,8 +18,7 @@ from rotorquant_hf.kernels.lookup import centroid_table, ptx_words, table_unit
 from rotorquant_hf.kernels.push import LENGTHS
 from rotorquant_hf.kernels.queries import prepare_queries
 from rotorquant_hf.kernels.sizes import pieces
-from rotorquant_hf.packed import PackedSpan
-from rotorquant_hf.quant import RotorQuantMSE, RotorQuantProd
+from rotorquant_hf.packed import PackedSpan, projections, stage_one
 from rotorquant_hf.tensor import States
 
 # A split of fewer tokens is not worth its partial result.
@@ -75,32 +74,48 @@ def choose_tiling(
     )
 
 
+def default_tiling(query: Tensor, values: States) -> Tiling:
+    """The tiling of attention of queries (batch, query heads, n, key dim) over `values`."""
+    batch, query_heads, n, d_k = query.shape
+    heads, d_v = values.shape[1], values.shape[3]
+    rows, tokens = n * query_heads // heads, _source(values).most
+    processors = _processors(query.device)
+    return choose_tiling(rows, batch * heads, tokens, max(d_k, d_v), processors, _operands(query))
+
+
+def _operands(query: Tensor) -> torch.dtype:
+    """What the products are of."""
+    return torch.float32 if query.dtype == torch.float32 else torch.float16
+
+
 @dataclass(frozen=True)
 class _Source:
-    """Where the kernels find keys or values, and how many.
+    """Where the kernels find keys or values.
 
     Attributes:
         rows: packed tensors (batch, heads, capacity, ...) by name.
         tail: (batch, heads, slots, d), a ring.
-        lengths: (5,) int32 on the device; see `kernels.push`.
         most: packed tokens that the launch is laid out for.
     """
 
     rows: dict[str, Tensor]
     tail: Tensor
-    lengths: Tensor
     most: int
 
 
-def _source(states: States, *, with_lengths: bool) -> _Source:
+def _source(states: States) -> _Source:
     if isinstance(states, LiveStates):
         states.require_current()
-        ring = states.ring
-        return _Source(states.base, ring.ring[states.part], ring.lengths[LENGTHS], states.most)
-    tail, tokens = _unit_stride(states.tail), states.packed.shape[2]
-    counts = [states.sinks.shape[2], 0, tokens, 0, tail.shape[2]]
-    lengths = on_device(counts, tail.device) if with_lengths else tail
-    return _Source(states.packed.rows, tail, lengths, tokens)
+        return _Source(states.base, states.ring.ring[states.part], states.most)
+    return _Source(states.packed.rows, _unit_stride(states.tail), states.packed.shape[2])
+
+
+def _lengths(states: States) -> Tensor:
+    """How many tokens there are and where, (5,) int32 on the device; see `kernels.push`."""
+    if isinstance(states, LiveStates):
+        return states.ring.lengths[LENGTHS]
+    counts = [states.sinks.shape[2], 0, states.packed.shape[2], 0, states.tail.shape[2]]
+    return on_device(counts, states.tail.device)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -121,6 +136,13 @@ def attend_packed(
     Float16 and bfloat16 queries compute with float16 operands and float32 sums, float32 queries
     with float32 throughout. Returns (batch, query heads, n, value dim) in the query's dtype.
     """
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        return _attend_all(query, keys, values, options, tiling)
+
+
+def _attend_all(
+    query: Tensor, keys: States, values: States, options: AttentionOptions, tiling: Tiling | None
+) -> Tensor:
     batch, query_heads, n, _ = query.shape
     most = max(1, _MOST_SUMS // (2 * batch * query_heads * values.shape[3]))
     if n <= most:
@@ -150,9 +172,8 @@ def _attend_some(
     heads, d_v = values.shape[1], values.shape[3]
     group = query_heads // heads
     rows = n * group
-    dtype = torch.float32 if query.dtype == torch.float32 else torch.float16
-    k_source = _source(keys, with_lengths=True)
-    v_source = _source(values, with_lengths=False)
+    dtype = _operands(query)
+    k_source, v_source = _source(keys), _source(values)
     k_sinks, v_sinks = _unit_stride(keys.sinks), _unit_stride(values.sinks)
     if options.mask is not None and query.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError(
@@ -160,27 +181,24 @@ def _attend_some(
             "without padding, and call model.set_attn_implementation('rotorquant')"
         )
     if tiling is None:
-        processors = _processors(query.device)
-        tiling = choose_tiling(rows, batch * heads, k_source.most, max(d_k, d_v), processors, dtype)
+        tiling = default_tiling(query, values)
     prepared = prepare_queries(query, keys.packed, dtype)
     splits = tiling.splits + 1
     sums = query.new_empty(batch * heads, splits, rows, d_v, dtype=torch.float32)
     stats = query.new_empty(2, batch * heads, splits, rows, dtype=torch.float32)
     out = query.new_empty(batch, query_heads, n, d_v)
 
-    k_quantizer, v_quantizer = keys.packed.quantizer, values.packed.quantizer
-    assert isinstance(v_quantizer, RotorQuantMSE)
-    prod = isinstance(k_quantizer, RotorQuantProd)
-    k_mse = k_quantizer.mse if isinstance(k_quantizer, RotorQuantProd) else k_quantizer
-    signs = k_quantizer.qjl_dim if isinstance(k_quantizer, RotorQuantProd) else 0
+    k_bits = stage_one(keys.packed.quantizer).bits
+    v_bits = stage_one(values.packed.quantizer).bits
+    signs = projections(keys.packed.quantizer)
     k_rows, v_rows = k_source.rows, v_source.rows
     mask, kind = options.mask, NO_MASK
     if mask is not None:
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
         mask = mask.expand(batch, query_heads, n, keys.shape[2])
         mask = mask.view(torch.uint8) if kind == BOOL_MASK else mask
-    k_signs = k_rows["signs"] if prod else k_rows["codes"]
-    k_norm = k_rows["residual_norm"] if prod else k_rows["scale"]
+    k_signs = k_rows["signs"] if signs else k_rows["codes"]
+    k_norm = k_rows["residual_norm"] if signs else k_rows["scale"]
     device = query.device
     attend_kernel[(pieces(rows, tiling.block_m), splits, batch * heads)](
         prepared.rotated,
@@ -212,27 +230,27 @@ def _attend_some(
         k_source.tail.shape[2],
         query if mask is None else mask,
         *((0, 0, 0, 0) if mask is None else mask.stride()),
-        k_source.lengths,
+        _lengths(keys),
         sums,
         stats,
         stats.stride(0),
         options.scale,
         options.softcap or 1.0,
-        table_unit(k_mse.bits) / math.sqrt(d_k),
+        table_unit(k_bits) / math.sqrt(d_k),
         math.sqrt(math.pi / 2) / max(signs, 1),
         heads,
         group,
         rows,
         from_end,
         splits,
-        centroid_table(k_mse.bits, dtype, device),
-        ptx_words(k_mse.bits, device),
-        centroid_table(v_quantizer.bits, dtype, device),
-        ptx_words(v_quantizer.bits, device),
+        centroid_table(k_bits, dtype, device),
+        ptx_words(k_bits, device),
+        centroid_table(v_bits, dtype, device),
+        ptx_words(v_bits, device),
         D_K=d_k,
         D_V=d_v,
-        K_BITS=k_mse.bits,
-        V_BITS=v_quantizer.bits,
+        K_BITS=k_bits,
+        V_BITS=v_bits,
         SIGNS=signs,
         MASK=kind,
         CAUSAL=options.causal,

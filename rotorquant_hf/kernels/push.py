@@ -15,6 +15,9 @@ All of this happens on the device, so that a CUDA graph of a step can be replaye
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,26 +51,30 @@ def push_tokens(
     """
     batch, heads, n, d_k = keys.shape
     d_v = values.shape[3]
-    push_kernel[(batch * heads,)](
-        keys,
-        *keys.stride(),
-        values,
-        *values.stride(),
-        ring_keys,
-        ring_values,
-        state,
-        heads,
-        ring_keys.shape[2],
-        n,
-        residual,
-        block,
-        window,
-        d_k,
-        d_v,
-        PAD_K=padded(d_k),
-        PAD_V=padded(d_v),
-        num_warps=1,
-    )
+    with torch.cuda.device_of(state):  # Triton launches on the current device
+        push_kernel[(batch * heads,)](
+            keys,
+            *keys.stride(),
+            values,
+            *values.stride(),
+            ring_keys,
+            ring_values,
+            state,
+            heads,
+            ring_keys.shape[2],
+            n,
+            residual,
+            block,
+            window,
+            d_k,
+            d_v,
+            **push_options(d_k, d_v),
+        )
+
+
+def push_options(d_k: int, d_v: int) -> dict[str, Any]:
+    """How `push_kernel` is compiled for these head dims."""
+    return {"PAD_K": padded(d_k), "PAD_V": padded(d_v), "num_warps": 1}
 
 
 @triton.jit(do_not_specialize=["n", "residual", "block", "window", "slots"])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rotorquant_hf.kernels.sizes import padded, pieces
-from rotorquant_hf.packed import PackedSpan
+from rotorquant_hf.packed import PackedSpan, Quantizer, projections
 from rotorquant_hf.quant import RotorQuantProd
 
 _ROWS = 16
@@ -50,14 +51,10 @@ def prepare_queries(query: Tensor, keys: PackedSpan, dtype: torch.dtype) -> Prep
     rows = n * group
     weight, mean = keys.statistics.weight, keys.statistics.mean
     rotation = keys.quantizer.rotation.matrix()
-    prod = isinstance(keys.quantizer, RotorQuantProd)
-    if isinstance(keys.quantizer, RotorQuantProd):
-        projection = _projection(keys.quantizer)
-    else:
-        projection = rotation
-    m = projection.shape[0]
+    m = projections(keys.quantizer)
+    projection = _projection(keys.quantizer) if m else rotation
     rotated = query.new_empty(batch * heads, rows, d, dtype=dtype)
-    projected = query.new_empty(batch * heads, rows, m, dtype=dtype) if prod else rotated
+    projected = query.new_empty(batch * heads, rows, m, dtype=dtype) if m else rotated
     factors = query.new_empty(3, batch * heads, rows, dtype=torch.float32)
     prepare_kernel[(pieces(rows, _ROWS), batch * heads)](
         query,
@@ -77,20 +74,28 @@ def prepare_queries(query: Tensor, keys: PackedSpan, dtype: torch.dtype) -> Prep
         d,
         m,
         MEAN=mean is not None,
-        PROD=prod,
         HALF=dtype == torch.float16,
-        ROWS=_ROWS,
-        PAD_D=padded(d),
-        PAD_M=padded(m) if prod else 16,
-        CHUNK=32 if max(d, m) <= 128 and not prod else 16,
-        num_warps=4 if max(d, m) <= 256 and not prod else 8,
+        **prepare_options(d, m),
     )
     return PreparedQueries(rotated, projected, factors)
 
 
+def prepare_options(d: int, m: int) -> dict[str, Any]:
+    """How `prepare_kernel` is compiled for head dim d and m projections, 0 for none."""
+    return {
+        "PROD": m > 0,
+        "ROWS": _ROWS,
+        "PAD_D": padded(d),
+        "PAD_M": padded(m),
+        "CHUNK": 16 if m or d > 128 else 32,
+        "num_warps": 8 if m or d > 256 else 4,
+    }
+
+
 @functools.lru_cache(maxsize=64)
-def _projection(quantizer: RotorQuantProd) -> Tensor:
-    """S T, (m, d) float32."""
+def _projection(quantizer: Quantizer) -> Tensor:
+    """S T of a `RotorQuantProd`, (m, d) float32."""
+    assert isinstance(quantizer, RotorQuantProd)
     return (quantizer.S.double() @ quantizer.rotation.matrix().double()).float()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 def padded(n: int) -> int:
     """Columns of a tile for `n` numbers: the least power of 2 from 16 on that holds them."""
-    return max(16, 1 << (n - 1).bit_length())
+    return max(16, 1 << max(0, n - 1).bit_length())
 
 
 def pieces(n: int, size: int) -> int:
