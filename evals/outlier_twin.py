@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from rotorquant_hf import RotorQuantCache
+from evals.errors import InputError
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def scale_key_channels(
     generator = torch.Generator().manual_seed(seed)
     modules = [module for module in model.modules() if hasattr(module, "k_proj")]
     if not modules:
-        raise ValueError(f"{type(model).__name__} has no k_proj; only Llama-like models have twins")
+        raise InputError(f"{type(model).__name__} has no k_proj; only Llama-like models have twins")
     for module in modules:
         d = module.head_dim
         key = module.k_proj.weight.unflatten(0, (-1, d))
@@ -68,22 +68,27 @@ def add_key_bias(model: PreTrainedModel, bias: float, pair: int) -> None:
             module.q_proj.weight.unflatten(0, (-1, d))[:, [pair, pair + d // 2]] /= abs(bias)
 
 
-class KeyOffsetCache(RotorQuantCache):
-    """A compressed cache that receives keys with a constant added to four channels per head.
+def offset_keys(cache: Cache, offset: float) -> Cache:
+    """Make a cache, of any kind, add a constant to four channels per head of the keys it gets.
 
-    Args:
-        offset: the constant.
-        *args, **kwargs: as for `RotorQuantCache`.
+    The channels are the slowest turning of RoPE on halves. Its class becomes a subclass of what
+    it was, so that everything else about it stays.
     """
+    base = type(cache)
 
-    def __init__(self, offset: float, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.offset = offset
+    class KeyOffset(base):  # type: ignore[misc, valid-type]
+        def update(
+            self,
+            key_states: Tensor,
+            value_states: Tensor,
+            layer_idx: int,
+            *args: Any,
+            **kwargs: Any,
+        ) -> tuple[Tensor, Tensor]:
+            half = key_states.shape[-1] // 2
+            keys = key_states.clone()
+            keys[..., half - 4 : half] += offset
+            return super().update(keys, value_states, layer_idx, *args, **kwargs)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        half = key_states.shape[-1] // 2
-        keys = key_states.clone()
-        keys[..., half - 4 : half] += self.offset  # the slowest turning of RoPE on halves
-        return super().update(keys, value_states, layer_idx, *args, **kwargs)
+    cache.__class__ = KeyOffset
+    return cache

@@ -309,7 +309,7 @@ def guarded(device: torch.device, report: Callable[[str], Any]) -> Iterator[list
         raise
     except Exception as error:
         faults.append(describe(error))
-        _release(error)
+        release(error)
     if faults:
         report(faults[0])
         recover(device, faults[0])
@@ -321,7 +321,7 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
-def _release(error: BaseException | None) -> None:
+def release(error: BaseException | None) -> None:
     """Drop the tensors that the frames of an error hold."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)

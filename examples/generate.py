@@ -16,16 +16,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import (
-    Cache,
-    DynamicCache,
-    PreTrainedModel,
-    TextStreamer,
-)
+from transformers import Cache, DynamicCache, PreTrainedModel, TextStreamer
 
-from evals.divergence import compare, reference_logits
-from examples.perplexity import load_model
-from examples.text_data import InputError, load_tokenizer, pick_device
+from evals.agreement import agreement_length, continuation
+from evals.errors import InputError
+from evals.models import load_model, load_tokenizer, pick_device
+from evals.perplexity import SinglePass, compare
 from rotorquant_hf import PRESETS, RotorQuantCache
 from rotorquant_hf.memory import measure
 
@@ -61,27 +57,6 @@ def main(argv: list[str] | None = None) -> None:
     print(_table(model, prompt, ids[:, : args.length], args.presets, args.max_new_tokens))
 
 
-def sample(model: PreTrainedModel, prompt: Tensor, cache: Cache, max_new_tokens: int) -> list[int]:
-    """The new token ids after the prompt (1, tokens), drawn with the same random numbers each time.
-
-    Not greedy: small models soon repeat themselves then, and any two caches agree on a loop.
-    """
-    torch.manual_seed(0)
-    ids = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        do_sample=True,
-    )
-    return ids[0, prompt.shape[1] :].tolist()
-
-
-def agreement_length(a: list[int], b: list[int]) -> int:
-    """How many tokens two texts share before they first differ."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))
-
-
 def _table(
     model: PreTrainedModel, prompt: Tensor, text: Tensor, presets: list[str], new_tokens: int
 ) -> str:
@@ -92,7 +67,6 @@ def _table(
     caches: dict[str, Callable[[], Cache]] = {
         "ordinary (DynamicCache)": lambda: DynamicCache(config=model.config)
     } | {name: partial(RotorQuantCache, name, config=model.config) for name in presets}
-    reference = reference_logits(model, text)
     expected: list[int] | None = None
     lines = [
         "| cache | bytes | smaller | bits/number | same sampled text | top-1 | KL (nats) |",
@@ -100,11 +74,11 @@ def _table(
     ]
     for name, make_cache in caches.items():
         cache = make_cache()
-        actual = sample(model, prompt, cache, new_tokens)
+        actual = continuation(model, prompt, cache, new_tokens, sample=True)
         expected = expected or actual
         same = agreement_length(actual, expected)
         memory = measure(cache.layers, cache.get_seq_length())
-        result = compare(model, [text], [reference], make_cache, chunk=16)
+        result = compare(model, [text], SinglePass(model, [text]), make_cache, chunk=16)
         lines.append(
             f"| {name} | {memory.total_bytes:,} | {memory.ratio:.2f}x | "
             f"{memory.bits_per_number:.2f} | {same} of {len(expected)} tokens | "

@@ -3,7 +3,7 @@
 Run from the root of the repository::
 
     python -m examples.train_model --text path/to/books --output my-model
-    python -m examples.perplexity my-model --text path/to/books-heldout
+    python -m evals perplexity --model my-model --cache dynamic --text path/to/books-heldout
 
 The defaults are the size and the recipe of ``examples/books-7m``. A run that was stopped goes on
 from its last checkpoint when the same command is given again; with float32 on a CPU it ends with
@@ -23,22 +23,14 @@ from typing import Annotated, Any, get_type_hints
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.perplexity import token_losses
-from examples.text_data import (
-    Book,
-    InputError,
-    join,
-    load_tokenizer,
-    pick_device,
-    read_books,
-    read_dataset,
-    require,
-    train_tokenizer,
-    windows_at,
-)
+from evals.errors import InputError, require
+from evals.models import load_tokenizer, pick_device
+from evals.texts import Document, read_dataset, read_texts
+from examples.text_data import join, train_tokenizer, windows_at
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -140,6 +132,15 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.learning_rate * min(1.0, rise, 1 - (1 - settings.final_rate) * fallen)
 
 
+def token_losses(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of every token but a window's first, in nats.
+
+    ``windows [batch, length]`` gives ``[batch * (length - 1)]``, float32.
+    """
+    logits = model(input_ids=windows[:, :-1], use_cache=False).logits.float()
+    return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+
+
 def batch_of(step: int, tokens: np.ndarray, settings: Settings) -> torch.Tensor:
     """The windows of a step, each with the token that follows it: ``[batch, length + 1]``.
 
@@ -205,7 +206,7 @@ def load_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare_text(
-    books: list[Book], settings: Settings, tokenizer_from: str | Path | None
+    books: list[Document], settings: Settings, tokenizer_from: str | Path | None
 ) -> tuple[PreTrainedTokenizerBase, np.ndarray]:
     """The tokenizer, trained here unless it comes from a folder, and the text as its tokens."""
     if tokenizer_from is None:
@@ -224,7 +225,7 @@ def prepare_text(
 
 
 def train(
-    books: list[Book],
+    books: list[Document],
     output: Path,
     settings: Settings,
     device: torch.device,
@@ -297,10 +298,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_text(options: argparse.Namespace) -> list[Book]:
+def read_text(options: argparse.Namespace) -> list[Document]:
     """The text that the options name."""
     if options.dataset is None:
-        return read_books(options.text, options.exclude)
+        return read_texts(options.text, options.exclude)
     require(not options.exclude, f"--exclude {options.exclude} is for --text: choose a --split")
     return read_dataset(options.dataset, options.dataset_config, options.split, options.column)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any, cast
 
 import torch
@@ -117,6 +118,16 @@ class RotorQuantCache(Cache):
         except RuntimeError:  # a sliding window or a recurrent state has moved on
             return False
         return not any(self.is_linear)
+
+    def tokens_until_packing(self) -> int:
+        """How many more tokens until a layer quantises some; see `RotorQuantLayer`.
+
+        A number that is never reached where no layer is compressed.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, RotorQuantLayer)]
+        if not self.layers:
+            layers = [RotorQuantLayer(self.settings)]
+        return min((layer.tokens_until_packing() for layer in layers), default=sys.maxsize)
 
     def memory(self) -> MemoryReport:
         """The bytes that this cache takes, by part, measured on its tensors."""

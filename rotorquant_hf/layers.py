@@ -153,8 +153,8 @@ class RotorQuantLayer(CacheLayerMixin):
 
     def _store_tail(self, keys: Tensor, values: Tensor) -> None:
         """Divide the exact tokens among sinks, store and window."""
-        room = self.config.num_sink_tokens - self.sinks[0].shape[2]
-        filled = min(room, keys.shape[2])  # 0 once tokens are packed: sinks are filled first
+        # 0 once tokens are packed: sinks are filled first
+        filled = min(self._sinks_to_fill(), keys.shape[2])
         leaving = self.config.leaving(keys.shape[2] - filled)
         kept = filled + leaving
         self.store.append(keys[:, :, filled:kept], values[:, :, filled:kept])
@@ -255,6 +255,20 @@ class RotorQuantLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """-1: no limit."""
         return -1
+
+    def tokens_until_packing(self) -> int:
+        """How many more tokens fill the window so that its oldest are quantised.
+
+        Until then a pass over several tokens reads just what passes over one at a time read.
+        """
+        window = self.window_length if self.is_initialized else 0
+        return (
+            self._sinks_to_fill() + self.config.residual_length + self.config.block_length - window
+        )
+
+    def _sinks_to_fill(self) -> int:
+        held = self.sinks[0].shape[2] if self.is_initialized else 0
+        return self.config.num_sink_tokens - held
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove tokens.
@@ -413,6 +427,9 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
         self.store.append(keys[:, :, :leaving], values[:, :, :leaving])
         self.store.drop_front(past)
         self.window = (keys[:, :, leaving:].clone(), values[:, :, leaving:].clone())
+
+    def _sinks_to_fill(self) -> int:
+        return 0
 
     def _held(self) -> int:
         return len(self.store) + self.window_length

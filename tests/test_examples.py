@@ -38,12 +38,6 @@ def test_a_missing_prompt_file_is_named(capsys) -> None:
     assert "there is no file absent.txt" in capsys.readouterr().err
 
 
-def test_agreement_length() -> None:
-    assert generate.agreement_length([1, 2, 3], [1, 2, 3]) == 3
-    assert generate.agreement_length([1, 2, 4], [1, 2, 3]) == 2
-    assert generate.agreement_length([5], [1, 2]) == 0
-
-
 def test_sampled_texts_are_the_models(tmp_path, tokenizer) -> None:
     """The committed texts start with our openings, and the command makes such texts."""
     for name, opening in sample_text.OPENINGS.items():

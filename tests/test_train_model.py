@@ -1,4 +1,4 @@
-"""The example scripts that train a small model on text and measure its perplexity."""
+"""The example script that trains a small model on text."""
 
 import json
 import math
@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples import perplexity, train_model
-from examples.text_data import InputError, load_tokenizer, pick_device, read_books, read_dataset
+from evals.errors import InputError
+from evals.models import load_tokenizer, pick_device
+from evals.texts import read_dataset, read_texts
+from examples import train_model
 from examples.train_model import Settings
 
 SHIPPED = Path(__file__).parents[1] / "examples" / "books-7m"
@@ -101,7 +103,7 @@ def test_a_trained_model_has_learnt_and_loads_with_the_auto_classes(folder, tmp_
 
 
 def test_the_loss_falls(folder, tmp_path):
-    losses = train_model.train(read_books([folder]), tmp_path / "model", TINY, CPU)
+    losses = train_model.train(read_texts([folder]), tmp_path / "model", TINY, CPU)
 
     assert len(losses) == TINY.steps
     assert losses[0] == pytest.approx(math.log(TINY.vocab), abs=0.2)
@@ -113,7 +115,7 @@ class Killed(BaseException):
 
 
 def test_a_run_killed_twice_ends_with_the_weights_of_an_unbroken_run(folder, tmp_path, monkeypatch):
-    books, broken = read_books([folder]), tmp_path / "broken"
+    books, broken = read_texts([folder]), tmp_path / "broken"
     expected = train_model.train(books, tmp_path / "whole", TINY, CPU)
     save, steps = train_model.save_checkpoint, []
 
@@ -155,7 +157,7 @@ def test_the_seed_decides_the_first_weights_and_the_text():
 
 def test_bfloat16_autocast_trains(folder, tmp_path):
     settings = replace(TINY, precision="bfloat16")
-    losses = train_model.train(read_books([folder]), tmp_path / "model", settings, CPU)
+    losses = train_model.train(read_texts([folder]), tmp_path / "model", settings, CPU)
 
     assert losses[-1] < losses[0] - 1.5
 
@@ -172,7 +174,7 @@ def stopped(folder, tmp_path, monkeypatch) -> Path:
 
     monkeypatch.setattr(train_model, "save_checkpoint", save_then_die)
     with pytest.raises(Killed):
-        train_model.train(read_books([folder]), output, TINY, CPU, checkpoint_minutes=0)
+        train_model.train(read_texts([folder]), output, TINY, CPU, checkpoint_minutes=0)
     monkeypatch.setattr(train_model, "save_checkpoint", save)
     return output
 
@@ -202,11 +204,11 @@ def test_resuming_on_another_text_is_refused(stopped, folder):
 
 def test_a_finished_model_is_not_overwritten(folder, tmp_path):
     output, settings = tmp_path / "model", replace(TINY, steps=1)
-    train_model.train(read_books([folder]), output, settings, CPU)
+    train_model.train(read_texts([folder]), output, settings, CPU)
     before = (output / "model.safetensors").read_bytes()
 
     with pytest.raises(InputError, match="already holds a model"):
-        train_model.train(read_books([folder]), output, replace(settings, seed=1), CPU)
+        train_model.train(read_texts([folder]), output, replace(settings, seed=1), CPU)
     assert (output / "model.safetensors").read_bytes() == before
 
 
@@ -275,17 +277,17 @@ def test_archives_and_exclusions(folder, tmp_path):
         tar.add(folder, "books")
     (folder / "notes.md").write_text("not a book")
 
-    from_folder, from_archive = (read_books([p], ["sec*"]) for p in (folder, archive))
+    from_folder, from_archive = (read_texts([p], ["sec*"]) for p in (folder, archive))
     assert [book.name for book in from_folder] == ["first.txt", "third.txt"]
     assert [book.name for book in from_archive] == ["books/first.txt", "books/third.txt"]
     assert [book.text for book in from_folder] == [book.text for book in from_archive]
-    assert read_books([folder / "third.txt"])[0].text == sentences(60, 2)
+    assert read_texts([folder / "third.txt"])[0].text == sentences(60, 2)
 
 
 def test_byte_order_marks_and_windows_line_ends_go(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
 
-    assert read_books([tmp_path])[0].text == "one\ntwo"
+    assert read_texts([tmp_path])[0].text == "one\ntwo"
 
 
 def test_rows_of_a_data_set_are_documents(monkeypatch):
@@ -353,7 +355,7 @@ def test_bad_input_is_refused_with_the_remedy(folder, tmp_path):
     assert "latin.txt is not UTF-8" in refusal(tmp_path / "latin.txt")
     assert "damaged.tar.xz is damaged" in refusal(tmp_path / "damaged.tar.xz")
     assert "--vocab 256 is too small" in refusal(folder, settings=replace(TINY, vocab=256))
-    assert "holds no tokenizer" in refusal(folder, "--tokenizer", str(empty))
+    assert "there is no tokenizer" in refusal(folder, "--tokenizer", str(empty))
     assert "--device gpu cannot be used here: choose" in refusal(folder, "--device", "gpu")
     assert not output.exists()
 
@@ -369,46 +371,3 @@ def test_a_device_is_found():
     assert pick_device("cpu") == CPU
     if not torch.accelerator.is_available():
         assert pick_device(None) == CPU
-
-
-# --- perplexity ---
-
-
-def test_the_shipped_model_has_the_perplexity_that_transformers_computes(folder, capsys):
-    options = ["--windows", "3", "--window", "64", "--exclude", "third.txt", "--device", "cpu"]
-    perplexity.main([str(SHIPPED), "--text", str(folder), *options])
-    _, *rows, overall = (line.split() for line in capsys.readouterr().out.splitlines())
-
-    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
-    means = []
-    for row, name, seed in zip(rows, ("first.txt", "second.txt"), (0, 1), strict=True):
-        ids = tokenizer(sentences(60, seed), return_tensors="pt").input_ids
-        last = ids.shape[1] - 64
-        windows = torch.cat([ids[:, at : at + 64] for at in (0, last // 2, last)])
-        with torch.no_grad():
-            means.append(model(input_ids=windows, labels=windows).loss.item())
-        assert row[:2] == [name, "189"]
-        assert float(row[2]) == pytest.approx(math.exp(means[-1]), abs=0.006)
-    assert overall[:2] == ["overall", "378"]
-    assert float(overall[2]) == pytest.approx(math.exp(sum(means) / 2), abs=0.006)
-
-
-def test_a_short_book_has_fewer_windows_and_none_overlap():
-    model = AutoModelForCausalLM.from_pretrained(SHIPPED)
-    tokens = load_tokenizer(SHIPPED)(sentences(20, 0), return_tensors="np").input_ids[0]
-
-    score = perplexity.score_tokens(model, tokens, count=1000, window=100)
-    assert score.tokens == len(tokens) // 100 * 99
-
-
-def test_impossible_measurements_are_refused(folder, tmp_path):
-    def refusal(model: Path, *rest: str) -> str:
-        return error_of(perplexity.main, [str(model), "--text", str(folder), *rest])
-
-    assert "first.txt has" in refusal(SHIPPED, "--window", "2048")
-    assert "--window 4096 is out of range: choose from 2 to 2048" in refusal(
-        SHIPPED, "--window", "4096"
-    )
-    assert "--windows 0 is out of range" in refusal(SHIPPED, "--windows", "0")
-    assert "is no model that loads" in refusal(tmp_path)

@@ -1,0 +1,164 @@
+"""The harness's command line: `python -m evals COMMAND --help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+from evals import commands, plan, rows, sweep, verify
+from evals.caches import KINDS, CacheSpec
+from evals.errors import InputError, NotAvailableError
+from evals.failures import Failure
+from evals.measurements import MEASUREMENTS
+from evals.models import ModelOptions, load
+from evals.options import add_arguments, from_arguments
+from rotorquant_hf import PRESETS
+
+
+def run_measurement(args: argparse.Namespace) -> int:
+    """Measure one cache (speed: several, side by side) on one model."""
+    measurement = MEASUREMENTS[args.measurement]
+    options = from_arguments(measurement.options, args)
+    specs = [commands.cache_of(args)]
+    if measurement.together:
+        specs = [CacheSpec.of(name) for name in args.beside] + specs
+    subject = load(from_arguments(ModelOptions, args))
+    results = measurement.prepare(subject, options, args.data_seed)(specs)
+    for spec, result in zip(specs, results, strict=True):
+        if isinstance(result, Failure):
+            raise (NotAvailableError if result.status == "not run" else InputError)(result.reason)
+        head = {"model": subject.options.model, "dtype": str(subject.dtype).removeprefix("torch.")}
+        commands.show({**head, "cache": spec.label, **result}, args.json)
+    return 0
+
+
+def run_sweep(args: argparse.Namespace) -> int:
+    """Measure every row of a plan; go on where an earlier run stopped."""
+    replaced = {}
+    if args.model:
+        replaced["models"] = args.model
+    if args.text:
+        replaced["text"] = args.text
+    planned = plan.read_plan(args.config, replaced)
+    out = args.out or Path("results") / planned.name
+    if args.dry_run:
+        sweep.check_out(planned, out)
+        print(plan.summary(planned, sweep.statuses(planned, out)))
+        return 0
+    counts = sweep.run(planned, out, args.argv, args.retry)
+    print(f"{', '.join(f'{n} {status}' for status, n in sorted(counts.items()))}; rows in {out}")
+    return 1 if counts.get("failed") else 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Write the report of some sweeps: a page, Markdown tables, CSV."""
+    from evals.report import write
+
+    headers, found = rows.read_results(args.results)
+    first = args.results[0]
+    out = args.out or (first if first.is_dir() else first.parent)
+    title = args.title or ", ".join(dict.fromkeys(header["name"] for header in headers))
+    for path in write(found, headers, out, title):
+        print(path)
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Say which preset is safe on a model; exit status 1 if none is."""
+    options = from_arguments(verify.VerifyOptions, args, **_text_or_samples(args))
+    subject = load(from_arguments(ModelOptions, args))
+    found = []
+    for verdict in verify.verdicts(subject, options):
+        found.append(verdict)
+        print(f"{verdict.preset}: {'; '.join(verdict.reasons) or 'safe'}", file=sys.stderr)
+    print(verify.table(found))
+    if "text" not in args and "dataset" not in args:
+        print(
+            "\nThe text is this project's samples, written by a small model: measure on text like "
+            "yours with --text FILE."
+        )
+    print(f"\n{verify.conclusion(found, subject)}")
+    return 0 if verify.recommended(found) else 1
+
+
+def _text_or_samples(args: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+    return {} if "text" in args or "dataset" in args else {"text": (str(verify.SAMPLES),)}
+
+
+def list_caches(args: argparse.Namespace) -> int:
+    """Print the caches that can be measured."""
+    for name, kind in KINDS.items():
+        print(f"{name:<12}{kind.text}")
+    print(f"presets of rotorquant: {', '.join(PRESETS)}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(arguments)
+    args.argv = arguments
+    transformers_logging.disable_progress_bar()
+    try:
+        status = args.run(args)
+    except (InputError, NotAvailableError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    if status:
+        raise SystemExit(status)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(prog="python -m evals", description=__doc__)
+    subparsers = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str = ""):
+        text = text or (run.__doc__ or "").strip()
+        added = subparsers.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    for name, measurement in MEASUREMENTS.items():
+        p = command(name, run_measurement, measurement.text)
+        p.set_defaults(measurement=name)
+        commands.add_model(p)
+        commands.add_cache(p)
+        add_arguments(p, measurement.options, "measurement")
+        if measurement.together:
+            p.add_argument(
+                "--beside", nargs="*", default=["dynamic"], help="caches to compare with"
+            )
+        p.add_argument("--data-seed", type=int, default=0, help="of prompts drawn (default 0)")
+        p.add_argument("--json", action="store_true", help="print a line of JSON a cache, last")
+
+    p = command("sweep", run_sweep)
+    p.add_argument("config", type=Path, help="YAML, see configs/")
+    p.add_argument("--out", type=Path, help="folder of the results (default: results/NAME)")
+    p.add_argument("--model", nargs="+", help="models instead of the file's")
+    p.add_argument("--text", nargs="+", help="text instead of the file's")
+    p.add_argument("--dry-run", action="store_true", help="print the plan, and what is done of it")
+    p.add_argument("--retry", action="store_true", help="measure again what failed or was not run")
+
+    p = command("report", run_report)
+    p.add_argument("results", nargs="+", type=Path, help="folders or files of sweeps")
+    p.add_argument("--out", type=Path, help="folder of the report (default: the first results')")
+    p.add_argument("--title", help="of the report (default: the sweeps' names)")
+
+    p = command("verify", run_verify)
+    commands.add_model(p)
+    add_arguments(p, verify.VerifyOptions, "measurement")
+
+    command("caches", list_caches)
+    return top
+
+
+if __name__ == "__main__":
+    main()

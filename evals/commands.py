@@ -1,0 +1,88 @@
+"""What the commands share: the arguments of a model and a cache, and how a result is printed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+import yaml
+
+from evals.caches import KINDS, CacheSpec, QuantoOptions
+from evals.models import ModelOptions, Subject, load
+from evals.options import add_arguments, flag, from_arguments
+from rotorquant_hf import PRESETS, RotorQuantConfig
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `ModelOptions`."""
+    add_arguments(parser, ModelOptions, "model")
+
+
+def model_of(args: argparse.Namespace) -> Subject:
+    """The model that the arguments name, loaded."""
+    return load(from_arguments(ModelOptions, args))
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """`--cache`, and an argument for every option of every cache."""
+    group = parser.add_argument_group("cache")
+    names = ", ".join(KINDS)
+    group.add_argument(
+        "--cache",
+        default="rotorquant",
+        metavar="NAME",
+        help=f"{names}, or a preset: {', '.join(PRESETS)} (default rotorquant)",
+    )
+    group.add_argument("--preset", default=argparse.SUPPRESS, help="of rotorquant", metavar="NAME")
+    for name, text in _cache_fields().items():
+        many = {"nargs": "+"} if name == "exact_layers" else {}
+        group.add_argument(
+            flag(name),
+            dest=f"cache.{name}",
+            type=yaml.safe_load,
+            default=argparse.SUPPRESS,
+            help=text.replace("%", "%%"),
+            metavar="VALUE",
+            **many,
+        )
+
+
+def _cache_fields() -> dict[str, str]:
+    found = {}
+    for cls, suffix in ((RotorQuantConfig, ""), (QuantoOptions, " (quanto, hqq)")):
+        for field in dataclasses.fields(cls):
+            found.setdefault(field.name, field.metadata["help"] + suffix)
+    return found
+
+
+def cache_of(args: argparse.Namespace) -> CacheSpec:
+    """The cache that the arguments name."""
+    options = {
+        name.removeprefix("cache."): value
+        for name, value in vars(args).items()
+        if name.startswith("cache.")
+    }
+    if "preset" in args:
+        options["preset"] = args.preset
+    return CacheSpec.of(args.cache, options, "--cache")
+
+
+def show(result: dict[str, Any], as_json: bool) -> None:
+    """Print a result: as a list of names and values, or as one line of JSON."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name:<22}{_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value)) if value else "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(x)}" for name, x in value.items())
+    return str(value)

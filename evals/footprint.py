@@ -1,0 +1,184 @@
+"""The bytes of any cache, counted on its real tensors, and the peak of the memory in use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import Cache
+from transformers.cache_utils import BaseQuantizedLayer, QuantizedLayer
+
+from rotorquant_hf import RotorQuantCache
+from rotorquant_hf.layers import RotorQuantLayer
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a cache takes.
+
+    Attributes:
+        total_bytes: all storages that can be reached from the cache, each counted once.
+        parts: the bytes by part; a RotorQuantCache names its own.
+        numbers: key and value numbers that it stands for.
+        packed_numbers: those of them that are stored quantised.
+        exact_bits: of a number that is not.
+    """
+
+    total_bytes: int
+    parts: dict[str, int]
+    numbers: int
+    packed_numbers: int
+    exact_bits: int
+
+    @property
+    def bits_per_number(self) -> float:
+        """All bytes over all numbers."""
+        return 8 * self.total_bytes / max(self.numbers, 1)
+
+    @property
+    def packed_bits_per_number(self) -> float | None:
+        """The same without the exact tokens: what long texts come near to. None if none is packed.
+
+        Scales, statistics, tables and spare capacity are counted.
+        """
+        if not self.packed_numbers:
+            return None
+        exact = (self.numbers - self.packed_numbers) * self.exact_bits
+        return (8 * self.total_bytes - exact) / self.packed_numbers
+
+
+def footprint(cache: Cache, dtype: torch.dtype) -> Footprint:
+    """Count a cache of a model of some dtype."""
+    numbers = [_numbers(layer) for layer in cache.layers]
+    total, packed = sum(n for n, _ in numbers), sum(p for _, p in numbers)
+    if isinstance(cache, RotorQuantCache):
+        report = cache.memory()
+        parts = {name: size for name, size in report.parts.items() if size}
+        return Footprint(report.total_bytes, parts, total, packed, 8 * dtype.itemsize)
+    sizes = {"quantised": 0, "exact": 0}
+    for tensor in _storages(tensors_in(cache.layers)).values():
+        part = "quantised" if tensor.dtype.itemsize == 1 else "exact"
+        sizes[part] += tensor.untyped_storage().nbytes()
+    parts = {name: size for name, size in sizes.items() if size}
+    return Footprint(sum(sizes.values()), parts, total, packed, 8 * dtype.itemsize)
+
+
+def _numbers(layer: Any) -> tuple[int, int]:
+    """How many numbers a layer stands for: in all, and quantised."""
+    if isinstance(layer, RotorQuantLayer):
+        return layer.numbers()
+    if isinstance(layer, BaseQuantizedLayer):
+        packed = _logical(layer._quantized_keys) + _logical(layer._quantized_values)
+        if not isinstance(layer, QuantizedLayer):  # fp8 has no exact window
+            return packed, packed
+        return packed + sum(x.numel() for x in (layer.keys, layer.values) if x is not None), packed
+    floats = [x for x in tensors_in(layer) if x.is_floating_point()]
+    return sum(x.numel() for x in floats), 0
+
+
+def _logical(states: Any) -> int:
+    """Numbers that the quantised states of a `QuantizedCache` layer stand for."""
+    if states is None:
+        return 0
+    if isinstance(states, tuple):
+        tensor, meta = states
+        return math.prod(meta["shape"]) if isinstance(meta, dict) else tensor.numel()
+    return states.numel()
+
+
+def packed_numbers(cache: Cache) -> tuple[int, int]:
+    """How many numbers a cache holds: in all, and quantised."""
+    counts = [_numbers(layer) for layer in cache.layers]
+    return sum(n for n, _ in counts), sum(p for _, p in counts)
+
+
+def packed_tokens(cache: Cache) -> tuple[int, int]:
+    """The first token that is stored quantised, and the one after the last, in any layer."""
+    ranges = [(0, 0)]
+    for layer in cache.layers:
+        numbers, packed = _numbers(layer)
+        if packed:
+            sinks = layer.sinks[0].shape[2] if isinstance(layer, RotorQuantLayer) else 0
+            held = layer.get_seq_length() * packed // numbers
+            ranges.append((sinks, sinks + held))
+    return max(ranges, key=lambda span: span[1] - span[0])
+
+
+_LEAVES = (str, bytes, int, float, complex, type, torch.dtype, torch.device, torch.Generator)
+
+
+def tensors_in(root: Any, modules: bool = True) -> Iterator[Tensor]:
+    """Every plain tensor that can be reached from an object through its attributes.
+
+    Wrapper tensors, such as quanto's, are opened. Functions and classes are not entered.
+
+    Args:
+        root: the object.
+        modules: enter `nn.Module`s too: the tables of quantisers, which caches share.
+    """
+    seen: set[int] = set()
+    found: list[Any] = [root]
+    while found:
+        x = found.pop()
+        if x is None or isinstance(x, _LEAVES) or (callable(x) and not hasattr(x, "parameters")):
+            continue
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        if isinstance(x, torch.nn.Module) and not modules:
+            continue
+        if isinstance(x, Tensor):
+            if is_traceable_wrapper_subclass(x):
+                names, _ = x.__tensor_flatten__()
+                found += [getattr(x, name) for name in names]
+            else:
+                yield x
+        elif isinstance(x, dict):
+            found += x.values()
+        elif isinstance(x, list | tuple | set | frozenset):
+            found += x
+        elif hasattr(x, "__dict__"):
+            found += vars(x).values()
+            if isinstance(x, torch.nn.Module):
+                found += [*x.buffers(), *x.parameters()]
+        for name in getattr(type(x), "__slots__", ()):
+            found.append(getattr(x, name, None))
+
+
+def _storages(tensors: Iterator[Tensor]) -> dict[tuple[str, int], Tensor]:
+    """One tensor for every storage."""
+    return {(str(x.device), x.untyped_storage().data_ptr()): x for x in tensors if x.numel()}
+
+
+def reachable_bytes(cache: Cache) -> int:
+    """Bytes of all storages that can be reached from a cache, whatever it says of itself."""
+    return sum(x.untyped_storage().nbytes() for x in _storages(tensors_in(cache.layers)).values())
+
+
+def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
+    """How far the memory in use rises above where it stands, while `work` runs.
+
+    On a GPU by CUDA's allocator. On a CPU by the sum of all that PyTorch's allocator hands out
+    less what it takes back, which the profiler records.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as run:
+        work()
+    events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
+    level = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        level += event.nbytes()
+        highest = max(highest, level)
+    return highest

@@ -1,0 +1,211 @@
+"""Sweeps: every row of a plan measured, and written at once.
+
+A sweep that was stopped goes on where it stopped when the same command is given again. Under
+`accelerate launch` (or `torchrun`) the rows are spread over the processes; each writes a file of
+its own into the folder.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from evals.errors import InputError
+from evals.failures import Failure, failure_of
+from evals.measurements import MEASUREMENTS, Run
+from evals.models import ModelOptions, Subject, load, pick_device
+from evals.plan import Job, Plan, Row, digest
+from evals.rows import ResultsFile, read_results
+from evals.timing import Versions
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process among those that share a sweep."""
+
+    rank: int = 0
+    processes: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def of_environment(cls) -> Share:
+        """As `accelerate launch` and `torchrun` tell it."""
+        from accelerate.utils import get_cpu_distributed_information
+
+        found = get_cpu_distributed_information()  # of GPU launches too: the same variables
+        return cls(found.rank, found.world_size, found.local_rank)
+
+    def takes(self, index: int) -> bool:
+        """Whether a job, by its place in the plan, is this process's."""
+        return index % self.processes == self.rank
+
+    @property
+    def file(self) -> str:
+        """The results file of this process."""
+        return "rows.jsonl" if self.processes == 1 else f"rows-{self.rank}.jsonl"
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    argv: Sequence[str] | None = None,
+    retry: bool = False,
+    share: Share | None = None,
+) -> dict[str, int]:
+    """Measure the rows of a plan that are not there yet.
+
+    Args:
+        plan: what to measure.
+        out: folder of the results.
+        argv: the command line after `python -m evals`, for the rows (default: this process's).
+        retry: measure again what failed or was not run.
+        share: which rows are this process's.
+
+    Returns:
+        How many rows of each status this process has in the end.
+
+    Raises:
+        InputError: if the folder holds another sweep, or one of other versions.
+    """
+    share = share or Share.of_environment()
+    check_out(plan, out)
+    device = pick_device(None)
+    if device.type != "cpu" and share.processes > 1:
+        device = torch.device(device.type, share.local_rank)
+    versions = Versions.of(device, "evals", argv).row()
+    header = {
+        "name": plan.name,
+        "fingerprint": plan.fingerprint,
+        "versions": versions,
+        "config": plan.to_dict(),
+    }
+    file = ResultsFile(out / share.file, header)
+    try:
+        again = () if not retry else ("failed", "not run")
+        known = {id: s for id, s in statuses(plan, out).items() if s not in again}
+        jobs = [job for i, job in enumerate(plan.jobs) if share.takes(i)]
+        return _Runner(file, plan.fingerprint, versions, device, share).measure(jobs, known)
+    finally:
+        file.close()
+
+
+def statuses(plan: Plan, out: Path) -> dict[str, str]:
+    """Of every row of a plan that is in a folder: its status, by its id."""
+    if not any(out.glob("rows*.jsonl")):
+        return {}
+    _, rows = read_results([out])
+    return {row["id"]: row["status"] for row in rows if row["sweep"] == plan.fingerprint}
+
+
+class _Runner:
+    """Measures jobs one after the other; the model and what caches share stay until they change."""
+
+    def __init__(
+        self,
+        file: ResultsFile,
+        sweep: str,
+        versions: dict[str, Any],
+        device: torch.device,
+        share: Share,
+    ) -> None:
+        self.file, self.sweep, self.versions = file, sweep, versions
+        self.device, self.share = device, share
+        self.subject: tuple[ModelOptions, Subject] | None = None
+        self.prepared: tuple[str, Run | Failure] | None = None
+
+    def measure(self, jobs: list[Job], known: dict[str, str]) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        total = sum(len(job.rows) for job in jobs)
+        with tqdm(total=total, unit="row", disable=self.share.rank > 0, file=sys.stderr) as bar:
+            for job in jobs:
+                first = job.rows[0]
+                bar.set_postfix_str(f"{first.measure} {first.cache.label}"[:40])
+                todo = [row for row in job.rows if row.id not in known]
+                done = [known[row.id] for row in job.rows if row.id in known]
+                if todo:
+                    done += self._job(job, todo)
+                for status in done:
+                    counts[status] = counts.get(status, 0) + 1
+                bar.update(len(job.rows))
+        return counts
+
+    def _job(self, job: Job, todo: list[Row]) -> list[str]:
+        """Measure a job and write those of its rows that are to do."""
+        begin, started = time.perf_counter(), []
+        results = self._results(job)
+        seconds = (time.perf_counter() - begin) / len(job.rows)
+        for row, result in zip(job.rows, results, strict=True):
+            if row in todo:
+                failed = isinstance(result, Failure)
+                started.append(result.status if failed else "ok")
+                self.file.append(self._row(row, result, seconds))
+        return started
+
+    def _results(self, job: Job) -> Sequence[dict[str, Any] | Failure]:
+        first = job.rows[0]
+        key = digest(first.to_dict() | {"cache": None})
+        if self.prepared is None or self.prepared[0] != key:
+            self.prepared = None  # the memory of the last one goes before the next comes
+            self.prepared = (key, self._prepare(first))
+        run = self.prepared[1]
+        if isinstance(run, Failure):
+            return [run] * len(job.rows)
+        try:
+            return run([row.cache for row in job.rows])
+        except Exception as error:
+            return [failure_of(error)] * len(job.rows)
+
+    def _prepare(self, row: Row) -> Run | Failure:
+        try:
+            if self.subject is None or self.subject[0] != row.model:
+                self.subject = None
+                options = row.model
+                if options.device is None:
+                    options = replace(options, device=str(self.device))
+                self.subject = (row.model, load(options))
+            return MEASUREMENTS[row.measure].prepare(self.subject[1], row.options, row.seed)
+        except Exception as error:
+            return failure_of(error)
+
+    def _row(self, row: Row, result: dict[str, Any] | Failure, seconds: float) -> dict[str, Any]:
+        failed = isinstance(result, Failure)
+        described = row.to_dict()
+        if self.subject is not None:
+            described["model"] = self.subject[1].to_dict() | {"label": row.model.label}
+        return {
+            "id": row.id,
+            "sweep": self.sweep,
+            "status": result.status if failed else "ok",
+            **described,
+            "result": None if failed else result,
+            "error": result.reason if failed else None,
+            "seconds": round(seconds, 3),
+            "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "versions": self.versions,
+            "command": self.versions["command"],
+        }
+
+
+def check_out(plan: Plan, out: Path) -> None:
+    """Refuse a folder that holds another sweep.
+
+    Raises:
+        InputError: if it does.
+    """
+    if not any(out.glob("rows*.jsonl")):
+        return
+    headers, _ = read_results([out])
+    for header in headers:
+        if header["fingerprint"] != plan.fingerprint:
+            raise InputError(
+                f"{out} holds the sweep {header['name']!r} with other settings "
+                f"({header['fingerprint']}, not {plan.fingerprint}): choose another --out"
+            )

@@ -1,0 +1,515 @@
+"""Reports show what was measured, all of it, and nothing that a label smuggles in."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import importlib.util
+import io
+import math
+import re
+import sys
+from html import unescape
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evals.errors import NotAvailableError
+from evals.report import write
+from evals.report.flat import to_csv
+from evals.report.markdown import escape
+from evals.report.names import Names
+from evals.report.pareto import front
+from evals.report.placing import Label, place
+from evals.report.scales import tick
+from evals.report.style import strokes
+from evals.report.text import significant, size
+from evals.report.write import sections
+
+plots = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="plots need matplotlib"
+)
+
+VERSIONS = {"device": "x86_64 CPU, 2 threads", "torch": "2.11.0", "transformers": "5.17.0"}
+HOSTILE = "k3 <script>alert(\"1\")</script>, 'a' & | `b` $x$ *c*"
+
+
+def row(measurement, result, label="k3v3", kind="rotorquant", status="ok", **more):
+    return {
+        "kind": "row",
+        "schema": 1,
+        "id": f"{measurement}-{label}",
+        "sweep": "ab12",
+        "status": status,
+        "model": {"model": "examples/books-7m", "label": "books-7m", "dtype": "float32"},
+        "cache": {"kind": kind, "label": label, "options": {"name": label}},
+        "measurement": measurement,
+        "options": {"text": ["road.txt"]},
+        "seed": 0,
+        "result": result,
+        "error": None,
+        "seconds": 1.25,
+        "finished": "2026-11-22T15:00:00Z",
+        "versions": VERSIONS,
+        "command": "python -m evals sweep configs/quick.yaml",
+        **more,
+    }
+
+
+def perplexity(label, bits, kl, delta=0.5, interval=(0.25, 0.75), kind="rotorquant", **more):
+    result = {
+        "perplexity": 30 + delta,
+        "baseline_perplexity": 30.0,
+        "delta": delta,
+        "delta_ci95": list(interval) if interval else None,
+        "kl_mean": kl,
+        "kl_p99": 10 * kl if kl is not None else None,
+        "top1_agreement": 0.98765,
+        "bits_per_number": bits,
+        "packed_bits_per_number": None if bits is None else bits - 0.5,
+        "compressed_share": 0.8,
+        "tokens": 4096,
+        "reference": "dynamic",
+        "chunk": 64,
+        "window": 512,
+        "documents": ["road.txt"],
+        "warnings": more.pop("warnings", []),
+    }
+    return row("perplexity", result, label, kind, **more)
+
+
+def memory(label, bytes_of, kind="rotorquant"):
+    points = [
+        {"batch": 1, "context": n, "cache_bytes": x, "parts": {"codes": x}, "bits_per_number": 3.5}
+        for n, x in bytes_of.items()
+    ]
+    return row("memory", {"points": points, "warnings": []}, label, kind)
+
+
+def needle(label="k3v3"):
+    points = [
+        {"length": n, "depth": d, "asked": 8, "passed": 7, "chosen": 8, "quantised": n > 512}
+        for n in (512, 1024)
+        for d in (0.0, 0.5)
+    ]
+    result = {"accuracy": 0.875, "choice_accuracy": 1.0, "asked": 32, "points": points}
+    return row("needle", result, label)
+
+
+FAILED = row(
+    "perplexity", None, "fp8", status="failed", error="OutOfMemoryError: tried to allocate 2 GiB"
+)
+NOT_RUN = row("speed", None, "hqq 4 bits", status="not run", error="NotAvailableError: no hqq")
+HEADER = {
+    "kind": "sweep",
+    "schema": 1,
+    "name": "frontier",
+    "fingerprint": "ab12cd34",
+    "versions": VERSIONS,
+    "config": {"chunk": 64},
+}
+
+
+def report(rows, tmp_path, headers=(HEADER,), title="A title"):
+    """The texts of the three files."""
+    paths = write(rows, list(headers), tmp_path / "out", title)
+    assert [path.name for path in paths] == ["report.html", "report.md", "rows.csv"]
+    return [path.read_bytes().decode() for path in paths]
+
+
+def parsed(text):
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+class Tables(HTMLParser):
+    """The cells of all tables of a page, by row, and the tags that were opened."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.rows, self.tags, self.cell = [], [], None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.cell = ""
+
+    def handle_data(self, data):
+        if self.cell is not None:
+            self.cell += data
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.rows[-1].append(self.cell)
+            self.cell = None
+
+
+def test_front_of_known_points() -> None:
+    points = [(3.0, 0.5), (2.0, 1.0), (4.0, 0.5), (5.0, 0.1), (2.0, 2.0), (3.0, 0.5)]
+    assert front(points) == [1, 0, 5, 3]
+    assert front([]) == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8))))
+def test_front_is_what_nothing_dominates(points) -> None:
+    def dominated(p):
+        return any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)
+
+    found = front(points)
+    assert sorted(found) == [i for i, p in enumerate(points) if not dominated(p)]
+    assert [points[i][0] for i in found] == sorted(points[i][0] for i in found)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), max_size=40),
+    st.booleans(),
+)
+def test_labels_cover_neither_points_nor_each_other(points, far) -> None:
+    labels = [Label(p, ["12 name", "12"], far) for p in points]
+    placed = [x for x in place(labels, points, (0, 0, 300, 300), 10) if x is not None]
+    boxes = [
+        (x.x - 2.9 * len(x.text), x.y - 4.7, x.x + 2.9 * len(x.text), x.y + 4.7) for x in placed
+    ]
+    for i, (left, bottom, right, top) in enumerate(boxes):
+        assert left >= -0.1
+        assert right <= 300.1
+        assert not any(left < x < right and bottom < y < top for x, y in points)
+        assert not any(
+            left < other[2] and other[0] < right and bottom < other[3] and other[1] < top
+            for other in boxes[:i]
+        )
+
+
+@plots
+def test_every_label_is_in_every_file(tmp_path) -> None:
+    rows = [perplexity(f"config {i:02d}", 2 + i / 10, 0.1 / (i + 1)) for i in range(40)]
+    rows += [memory("mem", {512: 1000}), needle("hay"), FAILED, NOT_RUN]
+    for text in report(rows, tmp_path):
+        for each in rows:
+            assert each["cache"]["label"] in text
+            assert each["model"]["label"] in text
+
+
+def test_what_was_not_measured_is_shown_with_its_reason(tmp_path) -> None:
+    page, markdown, flat = report([FAILED, NOT_RUN], tmp_path)
+    cells = Tables(page).rows
+    for each in (FAILED, NOT_RUN):
+        expected = [each["status"], "books-7m", each["cache"]["label"], each["measurement"]]
+        assert [*expected, each["error"]] in cells
+        assert f"| {' | '.join(expected)} | {each['error']} |" in markdown
+    assert [(r["status"], r["error"]) for r in parsed(flat)] == [
+        (each["status"], each["error"]) for each in (FAILED, NOT_RUN)
+    ]
+    assert "2: 0 ok, 1 failed, 1 not run" in page
+    assert "<svg" not in page
+
+
+@plots
+def test_sections_without_data_are_left_out(tmp_path) -> None:
+    titles = [section.title for section in sections([perplexity("k3v3", 3.2, 0.01)], [])]
+    assert titles == ["What this is", "Quality against bits", "All rows"]
+    titles = [section.title for section in sections([needle(), NOT_RUN], [])]
+    assert titles == ["What this is", "Not measured: 1 row", "Needles", "All rows"]
+    empty = memory("k3v3", {})
+    assert [section.title for section in sections([empty], [])] == ["What this is", "All rows"]
+
+
+@plots
+def test_quality_table_marks_the_front(tmp_path) -> None:
+    rows = [
+        perplexity("better", 3.0, 0.01, 0.1, (-0.05, 0.25)),
+        perplexity("dominated", 3.5, 0.02),
+        perplexity("fewer bits", 2.5, 0.05),
+        perplexity("dynamic", 32.0, 1e-13, 0.0, None, kind="dynamic"),
+        perplexity("unread", 2.0, 0.001, warnings=["the stored codes are not read"]),
+    ]
+    page, markdown, _ = report(rows, tmp_path)
+    cells = {cells[1]: cells for cells in Tables(page).rows if len(cells) == 12}
+    assert {name for name, line in cells.items() if line[2] == "●"} == {"better", "fewer bits"}
+    assert cells["better"][3:6] == ["3.00", "2.50", "0.0100"]
+    assert cells["better"][9:11] == ["+0.10", "−0.050 to +0.25"]
+    assert cells["dynamic"][0] == ""
+    assert "| 3 | better | ● | 3.00 | 2.50 | 0.0100 | 0.100 | 98.77% | 30.100 | +0.10 |" in markdown
+    warned = "the stored codes are not read"
+    assert ["books-7m", "unread", "perplexity", warned] in Tables(page).rows
+    assert "unread ⚠" in cells
+
+
+@plots
+def test_the_baseline_does_not_squeeze_the_axes(tmp_path) -> None:
+    """Its divergence of 1e-13 and its 32 bits are no point: the ticks stay about the others."""
+    rows = [perplexity("a", 2.0, 0.1), perplexity("b", 4.0, 0.001)]
+    alone = report(rows, tmp_path)[0]
+    page = report([*rows, perplexity("dynamic", 32.0, 1e-13, 0, kind="dynamic")], tmp_path)[0]
+
+    def ticks(text):
+        return re.findall(r"<text[^>]*>([^<]*)</text>", text)
+
+    assert ticks(page) == ticks(alone)
+    assert "0.01" in ticks(page)
+    assert "1.0e−13 nats" in page
+
+
+@plots
+def test_points_are_where_the_figures_are(tmp_path) -> None:
+    """On a logarithmic axis, equal ratios of divergence are equal distances."""
+    rows = [perplexity(str(i), 2.0 + i, 10.0 ** -(i + 1)) for i in range(3)]
+    page = report(rows, tmp_path)[0]
+    figure = page[page.index("<svg") : page.index("</svg>")]
+    dots = re.findall(
+        r'class="hint"><title>#(\d) .*?<use [^>]*x="([\d.]+)" y="([\d.]+)"', figure, re.S
+    )
+    place = {number: (float(x), float(y)) for number, x, y in dots}
+    assert len(place) == 3
+    for axis in (0, 1):
+        first, second, third = (place[str(i)][axis] for i in (1, 2, 3))
+        assert second - first == pytest.approx(third - second, abs=1e-3)
+        assert second > first  # SVG's y grows downwards, and the divergence falls
+
+
+@plots
+def test_models_and_settings_have_panels_of_their_own(tmp_path) -> None:
+    rows = [perplexity("k3v3", 3.0, 0.01), perplexity("k2v2", 2.0, 0.1)]
+    twin = [copy.deepcopy(r) for r in rows]
+    for r in twin:
+        r["model"]["label"] = "books-7m, outliers 10"
+    decoding = copy.deepcopy(rows[0])
+    rows = [r | {"options": {"chunk": 64}} for r in (*rows, *twin)]
+    rows.append(decoding | {"options": {"chunk": 1}})
+    page = report(rows, tmp_path)[0]
+    assert re.findall(r"<h3>(.*?)</h3>", page) == [
+        "books-7m: chunk 64",
+        "books-7m, outliers 10: chunk 64",
+        "books-7m: chunk 1",
+    ]
+    assert page.count('class="plot"') == 9
+
+
+def test_names_tell_apart_what_differs() -> None:
+    rows = [row("a", {}, label) for label in ("same", "same", "other")]
+    rows[0]["cache"]["options"] = {"bits": 3, "window": 128}
+    rows[1]["cache"]["options"] = {"bits": 3, "window": 64}
+    rows.append(copy.deepcopy(rows[2]) | {"seed": 1})
+    names = Names(rows)
+    assert [names.cache(r) for r in rows] == [
+        "same (window 128)",
+        "same (window 64)",
+        "other, seed 0",
+        "other, seed 1",
+    ]
+
+
+@plots
+def test_devices_are_kept_apart_and_named(tmp_path) -> None:
+    rows = [memory("k3v3", {512: 1000}), memory("k3v3", {512: 1000})]
+    rows[1] = rows[1] | {"versions": VERSIONS | {"device": "NVIDIA H200"}}
+    page, markdown, _ = report(rows, tmp_path)
+    assert "These rows come from 2 devices" in page
+    assert "These rows come from 2 devices" in markdown
+    assert "<h3>books-7m: on NVIDIA H200, batch 1</h3>" in page
+
+
+@plots
+def test_memory_is_compared_with_the_uncompressed_cache(tmp_path) -> None:
+    rows = [memory("dynamic", {512: 4096, 1024: 8192}, "dynamic"), memory("k3v3", {1024: 2048})]
+    page, markdown, _ = report(rows, tmp_path)
+    assert ["k3v3", "1,024", "2.00 KiB", "4.00×", "3.50", "–", "–"] in Tables(page).rows
+    assert "| k3v3 | 1,024 | 2.00 KiB | 4.00× | 3.50 | – | – |" in markdown
+
+
+@plots
+def test_batches_have_panels_of_their_own(tmp_path) -> None:
+    rows = [memory("both", {512: 1000}), memory("one", {512: 3000})]
+    rows[0]["result"]["points"].append({"batch": 4, "context": 512, "cache_bytes": 4000})
+    page = report(rows, tmp_path)[0]
+    small, large = page[page.index("<h3>books-7m, batch 1") :].split("<h3>books-7m, batch 4")
+    large = large[: large.index("</section>")]
+    assert all(name in small for name in ("both", "one"))
+    assert "both" in large
+    assert "one<" not in large
+
+
+@plots
+def test_lines_that_hide_each_other_are_named(tmp_path) -> None:
+    rows = [memory(x, {512: n, 1024: 2 * n}) for x, n in (("a", 1000), ("b", 1001), ("c", 5000))]
+    assert "On one another: a, b." in report(rows, tmp_path)[0]
+
+
+@plots
+def test_speed_shows_median_spread_and_ratio(tmp_path) -> None:
+    def speed(label, rate, kind):
+        point = {"batch": 1, "context": 512, "decode_tokens_per_s": rate, "samples": 5}
+        point |= {"decode_p10": 0.5 * rate, "decode_p90": 2 * rate}
+        return row("speed", {"points": [point], "warnings": []}, label, kind)
+
+    page, _, _ = report(
+        [speed("dynamic", 200, "dynamic"), speed("k3v3", 300, "rotorquant")], tmp_path
+    )
+    line = ["k3v3", "512", "–", "–", "–", "300", "150 to 600", "1.50×", "5"]
+    assert line in Tables(page).rows
+    assert page.count('class="plot"') == 1  # no prefill was measured
+
+
+def test_needles_by_depth_and_length(tmp_path) -> None:
+    page, markdown, flat = report([needle()], tmp_path)
+    cells = Tables(page)
+    assert ["depth", "512", "1k"] in cells.rows
+    assert ["50%", "7/8*", "7/8"] in cells.rows
+    assert sum(attrs.get("style") == "--heat:88%" for _, attrs in cells.tags) == 4
+    assert "| 50% | 7/8\\* | 7/8 |" in markdown
+    assert [r["point.passed"] for r in parsed(flat)] == ["7"] * 4
+
+
+def test_agreement_scores_and_measurements_unknown_here(tmp_path) -> None:
+    lengths = {"mean_length": 20.5, "median_length": 19, "identical": 1, "prompts": 2}
+    scores = {"arc": {"acc,none": 0.25, "acc_stderr,none": 0.02}, "hella": {"acc": 0.5}}
+    rows = [
+        row("agreement", {**lengths, "new_tokens": 32, "lengths": [9, 32]}),
+        row("lm_eval", {"scores": scores, "compressed_share": 0.5}),
+        row("new thing", {"figure": 1.5, "name": "x", "list": [1, 2], "nothing": None}),
+    ]
+    page, _, flat = report(rows, tmp_path)
+    cells = Tables(page).rows
+    assert ["k3v3", "20.5", "19.0", "1", "2", "32"] in cells
+    assert ["cache", "compressed", "arc acc,none", "hella acc"] in cells
+    assert ["k3v3", "50.0%", "0.250 ± 0.020", "0.500"] in cells
+    assert ["cache", "figure", "name", "list", "nothing"] in cells
+    assert ["k3v3", "1.500", "x", "1 2", "–"] in cells
+    records = parsed(flat)
+    assert [r["point.length"] for r in records[:2]] == ["9", "32"]
+    assert [r["point.task"] for r in records[2:4]] == ["arc", "hella"]
+
+
+@plots
+def test_hostile_texts_are_shown_as_they_are(tmp_path) -> None:
+    rows = [
+        perplexity(HOSTILE, 3.0, 0.01, warnings=[HOSTILE]),
+        memory(HOSTILE, {512: 1000}),
+        row("what <i>is</i>", {HOSTILE: 1, "nan": math.nan}, "x" * 300),
+        row("speed", None, "a\nb", status="failed", error=HOSTILE + "\nline, two \ud800"),
+        {"kind": "row", "status": "ok", "result": {"points": "none"}, "measurement": "memory"},
+        {"kind": "row"},
+    ]
+    page, markdown, flat = report(rows, tmp_path, [{"name": HOSTILE, "config": HOSTILE}], HOSTILE)
+    assert page.count("<script>") == 1
+    assert "alert" not in page[page.index("<script>") :]
+    assert {tag for tag, _ in Tables(page).tags if tag in ("i", "b")} == set()
+    shown = [cell for line in Tables(page).rows for cell in line]
+    assert HOSTILE in shown
+    assert f"<h1>{HOSTILE}</h1>" == unescape(re.search("<h1>.*?</h1>", page)[0])
+    assert escape(HOSTILE) in markdown
+    assert "<script" not in re.sub(r"```.*?```", "", markdown, flags=re.S)
+    for table in re.findall(r"(?:^\|.*\n)+", markdown, re.M):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+    records = parsed(flat)
+    assert records[0]["cache"] == HOSTILE
+    assert records[3]["cache"] == "a\nb"
+    assert records[3]["error"] == HOSTILE + "\nline, two ?"
+
+
+@plots
+def test_figures_that_are_no_numbers_draw_nothing(tmp_path) -> None:
+    odd = [None, math.nan, math.inf, "0.1", True]
+    rows = [perplexity(f"kl {x}", 3.0, 0.01) for x in odd]
+    for r, x in zip(rows, odd, strict=True):
+        r["result"] |= {"kl_mean": x, "delta": x, "delta_ci95": [x, x]}
+    page = report(rows, tmp_path)[0]
+    assert "<svg" not in page
+    rows = [perplexity("zero", 3.0, 0.0, delta=math.nan), perplexity("one", 4.0, 0.1, math.nan)]
+    page = report(rows, tmp_path)[0]
+    assert page.count('class="plot"') == 2
+    assert "as the divergence is 0 or less: zero." in page
+
+
+@plots
+@pytest.mark.parametrize("rows", [[], [perplexity("only", 3.0, 0.01)], [{}]], ids=len)
+def test_few_rows(rows, tmp_path) -> None:
+    page, _, flat = report(rows, tmp_path, [])
+    assert page.startswith("<!DOCTYPE html>")
+    assert len(parsed(flat)) == len(rows)
+
+
+def test_without_matplotlib_it_says_so_and_writes_nothing(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(NotAvailableError, match="pip install"):
+        report([perplexity("k3v3", 3.0, 0.01)], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@plots
+def test_the_same_rows_give_the_same_bytes(tmp_path) -> None:
+    rows = [perplexity(f"c{i}", 2 + i / 3, 0.1 / (i + 1)) for i in range(9)]
+    rows += [memory("dynamic", {512: 9000, 1024: 18000}, "dynamic"), needle(), FAILED]
+    first = report(copy.deepcopy(rows), tmp_path / "a")
+    assert report(rows, tmp_path / "b") == first
+
+
+@plots
+def test_the_page_needs_nothing_else(tmp_path) -> None:
+    rows = [perplexity("a", 2.0, 0.1), memory("k3v3", {512: 1000, 1024: 2000}), needle()]
+    page = report(rows, tmp_path)[0]
+    tags = Tables(page).tags
+    links = [attrs[k] for _, attrs in tags for k in ("src", "href", "xlink:href") if k in attrs]
+    assert links
+    assert all(link.startswith("#") for link in links)
+    assert not re.search(r"https?:|@import|url\((?!#)", page)
+    ids = [attrs["id"] for _, attrs in tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in links} <= set(ids)
+    # Text and lines take the page's colours, which follow the reader's choice.
+    drawn = re.findall(r"<svg class=\"plot\".*?</svg>", page, re.S)
+    assert not any(re.search(r"#[0-9a-f]{6}\b", svg.replace('href="#', "")) for svg in drawn)
+
+
+def test_csv_has_the_numbers_as_they_are() -> None:
+    rows = [perplexity('a, "b"', 3.25, 1 / 3), memory("m", {512: 1000, 1024: 2001}), FAILED]
+    first, second, third, last = parsed(to_csv(rows))
+    assert first["cache"] == 'a, "b"'
+    assert float(first["result.kl_mean"]) == 1 / 3
+    assert float(first["result.delta_ci95_low"]) == 0.25
+    assert float(first["result.delta_ci95_high"]) == 0.75
+    assert first["option.text"] == '["road.txt"]'
+    assert [(r["point.context"], r["point.cache_bytes"]) for r in (second, third)] == [
+        ("512", "1000"),
+        ("1024", "2001"),
+    ]
+    assert second["id"] == third["id"] == "memory-m"
+    assert (last["status"], last["result.kl_mean"]) == ("failed", "")
+    assert list(first)[:5] == ["model", "cache", "cache_kind", "measurement", "status"]
+
+
+def test_strokes_differ_and_baselines_are_grey() -> None:
+    names = [f"c{i}" for i in range(24)]
+    found = strokes([*names, "dynamic"], ["dynamic"])
+    assert len({found[name] for name in names}) == 24
+    assert found["dynamic"].dash
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0123456, "0.0123"),
+        (0.09996, "0.100"),
+        (1234.5, "1,234"),
+        (1.3e-13, "1.30e−13"),
+        (-2.5, "−2.50"),
+        (0, "0"),
+        (math.nan, "–"),
+        (None, "–"),
+    ],
+)
+def test_significant_digits(value, text) -> None:
+    assert significant(value) == text
+
+
+def test_sizes_and_ticks() -> None:
+    assert [size(x) for x in (0, 1023, 1536, 50 << 20, None)] == [
+        "0 B", "1,023 B", "1.50 KiB", "50.0 MiB", "–",
+    ]  # fmt: skip
+    assert [tick(x) for x in (0.0, 1e-5, 1e-7, 0.25, -3.0, 2000.0)] == [
+        "0", "0.00001", "1e−7", "0.25", "−3", "2,000",
+    ]  # fmt: skip
