@@ -95,23 +95,26 @@ class CacheSpec:
     label: str = field(compare=False)
 
     @classmethod
-    def of(cls, name: str, options: Mapping[str, Any] | None = None, where: str = "cache") -> Any:
+    def of(
+        cls, name: str, options: Mapping[str, Any] | None = None, where: str = "cache"
+    ) -> CacheSpec:
         """The cache of a name of `KINDS` or `PRESETS`, with some options given.
 
         Raises:
             InputError: for a name or option that there is not, or a value out of range.
         """
         given = dict(options or {})
-        label = given.pop("label", None)
+        where, label = f"{where}: {name}", given.pop("label", None)
         if label is not None and not isinstance(label, str):
             raise InputError(f"{where}: label is {label!r}; it takes a text")
         if name in PRESETS:
-            given = {"preset": name, **given}
-            name = "rotorquant"
+            if "preset" in given:
+                raise InputError(f"{where}: preset is {given['preset']!r} too; give one of them")
+            given, name = {"preset": name, **given}, "rotorquant"
         if name not in KINDS:
             raise InputError(
-                f"{where}: there is no cache {name!r}; choose one of {', '.join(KINDS)}, or a "
-                f"preset of rotorquant: {', '.join(PRESETS)}"
+                f"{where}: there is no such cache; choose one of {', '.join(KINDS)}, or a preset "
+                f"of rotorquant: {', '.join(PRESETS)}"
             )
         defaults = KINDS[name].defaults
         try:
@@ -123,7 +126,7 @@ class CacheSpec:
         except InputError:
             raise
         except (TypeError, ValueError) as error:
-            raise InputError(f"{where} {name}: {error}") from error
+            raise InputError(f"{where}: {error}") from error
         return cls(name, chosen, label or _label(name, chosen))
 
     @property

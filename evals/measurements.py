@@ -11,6 +11,8 @@ from evals import memory, speed
 from evals.agreement import AgreementMeasurement, AgreementOptions
 from evals.caches import CacheSpec
 from evals.failures import Failure, failure_of
+from evals.lm_eval.measure import LmEvalOptions
+from evals.lm_eval.measure import measure as lm_eval_scores
 from evals.memory import MemoryOptions
 from evals.models import Subject
 from evals.needle import NeedleMeasurement, NeedleOptions
@@ -78,6 +80,10 @@ def _agreement(subject: Subject, options: AgreementOptions, seed: int) -> Run:
     return _one_by_one(AgreementMeasurement(subject, options, seed).run)
 
 
+def _lm_eval(subject: Subject, options: LmEvalOptions, seed: int) -> Run:
+    return _one_by_one(lambda spec: lm_eval_scores(subject, spec, options, seed))
+
+
 MEASUREMENTS: dict[str, Measurement] = {
     "perplexity": Measurement(
         "perplexity of a text read through a cache, and divergence from the uncompressed one",
@@ -100,5 +106,8 @@ MEASUREMENTS: dict[str, Measurement] = {
     ),
     "agreement": Measurement(
         "how many tokens of text agree with the uncompressed cache's", AgreementOptions, _agreement
+    ),
+    "lm_eval": Measurement(
+        "scores of lm-eval's tasks, all requests read through the cache", LmEvalOptions, _lm_eval
     ),
 }

@@ -51,7 +51,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     chosen = {}
     for name, value in values.items():
         if name not in fields:
-            raise InputError(f"{where}: unknown key {name!r}; there are {', '.join(fields)}")
+            there = f"there are {', '.join(fields)}" if fields else "it takes none"
+            raise InputError(f"{where}: unknown key {name!r}; {there}")
         chosen[name] = _checked(fields[name], hints[name], value, f"{where}: {name}")
     try:
         return cls(**chosen)

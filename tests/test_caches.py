@@ -115,12 +115,17 @@ def test_haar_and_hadamard_differ_from_the_default_by_rotation_and_scale_alone()
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("rotorquants", {}, "there is no cache 'rotorquants'; choose one of dynamic, rotorquant"),
+        (
+            "rotorquants",
+            {},
+            "rotorquants: there is no such cache; choose one of dynamic",
+        ),
         ("rotorquant", {"key_bit": 3}, "unknown option key_bit; there are key_bits"),
         ("rotorquant", {"preset": "k9v9"}, "preset is 'k9v9'; choose one of"),
-        ("haar", {"preset": "k3v3"}, "unknown option preset"),
+        ("haar", {"preset": "k3v3"}, "haar: unknown option preset"),
+        ("k3v3", {"preset": "k2v2"}, "k3v3: preset is 'k2v2' too; give one of them"),
         ("k3v3", {"key_bits": 0}, "key_bits is 0"),
-        ("dynamic", {"nbits": 2}, "unknown key 'nbits'"),
+        ("dynamic", {"nbits": 2}, "dynamic: unknown key 'nbits'; it takes none"),
         ("hqq", {"nbits": "two"}, "nbits is 'two'; it takes a whole number"),
         ("k3v3", {"label": 3}, "label is 3; it takes a text"),
     ],

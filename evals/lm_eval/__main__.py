@@ -1,0 +1,64 @@
+"""lm-eval's own command line, with the model `rotorquant` and this project's tasks.
+
+`python -m evals.lm_eval run --model rotorquant --tasks TASK... --model_args ...` takes all that
+`lm_eval run` takes, and `--data FOLDER`: where the JSON files of the `*_local` tasks are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from evals.errors import InputError, NotAvailableError
+from evals.lm_eval.tasks import DATA_VARIABLE, TASKS, check_folder
+
+_COMMANDS = ("run", "ls", "validate")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    own, rest = _parser().parse_known_args(arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(f"{__doc__}\nWhat follows is lm-eval's own help.\n")
+    try:
+        if own.data is not None:
+            os.environ[DATA_VARIABLE] = check_folder(own.data)
+        _lm_eval(_with_tasks(rest))
+    except (InputError, NotAvailableError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--data", type=Path)
+    return parser
+
+
+def _with_tasks(arguments: list[str]) -> list[str]:
+    """The arguments with `--include_path` for this project's tasks, if they name none."""
+    named = {argument.split("=")[0] for argument in arguments}
+    if len(arguments) < 2 or named & {"--include_path", "--config", "-C"}:
+        return arguments
+    return [*arguments, "--include_path", str(TASKS)]
+
+
+def _lm_eval(arguments: list[str]) -> None:
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import evals.lm_eval.model  # noqa: F401 (registers the model)
+    except ImportError as error:
+        raise NotAvailableError(
+            f"lm-eval is not installed: pip install 'rotorquant-hf[eval]' ({error})"
+        ) from error
+    sys.argv = ["lm_eval", *arguments]
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

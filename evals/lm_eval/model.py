@@ -1,0 +1,218 @@
+"""The model `rotorquant` of lm-eval: an `HFLM` whose requests all read a key-value cache.
+
+`HFLM` scores with one forward pass and no cache, which shows no compression whatever the cache.
+Here a batch goes through a new cache in passes (see `evals.feeding`), so that log-likelihoods,
+rolling ones and multiple choices read older tokens as they are stored. `generate_until` gives
+`generate` a new cache: the prompt's own pass reads exactly, as it does for every user of
+`generate`; the tokens decoded after it read the codes.
+
+Batches are padded on the right for scoring: no token reads what comes after it, so neither logits
+nor statistics of a row depend on its padding, up to rounding. (Transformers' fp8 cache takes one
+scale for all rows: there scores depend on the batch.) For `generate_until` batches are padded on
+the left, and padding takes part in the sinks and statistics of its row: with batch_size=1 there is
+none.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import Cache, LogitsProcessorList, PreTrainedModel
+
+from evals.caches import CacheSpec
+from evals.errors import InputError
+from evals.feeding import next_pass
+from evals.footprint import packed_numbers
+from evals.lm_eval.model_args import cache_of, check_names, chunk_of, refused
+from evals.lm_eval.reads import DecodingReads, Pass, Reads, nothing_compressed
+
+_log = logging.getLogger("lm_eval.models.rotorquant")  # shown as lm-eval's own messages are
+
+
+@register_model("rotorquant")
+class RotorQuantLM(HFLM):
+    """A causal language model that reads one of the caches of `evals.caches`.
+
+    Args:
+        pretrained: a folder, a name on the Hub, or a loaded model (give its `tokenizer` too).
+        cache: a name of `KINDS` or `PRESETS`, or a `CacheSpec`.
+        chunk: most tokens of a forward pass; by default 64, and for `dynamic` all, so that its
+            scores are those of lm-eval's `hf`.
+        make_cache: makes the caches instead (for the twins of a model).
+        **kwargs: options of the cache; all other go to `HFLM`.
+
+    Raises:
+        InputError: for an argument or value that there is not, or an encoder-decoder model.
+        NotAvailableError: if this installation, or this model, cannot have the cache.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel,
+        cache: str | CacheSpec = "rotorquant",
+        chunk: int | None = None,
+        make_cache: Callable[[], Cache] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.spec, kwargs = cache_of(cache, kwargs)
+        self.chunk = chunk_of(chunk, self.spec)
+        known = [name for name in inspect.signature(HFLM).parameters if name != "kwargs"]
+        check_names(kwargs, known, loaded=not isinstance(pretrained, str))
+        self._handed_on = [name for name in kwargs if name not in known]
+        self.reads: dict[str, Reads] = {}
+        self.warnings: list[str] = []
+        self._reads, self._passes = Reads(), list[Pass]()
+        super().__init__(pretrained, **kwargs)
+        self._make_cache = make_cache or (lambda: self.spec.make(self.model.config))
+        self._make_cache()  # one that is not to be had says so before any work
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and self._world_size == 1:
+            # HFLM shares the work out only where it sees several GPUs; on CPUs, and with one GPU
+            # visible to each process, every process would do all of it.
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+
+    def _get_backend(self, *args: Any, **kwargs: Any) -> None:
+        super()._get_backend(*args, **kwargs)
+        if self.backend != "causal":
+            raise InputError(
+                f"rotorquant takes causal language models, and this is a {self.backend} model "
+                "(encoder and decoder): use --model hf"
+            )
+
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._create_model(*args, **kwargs)
+        except TypeError as error:
+            for name in self._handed_on:
+                if f"'{name}'" in str(error):
+                    raise refused(name, error) from error
+            raise
+
+    def _model_call(
+        self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Logits (batch, tokens, vocabulary) of token ids (batch, tokens) through a new cache."""
+        rows, length = inps.shape
+        cache, start, before = self._make_cache(), 0, 0
+        logits = torch.empty(0)
+        self._passes = []
+        with torch.no_grad(), self._autocast():
+            while start < length:
+                n = next_pass(cache, self.chunk or length, length - start)
+                ids = inps[:, start : start + n]
+                found = self.model(ids, past_key_values=cache, use_cache=True).logits
+                if n == length:
+                    logits = found
+                else:
+                    if not start:  # filled in place: twice the logits may not fit
+                        logits = found.new_empty(rows, length, found.shape[-1])
+                    logits[:, start : start + n] = found
+                held, packed = packed_numbers(cache)
+                self._passes.append(Pass(start, start + n, before // rows, held // rows))
+                start, before = start + n, packed
+        return logits
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            device_type=self.device.type,
+            dtype=self.mixed_precision_dtype,
+            enabled=self.mixed_precision_dtype is not None,
+        )
+
+    def _select_cont_toks(
+        self, logits: Tensor, contlen: int | None = None, inplen: int | None = None
+    ) -> Tensor:
+        """The logits of one row's continuation; here is known which tokens are scored."""
+        assert contlen is not None
+        assert inplen is not None  # as for every causal model
+        self._reads.score(self._passes, inplen - contlen, inplen)
+        return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> Tensor:
+        """Token ids (batch, prompt and continuation), generated with a new cache."""
+        cache = self._make_cache()
+        processors = generation_kwargs.pop("logits_processor", [])
+        return super()._model_generate(
+            context,
+            max_length,
+            stop,
+            past_key_values=cache,
+            logits_processor=LogitsProcessorList([*processors, DecodingReads(cache, self._reads)]),
+            **generation_kwargs,
+        )
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
+        """As `HFLM`'s, through the cache."""
+        return self._by_task("loglikelihood", super().loglikelihood, requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list:
+        """As `HFLM`'s, through the cache, a new one for every window."""
+        work = super().loglikelihood_rolling
+        return self._by_task("loglikelihood_rolling", work, requests, disable_tqdm)
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list:
+        """As `HFLM`'s, with the cache."""
+        return self._by_task("generate_until", super().generate_until, requests, disable_tqdm)
+
+    def _by_task(
+        self, kind: str, work: Callable[..., list], requests: list, disable_tqdm: bool
+    ) -> list:
+        """Do the requests, those of each task together, so that each task's reads are known.
+
+        All at once where batches must be `hf`'s, and where processes share the work: each must do
+        as many rounds as the others, and may have no document of a task.
+        """
+        names = [request.task_name or "requests" for request in requests]
+        if self.world_size > 1 or self.chunk is None:
+            names = [", ".join(dict.fromkeys(names))] * len(names)
+        found = [None] * len(requests)
+        for name in dict.fromkeys(names):
+            places = [i for i, other in enumerate(names) if other == name]
+            self._reads = Reads()
+            responses = work([requests[i] for i in places], disable_tqdm=disable_tqdm)
+            self._note(kind, name, *self._over_all_processes(self._reads))
+            for i, response in zip(places, responses, strict=True):
+                found[i] = response
+        return found
+
+    def _note(self, kind: str, tasks: str, packed: int, held: int) -> None:
+        """Count what was read, and warn if nothing of it was compressed."""
+        self.reads.setdefault(tasks, Reads()).add(packed, held)
+        if packed or not held or self.spec.is_baseline:
+            return
+        text = nothing_compressed(kind, tasks, self.spec.label)
+        if text not in self.warnings:
+            self.warnings.append(text)
+        if self.rank == 0:
+            _log.warning(text)
+
+    def _over_all_processes(self, reads: Reads) -> tuple[int, int]:
+        counts = torch.tensor([reads.packed, reads.held], device=self.device)
+        packed, held = self.all_gather(counts).reshape(-1, 2).sum(0).tolist()
+        return packed, held
+
+    @property
+    def compressed_share(self) -> float | None:
+        """Share of the keys and values read by all requests so far that was read quantised."""
+        total = Reads()
+        for reads in self.reads.values():
+            total.add(reads.packed, reads.held)
+        return total.share
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes into the `config` of its results: the cache too, and the warnings."""
+        return super().get_model_info() | {
+            "cache": self.spec.to_dict(),
+            "cache_chunk": self.chunk,
+            "cache_compressed_share": {name: reads.share for name, reads in self.reads.items()},
+            "cache_warnings": self.warnings,
+        }

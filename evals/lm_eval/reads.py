@@ -1,0 +1,88 @@
+"""How much of what the requests read was read compressed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import Cache, LogitsProcessor
+
+from evals.footprint import packed_numbers
+
+
+class Pass(NamedTuple):
+    """One forward pass over the tokens start..end-1 of a batch; numbers are those of one row.
+
+    Attributes:
+        start, end: tokens.
+        packed: key and value numbers that it read quantised: those quantised before it.
+        held: all that it read, its own included.
+    """
+
+    start: int
+    end: int
+    packed: int
+    held: int
+
+
+@dataclass
+class Reads:
+    """Key and value numbers read by the tokens whose logits count, padding left out.
+
+    Attributes:
+        packed: read quantised.
+        held: read in all.
+    """
+
+    packed: int = 0
+    held: int = 0
+
+    @property
+    def share(self) -> float | None:
+        """Share of what was read that was read quantised; None if nothing was read."""
+        return self.packed / self.held if self.held else None
+
+    def add(self, packed: int, held: int) -> None:
+        """Count some numbers."""
+        self.packed += packed
+        self.held += held
+
+    def score(self, passes: list[Pass], first: int, last: int) -> None:
+        """Count what the tokens first..last-1 of one row read."""
+        for step in passes:
+            tokens = min(last, step.end) - max(first, step.start)
+            if tokens > 0:
+                self.add(tokens * step.packed, tokens * step.held)
+
+
+class DecodingReads(LogitsProcessor):
+    """Counts what every step of `generate` reads; changes no score.
+
+    The first step is the prompt's own pass, which reads exactly.
+    """
+
+    def __init__(self, cache: Cache, reads: Reads) -> None:
+        self.cache, self.reads, self.before = cache, reads, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Count one step, of all rows, and return `scores` as they are."""
+        held, packed = packed_numbers(self.cache)
+        self.reads.add(self.before, held)
+        self.before = packed
+        return scores
+
+
+def nothing_compressed(requests: str, tasks: str, cache: str) -> str:
+    """The warning for requests that no compressed key or value took part in."""
+    why = (
+        "texts this short stay in the cache's exact window (a prompt is read exactly by "
+        "generate: only decoding reads codes)"
+        if requests == "generate_until"
+        else "prompts this short stay in the cache's exact window"
+    )
+    return (
+        f"nothing was read compressed: {requests} requests ({tasks}) scored without one quantised "
+        f"key or value, so these figures say nothing about {cache}; {why}. Make prompts longer "
+        "with num_fewshot, or the window shorter with residual_length (such as residual_length=32)"
+    )
