@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import Cache
-from transformers.cache_utils import BaseQuantizedLayer, QuantizedLayer
+from transformers import Cache, cache_utils
+from transformers.cache_utils import QuantizedLayer
 
 from rotorquant_hf import RotorQuantCache
 from rotorquant_hf.layers import RotorQuantLayer
+
+# In later versions of Transformers fp8 shares this base with the others.
+_BaseQuantizedLayer = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,9 @@ def _numbers(layer: Any) -> tuple[int, int]:
     """How many numbers a layer stands for: in all, and quantised."""
     if isinstance(layer, RotorQuantLayer):
         return layer.numbers()
-    if isinstance(layer, BaseQuantizedLayer):
-        packed = _logical(layer._quantized_keys) + _logical(layer._quantized_values)
+    if isinstance(layer, _BaseQuantizedLayer):
+        quantised = (getattr(layer, f"_quantized_{part}", None) for part in ("keys", "values"))
+        packed = sum(map(_logical, quantised))
         if not isinstance(layer, QuantizedLayer):  # fp8 has no exact window
             return packed, packed
         return packed + sum(x.numel() for x in (layer.keys, layer.values) if x is not None), packed
