@@ -30,17 +30,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     Cache,
-    DynamicCache,
     LlamaConfig,
-    PreTrainedConfig,
     PreTrainedModel,
-    QuantizedCache,
 )
 
+from evals.caches import BASELINE, CacheSpec
+from evals.errors import NotAvailableError
+from evals.footprint import footprint
 from evals.timing import (
     DEVICE_LOST,
     LEAST_SAMPLES,
@@ -58,19 +57,14 @@ from evals.timing import (
     random_states,
     recover,
 )
-from rotorquant_hf import PRESETS, DecodeGraph, RotorQuantCache
+from rotorquant_hf import PRESETS, DecodeGraph
 
-BASELINE = "dynamic"
 QUANTIZED = {"quanto": 4, "hqq": 4, "fp8": None}
 """Backends of Transformers' QuantizedCache, with their bits where they can be chosen."""
 
 _GRAPH_WARM_UP = 6  # steps until a DecodeGraph has captured and replayed
 _TOGETHER = 0.6  # of the free memory, that caches may take together
 _TRIES = 8
-
-
-class NotAvailableError(RuntimeError):
-    """This installation or device cannot run a row."""
 
 
 @dataclass(frozen=True)
@@ -103,25 +97,6 @@ def build_model(args: argparse.Namespace, device: torch.device) -> PreTrainedMod
     return model.eval().requires_grad_(False)
 
 
-def make_cache(name: str, config: PreTrainedConfig) -> Cache:
-    """An empty cache: "dynamic", a backend of QuantizedCache, or a preset of RotorQuantCache.
-
-    Raises:
-        NotAvailableError: if there is no such backend here.
-    """
-    if name == BASELINE:
-        return DynamicCache()
-    if name not in QUANTIZED:
-        return RotorQuantCache(name, config=config)
-    bits = QUANTIZED[name]
-    try:
-        return QuantizedCache(name, config, **({} if bits is None else {"nbits": bits}))
-    except ImportError as error:
-        raise NotAvailableError(f"not installed: {error}") from None
-    except (TypeError, ValueError) as error:
-        raise NotAvailableError(str(error)) from None
-
-
 def fill(cache: Cache, model: PreTrainedModel, shape: Shape, generator: torch.Generator) -> None:
     """Put `context` random tokens into every layer.
 
@@ -138,14 +113,6 @@ def fill(cache: Cache, model: PreTrainedModel, shape: Shape, generator: torch.Ge
     lengths = {int(cache.get_seq_length(layer)) for layer in range(config.num_hidden_layers)}
     if lengths != {shape.context}:
         raise RuntimeError(f"layers of {sorted(lengths)} tokens, filled with {shape.context}")
-
-
-def tensor_bytes(cache: Cache) -> int:
-    """Bytes of a cache's tensors, by looking at them."""
-    if isinstance(cache, RotorQuantCache):
-        return cache.memory().total_bytes
-    leaves = [x for layer in cache.layers for x in tree_leaves(vars(layer))]
-    return sum(x.nbytes for x in leaves if isinstance(x, Tensor))
 
 
 def estimated_bytes(name: str, model: PreTrainedModel, shape: Shape) -> int:
@@ -167,7 +134,7 @@ class Decoder:
     """Decodes with one cache, filled when this is made, step by step.
 
     Args:
-        name: the cache, see `make_cache`. mode: "eager" or "graph".
+        name: the cache, see `evals.caches`. mode: "eager" or "graph".
         model, shape: what decodes, and how much of it.
         steps: how many steps there will be, warming up included.
         seed: of the tokens in the cache.
@@ -187,7 +154,7 @@ class Decoder:
             0, model.config.vocab_size, size, device=model.device, generator=generator
         )
         self._base = self._allocated()
-        self.cache = make_cache(name, model.config)
+        self.cache = CacheSpec.of(name).make(model.config)
         fill(self.cache, model, shape, generator)
         self._graph = self._captured(self.cache, steps) if mode == "graph" else None
         self.scratch = self.graph_bytes = 0
@@ -214,7 +181,7 @@ class Decoder:
         # What a graph's pool holds beyond the tensors in it.
         grown = self._reserved() - reserved - (self._allocated() - allocated)
         self.graph_bytes = max(0, grown) if self.mode == "graph" else 0
-        self.cache_bytes = tensor_bytes(self.cache)
+        self.cache_bytes = footprint(self.cache, self.model.dtype).total_bytes
         if self.cuda:
             self.cache_bytes = self._allocated() - self._base
 

@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from evals import bench_attention, bench_generate
 from evals.bench_attention import WrongResult, require_close
+from evals.errors import NotAvailableError
 from evals.timing import (
     DEVICE_LOST,
     DeviceLost,
@@ -273,7 +274,7 @@ class ModelCase:
     def run(self, device: torch.device) -> float:
         """The largest relative error of a step's logits."""
         if self.graph and not on_gpu(device):
-            raise bench_generate.NotAvailableError("CUDA graphs need a CUDA device")
+            raise NotAvailableError("CUDA graphs need a CUDA device")
         model = _small_model(device)
         generator = torch.Generator(device).manual_seed(5)
         ids = torch.randint(
