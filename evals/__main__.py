@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from evals.caches import KINDS, CacheSpec
 from evals.errors import InputError, NotAvailableError
 from evals.failures import Failure
 from evals.measurements import MEASUREMENTS
-from evals.models import ModelOptions, load
+from evals.models import ModelOptions, load, pick_device
 from evals.options import add_arguments, from_arguments
 from rotorquant_hf import PRESETS
 
@@ -46,12 +47,16 @@ def run_sweep(args: argparse.Namespace) -> int:
     planned = plan.read_plan(args.config, replaced)
     out = args.out or Path("results") / planned.name
     if args.dry_run:
-        sweep.check_out(planned, out)
+        sweep.check_out(planned, out, sweep.versions_of(pick_device(None), args.argv))
         print(plan.summary(planned, sweep.statuses(planned, out)))
         return 0
-    counts = sweep.run(planned, out, args.argv, args.retry)
-    print(f"{', '.join(f'{n} {status}' for status, n in sorted(counts.items()))}; rows in {out}")
-    return 1 if counts.get("failed") else 0
+    share = sweep.Share.of_environment()
+    counts = sweep.run(planned, out, args.argv, args.retry, share)
+    shown = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "no rows"
+    part = f"process {share.rank + 1} of {share.processes}: " if share.processes > 1 else ""
+    print(f"{part}{shown} of {len(planned.rows)} rows; in {out / share.file}")
+    # A launcher would end the other processes when one of them reports a failure.
+    return 1 if counts.get("failed") and share.processes == 1 else 0
 
 
 def run_report(args: argparse.Namespace) -> int:
@@ -108,6 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (InputError, NotAvailableError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it stopped", file=sys.stderr)
         raise SystemExit(130) from None

@@ -11,6 +11,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from evals.caches import CacheSpec
+from evals.errors import require
+from evals.footprint import packed_numbers
+from evals.integrity import NOTHING_COMPRESSED
 from evals.models import Subject
 from evals.options import option
 from evals.texts import TextOptions, cut
@@ -72,23 +75,33 @@ class AgreementMeasurement:
 
     def __init__(self, subject: Subject, options: AgreementOptions, seed: int = 0) -> None:
         self.subject, self.options, self.seed = subject, options, seed
-        windows, _ = cut(subject.tokenizer, options.documents(), options, subject.context, least=1)
+        room = None if subject.context is None else subject.context - options.new_tokens
+        require(
+            room is None or room > 1,
+            f"new_tokens is {options.new_tokens}, but the model takes {subject.context} in all",
+        )
+        windows, _ = cut(subject.tokenizer, options.documents(), options, room, least=1)
         self.prompts = [window.ids.to(subject.device) for window in windows]
         baseline = CacheSpec.of("dynamic")
-        self.expected = [self._write(baseline, prompt) for prompt in self.prompts]
+        self.expected = [self._write(baseline, prompt)[0] for prompt in self.prompts]
 
-    def _write(self, spec: CacheSpec, prompt: Tensor) -> list[int]:
+    def _write(self, spec: CacheSpec, prompt: Tensor) -> tuple[list[int], float]:
+        """The tokens, and the share of the cache that is quantised in the end."""
         options, cache = self.options, self.subject.new_cache(spec)
-        return continuation(
+        written = continuation(
             self.subject.model, prompt, cache, options.new_tokens, options.sample, self.seed
         )
+        numbers, packed = packed_numbers(cache)
+        return written, packed / numbers
 
     def run(self, spec: CacheSpec) -> dict[str, Any]:
         """The figures of one cache, as plain values."""
+        written = [self._write(spec, prompt) for prompt in self.prompts]
         lengths = [
-            agreement_length(self._write(spec, prompt), expected)
-            for prompt, expected in zip(self.prompts, self.expected, strict=True)
+            agreement_length(tokens, expected)
+            for (tokens, _), expected in zip(written, self.expected, strict=True)
         ]
+        share = statistics.mean(share for _, share in written)
         new = self.options.new_tokens
         return {
             "mean_length": statistics.mean(lengths),
@@ -98,5 +111,6 @@ class AgreementMeasurement:
             "prompt_tokens": max(prompt.shape[1] for prompt in self.prompts),
             "new_tokens": new,
             "lengths": lengths,
-            "warnings": [],
+            "compressed_share": share,
+            "warnings": [] if share or spec.is_baseline else [NOTHING_COMPRESSED],
         }

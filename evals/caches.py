@@ -119,10 +119,15 @@ class CacheSpec:
         defaults = KINDS[name].defaults
         try:
             if isinstance(defaults, RotorQuantConfig):
-                preset = given.pop("preset", None) if name == "rotorquant" else None
-                chosen = RotorQuantConfig.from_options(preset or defaults, **given)
+                base = defaults
+                if name == "rotorquant" and "preset" in given:
+                    base = given.pop("preset")
+                    if not isinstance(base, str):
+                        raise InputError(f"{where}: preset is {base!r}; it takes a name")
+                chosen = RotorQuantConfig.from_options(base, **given)
             else:
                 chosen = build(type(defaults), given, where)
+                _check_quantized(name, chosen, where)
         except InputError:
             raise
         except (TypeError, ValueError) as error:
@@ -153,9 +158,29 @@ class CacheSpec:
                 f"{self.kind} is not installed: pip install {package} ({error})"
             ) from error
         except (KeyError, ValueError) as error:
+            if isinstance(self.options, RotorQuantConfig):
+                raise InputError(f"{self.label}: {error}") from error
             raise NotAvailableError(
                 f"Transformers makes no {self.kind} cache for this model: {error}"
             ) from error
+
+
+_NBITS = {"quanto": (2, 4), "hqq": (1, 2, 3, 4, 8)}
+_AXES = {"quanto": (0, -1), "hqq": (0, 1)}
+
+
+def _check_quantized(name: str, options: Any, where: str) -> None:
+    """What Transformers would say only when a model is there."""
+    if not isinstance(options, QuantoOptions):
+        return
+    for field_name, value, choices in (
+        ("nbits", options.nbits, _NBITS[name]),
+        ("axis_key", options.axis_key, _AXES[name]),
+        ("axis_value", options.axis_value, _AXES[name]),
+    ):
+        if value not in choices:
+            shown = ", ".join(map(str, choices))
+            raise InputError(f"{where}: {field_name} is {value}; choose one of {shown}")
 
 
 def _rotorquant(options: RotorQuantConfig, config: PreTrainedConfig) -> Cache:

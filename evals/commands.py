@@ -10,19 +10,14 @@ from typing import Any
 import yaml
 
 from evals.caches import KINDS, CacheSpec, QuantoOptions
-from evals.models import ModelOptions, Subject, load
-from evals.options import add_arguments, flag, from_arguments
+from evals.models import ModelOptions
+from evals.options import add_arguments, flag
 from rotorquant_hf import PRESETS, RotorQuantConfig
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The arguments of `ModelOptions`."""
     add_arguments(parser, ModelOptions, "model")
-
-
-def model_of(args: argparse.Namespace) -> Subject:
-    """The model that the arguments name, loaded."""
-    return load(from_arguments(ModelOptions, args))
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:
@@ -41,12 +36,19 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             flag(name),
             dest=f"cache.{name}",
-            type=yaml.safe_load,
+            type=_value,
             default=argparse.SUPPRESS,
             help=text.replace("%", "%%"),
             metavar="VALUE",
             **many,
         )
+
+
+def _value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no value") from error
 
 
 def _cache_fields() -> dict[str, str]:

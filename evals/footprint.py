@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +64,10 @@ def footprint(cache: Cache, dtype: torch.dtype) -> Footprint:
         report = cache.memory()
         parts = {name: size for name, size in report.parts.items() if size}
         return Footprint(report.total_bytes, parts, total, packed, 8 * dtype.itemsize)
-    sizes = {"quantised": 0, "exact": 0}
+    sizes = {"codes": 0, "scales": 0, "exact": 0}
+    coded = {id(x) for layer in cache.layers for x in tensors_in(_quantised(layer))}
     for tensor in _storages(tensors_in(cache.layers)).values():
-        part = "quantised" if tensor.dtype.itemsize == 1 else "exact"
+        part = "exact" if id(tensor) not in coded else "codes" if is_code(tensor) else "scales"
         sizes[part] += tensor.untyped_storage().nbytes()
     parts = {name: size for name, size in sizes.items() if size}
     return Footprint(sum(sizes.values()), parts, total, packed, 8 * dtype.itemsize)
@@ -77,8 +78,7 @@ def _numbers(layer: Any) -> tuple[int, int]:
     if isinstance(layer, RotorQuantLayer):
         return layer.numbers()
     if isinstance(layer, _BaseQuantizedLayer):
-        quantised = (getattr(layer, f"_quantized_{part}", None) for part in ("keys", "values"))
-        packed = sum(map(_logical, quantised))
+        packed = sum(map(_logical, _quantised(layer)))
         if not isinstance(layer, QuantizedLayer):  # fp8 has no exact window
             return packed, packed
         return packed + sum(x.numel() for x in (layer.keys, layer.values) if x is not None), packed
@@ -96,6 +96,42 @@ def _logical(states: Any) -> int:
     return states.numel()
 
 
+def _quantised(layer: Any) -> tuple[Any, Any]:
+    """The quantised keys and values of a layer of `QuantizedCache`; of others nothing."""
+    if not isinstance(layer, _BaseQuantizedLayer):
+        return None, None
+    return getattr(layer, "_quantized_keys", None), getattr(layer, "_quantized_values", None)
+
+
+def is_code(tensor: Tensor) -> bool:
+    """Whether a tensor of a quantised state holds codes: integers (HQQ's of 3 bits are 32 bits
+    wide), or floating-point numbers of 8 bits; not scales.
+    """
+    return tensor.dtype != torch.bool and (
+        not tensor.is_floating_point() or tensor.dtype.itemsize == 1
+    )
+
+
+def codes_of(layer: Any) -> dict[str, list[Tensor]]:
+    """The tensors that hold a layer's codes, in use: of its keys, and of its values.
+
+    Of a layer of an unknown kind all tensors of one byte an entry, tables apart.
+    """
+    if isinstance(layer, RotorQuantLayer):
+        if not layer.is_initialized or not len(layer.store):
+            return {}
+        spans = {"keys": layer.store.key_span(), "values": layer.store.value_span()}
+        found = {part: list(span.rows.values()) for part, span in spans.items()}
+    elif isinstance(layer, _BaseQuantizedLayer):
+        parts = zip(("keys", "values"), _quantised(layer), strict=True)
+        found = {part: list(tensors_in(states)) for part, states in parts}
+    else:
+        tensors = tensors_in(layer, modules=False)
+        found = {"states": [x for x in tensors if x.dtype.itemsize == 1]}
+    codes = {part: [x for x in xs if is_code(x) and x.numel()] for part, xs in found.items()}
+    return {part: xs for part, xs in codes.items() if xs}
+
+
 def packed_numbers(cache: Cache) -> tuple[int, int]:
     """How many numbers a cache holds: in all, and quantised."""
     counts = [_numbers(layer) for layer in cache.layers]
@@ -103,15 +139,24 @@ def packed_numbers(cache: Cache) -> tuple[int, int]:
 
 
 def packed_tokens(cache: Cache) -> tuple[int, int]:
-    """The first token that is stored quantised, and the one after the last, in any layer."""
-    ranges = [(0, 0)]
+    """The first token that is stored quantised, and the one after the last.
+
+    In all compressed layers of full attention; where there are none, in all that slide.
+    """
+    spans: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
     for layer in cache.layers:
         numbers, packed = _numbers(layer)
         if packed:
-            sinks = layer.sinks[0].shape[2] if isinstance(layer, RotorQuantLayer) else 0
-            held = layer.get_seq_length() * packed // numbers
-            ranges.append((sinks, sinks + held))
-    return max(ranges, key=lambda span: span[1] - span[0])
+            spans[bool(layer.is_sliding)].append(_span(layer, numbers, packed))
+    chosen = spans[False] or spans[True] or [(0, 0)]
+    return max(first for first, _ in chosen), min(last for _, last in chosen)
+
+
+def _span(layer: Any, numbers: int, packed: int) -> tuple[int, int]:
+    if isinstance(layer, RotorQuantLayer):
+        last = layer.get_seq_length() - layer.window_length
+        return last - len(layer.store), last
+    return 0, layer.get_seq_length() * packed // numbers
 
 
 _LEAVES = (str, bytes, int, float, complex, type, torch.dtype, torch.device, torch.Generator)
@@ -162,22 +207,28 @@ def _storages(tensors: Iterator[Tensor]) -> dict[tuple[str, int], Tensor]:
 
 def reachable_bytes(cache: Cache) -> int:
     """Bytes of all storages that can be reached from a cache, whatever it says of itself."""
-    return sum(x.untyped_storage().nbytes() for x in _storages(tensors_in(cache.layers)).values())
+    return sum(x.untyped_storage().nbytes() for x in _storages(tensors_in(cache)).values())
 
 
-def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
+def _synchronize(devices: Collection[torch.device]) -> None:
+    for device in devices:
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(work: Callable[[], Any], devices: Collection[torch.device]) -> int:
     """How far the memory in use rises above where it stands, while `work` runs.
 
-    On a GPU by CUDA's allocator. On a CPU by the sum of all that PyTorch's allocator hands out
-    less what it takes back, which the profiler records.
+    On GPUs by CUDA's allocator, summed over them. On a CPU by the sum of all that PyTorch's
+    allocator hands out less what it takes back, which the profiler records.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+    if any(device.type == "cuda" for device in devices):
+        _synchronize(devices)
+        before = {device: torch.cuda.memory_allocated(device) for device in devices}
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
         work()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        _synchronize(devices)
+        return sum(torch.cuda.max_memory_allocated(device) - before[device] for device in devices)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as run:
         work()
     events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -1,21 +1,26 @@
 """Is the cache read, and is anything compressed? What a measurement must know of its subject.
 
 A cache that keeps exact copies beside its codes shows no loss and saves nothing; one that packs
-nothing shows no loss either. So the stored codes are scrambled, and the model must notice.
+nothing shows no loss either. So the stored codes are scrambled, of the keys and of the values of
+one layer after the other, and the model must notice each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import QuantizedLayer
 
 from evals.feeding import next_pass, read
-from evals.footprint import footprint, reachable_bytes, tensors_in
+from evals.footprint import codes_of, footprint, reachable_bytes
+from rotorquant_hf.layers import RotorQuantLayer
 
 _SLACK = 1.01  # of the bytes that a cache reports; small state is not in every report
+_PROBE = 8  # tokens that read the scrambled codes
 
 
 def warnings_of(
@@ -30,27 +35,28 @@ def warnings_of(
         chunk: tokens per pass.
     """
     cache = make_cache()
-    probe = min(chunk, ids.shape[1] // 4 + 1)
-    feed(model, ids[:, :-probe], cache, chunk)
+    probe = min(_PROBE, ids.shape[1] // 2)
+    text, rest = ids[:, :-probe], ids[:, -probe:]
+    feed(model, text, cache, chunk)
     counted, reachable = footprint(cache, model.dtype), reachable_bytes(cache)
-    found = []
-    if cache.get_seq_length() != ids.shape[1] - probe:
+    tokens, found = text.shape[1], []
+    if cache.get_seq_length() != tokens:
         found.append(
-            f"the cache holds {cache.get_seq_length()} tokens, but {ids.shape[1] - probe} went "
-            "through the model: it is not used"
+            f"the cache holds {cache.get_seq_length()} tokens, but {tokens} went through the "
+            "model: it is not used"
         )
     if not counted.packed_numbers:
-        found.append(
-            f"nothing is compressed after {ids.shape[1] - probe} tokens: the exact window holds "
-            "them all; measure longer texts"
-        )
-    elif not _codes(cache):
+        found.append(_nothing_packed(cache, tokens))
+    elif not any(codes_of(layer) for layer in cache.layers):
         found.append("the cache says that tokens are quantised, but stores no codes")
-    elif not _notices(model, ids, make_cache, chunk, probe, cache):
-        found.append(
-            "the stored codes are not read: the model gives the same logits when they are "
-            "scrambled, so these figures say nothing about compression"
-        )
+    else:
+        unread = list(_unread(model, text, rest, make_cache, chunk, cache))
+        if unread:
+            more = f" and {len(unread) - 4} more" if len(unread) > 4 else ""
+            found.append(
+                f"stored codes are not read ({', '.join(unread[:4])}{more}): the model gives the "
+                "same logits when they are scrambled, so these figures flatter the cache"
+            )
     exact = counted.numbers * model.dtype.itemsize
     if counted.packed_numbers and counted.total_bytes >= exact:
         found.append(
@@ -64,6 +70,20 @@ def warnings_of(
     return found
 
 
+NOTHING_COMPRESSED = (
+    "nothing was compressed: all tokens were in the exact window; measure longer contexts"
+)
+
+
+def _nothing_packed(cache: Cache, tokens: int) -> str:
+    if any(isinstance(layer, RotorQuantLayer | QuantizedLayer) for layer in cache.layers):
+        return (
+            f"nothing is compressed after {tokens} tokens: the exact window holds them all; "
+            "measure longer texts"
+        )
+    return f"nothing is compressed after {tokens} tokens: the cache has no compressed layer"
+
+
 def feed(model: PreTrainedModel, ids: Tensor, cache: Cache, chunk: int) -> None:
     """Feed a text (1, tokens) through a cache."""
     start = 0
@@ -73,24 +93,29 @@ def feed(model: PreTrainedModel, ids: Tensor, cache: Cache, chunk: int) -> None:
         start += n
 
 
-def _notices(
+def _unread(
     model: PreTrainedModel,
-    ids: Tensor,
+    text: Tensor,
+    rest: Tensor,
     make_cache: Callable[[], Cache],
     chunk: int,
-    probe: int,
     cache: Cache,
-) -> bool:
-    """Whether logits change when the codes do; `cache` holds all but the last `probe` tokens."""
-    scrambled = make_cache()
-    feed(model, ids[:, :-probe], scrambled, chunk)
-    for codes in _codes(scrambled):
-        codes.view(torch.uint8).bitwise_xor_(0x55)
-    expected = read(model, ids[:, -probe:], cache)
-    return not torch.equal(expected, read(model, ids[:, -probe:], scrambled))
+) -> Iterator[str]:
+    """Layers and parts whose codes may be anything; `cache` holds `text`."""
 
+    def filled() -> Cache:
+        try:
+            return copy.deepcopy(cache)
+        except Exception:  # whatever its tensors say to being copied
+            again = make_cache()
+            feed(model, text, again, chunk)
+            return again
 
-def _codes(cache: Cache) -> list[Tensor]:
-    """The tensors of a cache that hold codes: those of one byte an entry, tables apart."""
-    tensors = tensors_in(cache.layers, modules=False)
-    return [x for x in tensors if x.dtype.itemsize == 1 and x.dtype != torch.bool and x.numel()]
+    expected = read(model, rest, filled())
+    for index, layer in enumerate(cache.layers):
+        for part in codes_of(layer):
+            probed = filled()
+            for codes in codes_of(probed.layers[index])[part]:
+                codes.view(torch.uint8).bitwise_xor_(0x55)
+            if torch.equal(expected, read(model, rest, probed)):
+                yield f"{part} of layer {index}"

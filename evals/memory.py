@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from evals.caches import CacheSpec
+from evals.failures import FailedError, Failure, failure_of, raise_if_fatal
 from evals.feeding import fill
 from evals.footprint import footprint, peak_bytes, reachable_bytes
+from evals.integrity import NOTHING_COMPRESSED
 from evals.models import Subject
 from evals.options import option
 
@@ -50,30 +52,41 @@ def measure(
     prefill the cache and all that comes and goes with it, for decoding the growth of the cache and
     all that comes and goes in a step.
     """
-    return {
-        "points": [
-            _point(subject, spec, batch, context, options.new_tokens, seed)
-            for batch in options.batch
-            for context in options.context
-        ],
-        "warnings": [],
-    }
+    points: list[dict[str, Any]] = []
+    failures: list[Failure] = []
+    for batch in options.batch:
+        for context in options.context:
+            place = {"batch": batch, "context": context}
+            try:
+                points.append(place | _point(subject, spec, batch, context, options, seed))
+            except Exception as error:
+                failures.append(failure_of(error))
+                points.append(place | {"error": failures[-1].reason})
+                raise_if_fatal(failures[-1])
+    if len(failures) == len(points):
+        raise FailedError(failures[0])
+    packed = spec.is_baseline or any(point.get("packed_bits_per_number") for point in points)
+    return {"points": points, "warnings": [] if packed else [NOTHING_COMPRESSED]}
 
 
 def _point(
-    subject: Subject, spec: CacheSpec, batch: int, context: int, new_tokens: int, seed: int
+    subject: Subject,
+    spec: CacheSpec,
+    batch: int,
+    context: int,
+    options: MemoryOptions,
+    seed: int,
 ) -> dict[str, Any]:
     model, ids = subject.model, random_prompt(subject, batch, context, seed)
     # Tables, compiled kernels and workspaces are made once, not by every prompt.
     fill(model, ids[:, :32], subject.new_cache(spec))
     cache = subject.new_cache(spec)
     token = torch.zeros_like(ids[:, :1])
-    prefill = peak_bytes(lambda: token.copy_(fill(model, ids, cache).argmax(-1, True)), ids.device)
-    decoding = peak_bytes(lambda: decode(model, token, cache, new_tokens), ids.device)
+    devices = subject.devices
+    prefill = peak_bytes(lambda: token.copy_(fill(model, ids, cache).argmax(-1, True)), devices)
+    decoding = peak_bytes(lambda: decode(model, token, cache, options.new_tokens), devices)
     counted = footprint(cache, subject.dtype)
     return {
-        "batch": batch,
-        "context": context,
         "cache_bytes": counted.total_bytes,
         "reachable_bytes": reachable_bytes(cache),
         "bits_per_number": counted.bits_per_number,

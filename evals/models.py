@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,7 +40,7 @@ class ModelOptions:
     tokenizer: str | None = option(None, "folder or name of the tokenizer (default: the model's)")
     revision: str | None = option(None, "revision on the Hub")
     trust_remote_code: bool = option(False, "run code that comes with the model")
-    outliers: float | None = option(None, "twin: factor on two key channel pairs per head")
+    outliers: float | None = option(None, "twin: factor on two key channel pairs per head", least=1)
     key_bias: float | None = option(None, "twin: bias on one key channel per head, before RoPE")
     bias_pair: int = option(0, "twin: RoPE pair of that bias", least=0)
     key_offset: float = option(0.0, "twin: constant on four key channels, after RoPE")
@@ -86,6 +87,11 @@ class Subject:
     def device(self) -> torch.device:
         """Where token ids go."""
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """All devices that hold a part of the model."""
+        return {parameter.device for parameter in self.model.parameters()}
 
     def new_cache(self, spec: CacheSpec) -> Cache:
         """An empty cache for this model (with the twin's key offset, if it has one)."""
@@ -140,7 +146,7 @@ def load_model(
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(
             f"there is no model {name} that loads: name a folder with a model, or a model on the "
             f"Hub when online ({_first_line(error)})"

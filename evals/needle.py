@@ -110,8 +110,12 @@ class NeedleMeasurement:
                 f"the model itself finds only {baseline:.0%} with the uncompressed cache: this "
                 "says little of any other"
             )
-        elif not spec.is_baseline and not any(stored for _, _, stored in answers):
-            warnings.append("no fact was stored quantised when it was asked for: use longer texts")
+        stored = sum(stored for _, _, stored in answers)
+        if not spec.is_baseline and stored < count:
+            warnings.append(
+                f"only {stored} of {count} facts were stored quantised when they were asked for: "
+                "use longer texts, or facts less deep"
+            )
         return {
             "accuracy": accuracy,
             "baseline_accuracy": baseline,
@@ -176,12 +180,22 @@ class _Maker:
             "longer text or a smaller length",
         )
         self.answers = self._distinct()
+        require(
+            len(self.answers) > options.others,
+            f"others is {options.others}, but this tokenizer tells only {len(self.answers)} "
+            "answers apart by their first token",
+        )
+        longest = max(options.length)
+        require(
+            subject.context is None or longest <= subject.context,
+            f"length is {longest}, but the model takes {subject.context} tokens",
+        )
 
     def _distinct(self) -> dict[str, list[int]]:
         """Answers of which no two begin with the same token, so that the first one tells."""
         found: dict[int, tuple[str, list[int]]] = {}
         for word in ANSWERS:
-            tokens = encode(self.tokenizer, " " + word).tolist()
+            tokens = self._tokens(" " + word)
             found.setdefault(tokens[0], (word, tokens))
         return dict(found.values())
 
@@ -225,4 +239,8 @@ class _Maker:
         return tokens[start : start + room]
 
     def _tokens(self, text: str) -> list[int]:
+        """Of a text that follows another: some tokenizers set a space before what comes first."""
+        before, whole = (encode(self.tokenizer, x).tolist() for x in ("x", "x" + text))
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
         return encode(self.tokenizer, text).tolist()

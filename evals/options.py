@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -84,6 +85,8 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any, where: str) -> Any
 def _one(field: dataclasses.Field, kind: type, value: Any, where: str) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
+    if kind is float and type(value) is float and not math.isfinite(value):
+        raise InputError(f"{where} is {value}; it takes a finite number")
     if kind is not Any and type(value) is not kind:
         raise InputError(f"{where} is {value!r}; it takes {_NAMES.get(kind, kind.__name__)}")
     least, most = field.metadata.get("least"), field.metadata.get("most")

@@ -33,10 +33,9 @@ def scale_key_channels(
         seed: which pairs.
     """
     generator = torch.Generator().manual_seed(seed)
-    modules = [module for module in model.modules() if hasattr(module, "k_proj")]
-    if not modules:
-        raise InputError(f"{type(model).__name__} has no k_proj; only Llama-like models have twins")
-    for module in modules:
+    ids = torch.arange(8, device=model.device).unsqueeze(0)
+    before = model(ids, use_cache=False).logits
+    for module in _attention(model):
         d = module.head_dim
         key = module.k_proj.weight.unflatten(0, (-1, d))
         query = module.q_proj.weight.unflatten(0, (key.shape[0], -1, d))
@@ -45,6 +44,25 @@ def scale_key_channels(
             channels = torch.cat((chosen, chosen + d // 2))
             key[head, channels] *= factor
             query[head, :, channels] /= factor
+    after = model(ids, use_cache=False).logits
+    # Scaling by 10 rounds a little in 16 bits; another function is another thing.
+    if (after - before).abs().max() > 0.1 * before.std():
+        raise InputError(
+            f"{type(model).__name__} has no outlier twin: with key channels scaled it is another "
+            "function, as its keys are normalised, or RoPE turns other channels together"
+        )
+
+
+def _attention(model: PreTrainedModel) -> list[Any]:
+    """The attention modules of a Llama-like model.
+
+    Raises:
+        InputError: if there are none.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "k_proj")]
+    if not modules or not all(hasattr(m, "q_proj") and hasattr(m, "head_dim") for m in modules):
+        raise InputError(f"{type(model).__name__} is not made like Llama: it has no twins")
+    return modules
 
 
 @torch.no_grad()
@@ -59,13 +77,18 @@ def add_key_bias(model: PreTrainedModel, bias: float, pair: int) -> None:
         bias: the bias, before RoPE.
         pair: the RoPE pair, from 0, the fastest, to head_dim / 2 - 1, the slowest.
     """
-    for module in model.modules():
-        if hasattr(module, "k_proj"):
-            d = module.head_dim
-            added = torch.zeros(module.k_proj.out_features, device=module.k_proj.weight.device)
-            added[pair::d] = bias
-            module.k_proj.bias = torch.nn.Parameter(added.to(module.k_proj.weight.dtype))
-            module.q_proj.weight.unflatten(0, (-1, d))[:, [pair, pair + d // 2]] /= abs(bias)
+    for module in _attention(model):
+        d = module.head_dim
+        if module.k_proj.bias is not None or hasattr(module, "k_norm"):
+            raise InputError(f"{type(model).__name__} has key biases or normalised keys already")
+        if not bias or not 0 <= pair < d // 2:
+            raise InputError(
+                f"key_bias is {bias}, bias_pair {pair}: choose a bias, and 0 to {d // 2 - 1}"
+            )
+        added = torch.zeros(module.k_proj.out_features, device=module.k_proj.weight.device)
+        added[pair::d] = bias
+        module.k_proj.bias = torch.nn.Parameter(added.to(module.k_proj.weight.dtype))
+        module.q_proj.weight.unflatten(0, (-1, d))[:, [pair, pair + d // 2]] /= abs(bias)
 
 
 def offset_keys(cache: Cache, offset: float) -> Cache:

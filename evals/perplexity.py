@@ -18,8 +18,13 @@ from evals.footprint import footprint, packed_numbers
 from evals.integrity import warnings_of
 from evals.models import Subject
 from evals.options import option
+from evals.sizing import half_footprint, states_of
 from evals.texts import TextOptions, cut
 
+_FIRST_PASS = (
+    "this cache quantises its whole first pass, and fp8 takes its scale from it: the figures "
+    "depend on chunk"
+)
 _KEPT_BYTES = 2 << 30  # of the baseline's logits, in the host's memory
 
 
@@ -38,8 +43,9 @@ class Comparison:
         perplexity: of the text, read through the cache.
         baseline_perplexity: of the same text, read through the reference.
         delta: their difference.
-        delta_ci95: its 95% confidence interval over the windows (Student's t of the paired
-            differences of their mean log-likelihoods); None for one window.
+        delta_ci95: its 95% confidence interval over the documents, or over the windows of the
+            only one (Student's t of the paired differences of their mean log-likelihoods);
+            None for a single window.
         kl_mean: mean KL divergence of the next-token distributions to the reference's.
         kl_p99: its 99th percentile over the tokens.
         top1_agreement: share of tokens whose most likely successor is the reference's.
@@ -47,7 +53,8 @@ class Comparison:
             for; everything counted. Mean over the windows.
         packed_bits_per_number: the same without the exact tokens: what long texts come near to.
             None where a window is too short to pack any.
-        compressed_share: share of the keys and values read that were read quantised.
+        compressed_share: share of the keys and values read that were read quantised. (Of layers
+            with a sliding window an upper bound: what leaves it during a pass is counted.)
         tokens: predicted tokens.
     """
 
@@ -88,19 +95,22 @@ class Reference:
         self.make_cache = make_cache or (lambda: DynamicCache(config=model.config))
         self.room = kept_bytes
         self.kept: dict[tuple[int, int, int], Tensor] = {}
-        self.at, self.cache = (-1, 0), self.make_cache()  # the window and token it has come to
+        self.at: tuple[int, int] = (-1, 0)  # the window and token that the cache has come to
+        self.cache: Cache | None = None
 
     def logits(self, window: int, start: int, end: int) -> Tensor:
         """Logits (end - start, vocabulary) after the tokens start..end-1 of a window."""
         key, ids = (window, start, end), self.windows[window]
         if key in self.kept:
             return self.kept[key].to(ids.device)
-        if self.at != (window, start):
-            self.cache = self.make_cache()
+        cache = self.cache if self.at == (window, start) else None
+        self.at, self.cache = (-1, 0), None  # a pass that fails leaves a cache of unknown content
+        if cache is None:
+            cache = self.make_cache()
             if start:
-                read(self.model, ids[:, :start], self.cache)
-        found = read(self.model, ids[:, start:end], self.cache)
-        self.at = (window, end)
+                read(self.model, ids[:, :start], cache)
+        found = read(self.model, ids[:, start:end], cache)
+        self.at, self.cache = (window, end), cache
         if found.nbytes <= self.room:
             self.room -= found.nbytes
             self.kept[key] = found.cpu()
@@ -133,6 +143,7 @@ def compare(
     reference: Reference | SinglePass,
     make_cache: Callable[[], Cache],
     chunk: int,
+    documents: Sequence[Any] | None = None,
 ) -> Comparison:
     """Feed texts through new caches and compare with a reference.
 
@@ -142,6 +153,7 @@ def compare(
         reference: of the same windows.
         make_cache: makes an empty cache; called once per window.
         chunk: most tokens per forward pass; 1 is true decoding.
+        documents: what each window is of; windows of one document are not independent.
     """
     kl, agree, losses, bits = [], [], [], []
     packed = seen = 0.0
@@ -174,7 +186,7 @@ def compare(
         perplexity=math.exp(actual_loss),
         baseline_perplexity=baseline,
         delta=math.exp(actual_loss) - baseline,
-        delta_ci95=interval([(n, (a - e) / n) for n, a, e in losses], baseline),
+        delta_ci95=interval(_by_document(losses, documents), baseline),
         kl_mean=float(divergence.mean()),
         kl_p99=float(np.quantile(divergence.numpy(), 0.99)),
         top1_agreement=float(torch.cat(agree).double().mean()),
@@ -183,6 +195,20 @@ def compare(
         compressed_share=packed / seen,
         tokens=tokens,
     )
+
+
+def _by_document(
+    losses: list[tuple[int, float, float]], documents: Sequence[Any] | None
+) -> list[tuple[int, float]]:
+    """Tokens and difference of mean losses, of every document, or window if there is but one."""
+    if documents is None or len(set(documents)) == 1:
+        documents = range(len(losses))
+    sums: dict[Any, list[float]] = {}
+    for document, (tokens, actual, expected) in zip(documents, losses, strict=True):
+        found = sums.setdefault(document, [0, 0.0])
+        found[0] += tokens
+        found[1] += actual - expected
+    return [(int(tokens), difference / tokens) for tokens, difference in sums.values()]
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -194,7 +220,7 @@ def interval(differences: list[tuple[int, float]], baseline: float) -> tuple[flo
     """95% confidence interval of a perplexity's difference to `baseline`.
 
     Args:
-        differences: of every window, its tokens and the difference of its mean losses, nats.
+        differences: of every document, its tokens and the difference of its mean losses, nats.
         baseline: the perplexity compared with, taken as known.
     """
     from scipy.stats import t
@@ -228,6 +254,7 @@ class PerplexityMeasurement:
             subject.tokenizer, documents, options, subject.context, options.chunk
         )
         self.ids = [window.ids.to(subject.device) for window in self.windows]
+        self.states = states_of(subject.model, self.ids[0][:, :1])
         baseline = CacheSpec.of("dynamic")
         self.reference = Reference(subject.model, self.ids, lambda: subject.new_cache(baseline))
 
@@ -244,19 +271,31 @@ class PerplexityMeasurement:
             return self.subject.new_cache(spec)
 
         make_cache()  # an unavailable cache says so before any work
-        result = compare(model, self.ids, reference, make_cache, self.options.chunk)
+        names = [window.name for window in self.windows]
+        result = compare(model, self.ids, reference, make_cache, self.options.chunk, names)
         probe = max(self.ids, key=lambda ids: ids.shape[1])
         warnings = (
             [] if spec.is_baseline else warnings_of(model, probe, make_cache, self.options.chunk)
         )
+        if model.dtype.itemsize == 2:
+            bits = (result.bits_per_number, result.packed_bits_per_number)
+        else:
+            longest = max(ids.shape[1] for ids in self.ids)
+            chunk, device = self.options.chunk, self.subject.device
+            half = half_footprint(self.states, make_cache, longest, chunk, device)
+            bits = (half.bits_per_number, half.packed_bits_per_number)
         return asdict(result) | {
+            "bits_per_number_16bit": bits[0],
+            "packed_bits_per_number_16bit": bits[1],
             "reference": "one pass without a cache" if spec.is_baseline else "dynamic",
             "chunk": self.options.chunk,
             "window": max(ids.shape[1] for ids in self.ids),
             "windows": len(self.ids),
-            "documents": sorted({window.name for window in self.windows}),
+            "documents": sorted(set(names)),
+            "interval_over": "documents" if len(set(names)) > 1 else "windows of one document",
             "documents_left_out": self.left_out,
             "warnings": warnings,
+            "notes": [_FIRST_PASS] if spec.kind in ("quanto", "hqq", "fp8") else [],
         }
 
 

@@ -20,7 +20,7 @@ import itertools
 import json
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from evals.models import ModelOptions
 from evals.options import build
 from evals.texts import TextOptions
 from rotorquant_hf import RotorQuantConfig
+
+_SAMPLE = 1 << 16  # bytes of a file of weights, in four places
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,12 @@ class Plan:
     Attributes:
         name: of the sweep.
         jobs: in the order in which they run: model by model, measurement by measurement.
+        sources: digests of the local texts and models, which may change under their names.
     """
 
     name: str
     jobs: tuple[Job, ...]
+    sources: dict[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:
@@ -93,7 +97,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Name and rows as plain values."""
-        return {"name": self.name, "rows": [row.to_dict() for row in self.rows]}
+        rows = [row.to_dict() for row in self.rows]
+        return {"name": self.name, "sources": self.sources, "rows": rows}
 
     @property
     def fingerprint(self) -> str:
@@ -148,9 +153,30 @@ def plan_of(spec: Any, where: str, name: str, replaced: Mapping[str, Any]) -> Pl
         jobs += _jobs(entry, spec, seed, where, replaced)
     order = {model: i for i, model in enumerate(dict.fromkeys(job.rows[0].model for job in jobs))}
     jobs.sort(key=lambda job: order[job.rows[0].model])  # a model is loaded once
-    ids = [row.id for job in jobs for row in job.rows]
+    rows = [row for job in jobs for row in job.rows]
+    ids = [row.id for row in rows]
     require(len(set(ids)) == len(ids), f"{where}: a row is there twice: {_twice(jobs)}")
-    return Plan(title, tuple(jobs))
+    sources = {name: _weights_digest(Path(name)) for name in {row.model.model for row in rows}}
+    for options in {row.options for row in rows if isinstance(row.options, TextOptions)}:
+        if options.text is not None:
+            text = [document.text for document in options.documents()]
+            sources[" ".join(options.text)] = digest(text)
+    return Plan(title, tuple(jobs), {name: found for name, found in sources.items() if found})
+
+
+def _weights_digest(folder: Path) -> str | None:
+    """Of a local model: its files' sizes and samples of what is in them; None of one on the Hub."""
+    if not folder.is_dir():
+        return None
+    found = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for start in (0, size // 3, 2 * size // 3, max(0, size - _SAMPLE)):
+                file.seek(start)
+                found.update(file.read(_SAMPLE))
+    return found.hexdigest()[:16]
 
 
 def _twice(jobs: list[Job]) -> str:
@@ -171,7 +197,7 @@ def _jobs(
     require(isinstance(entry, dict), f"{where}: {entry!r} is no mapping with a key 'measure'")
     measure = entry.get("measure")
     require(
-        measure in MEASUREMENTS,
+        isinstance(measure, str) and measure in MEASUREMENTS,
         f"{where}: there is no measurement {measure!r}; choose one of {', '.join(MEASUREMENTS)}",
     )
     measurement = MEASUREMENTS[measure]
@@ -207,7 +233,9 @@ def _models(values: Any, where: str) -> list[ModelOptions]:
     for value in _list(values, where):
         value = {"model": value} if isinstance(value, str) else value
         require(isinstance(value, dict), f"{where}: {value!r} is no model: give a name or mapping")
-        found += [build(ModelOptions, chosen, where) for chosen in _grid(value, ModelOptions)]
+        found += [
+            build(ModelOptions, chosen, where) for chosen in _grid(value, ModelOptions, where)
+        ]
     return found
 
 
@@ -224,7 +252,7 @@ def _caches(values: Any, where: str) -> list[CacheSpec]:
         options = {k: v for k, v in value.items() if k != "cache"}
         kind = KINDS.get(value["cache"])
         cls = type(kind.defaults) if kind else RotorQuantConfig
-        chosen = list(_grid(options, cls))
+        chosen = list(_grid(options, cls, where))
         require(
             len(chosen) == 1 or "label" not in options,
             f"{where}: label is {options.get('label')!r}, but the lists make {len(chosen)} caches: "
@@ -234,7 +262,7 @@ def _caches(values: Any, where: str) -> list[CacheSpec]:
     return found
 
 
-def _grid(values: Mapping[str, Any], cls: type) -> Iterator[dict[str, Any]]:
+def _grid(values: Mapping[str, Any], cls: type, where: str) -> Iterator[dict[str, Any]]:
     """Every choice of one value from each list; where a list is the value, from lists of lists."""
     hints = typing.get_type_hints(cls)
     axes = []
@@ -242,6 +270,7 @@ def _grid(values: Mapping[str, Any], cls: type) -> Iterator[dict[str, Any]]:
         several = isinstance(value, list)
         if typing.get_origin(hints.get(name)) is tuple:
             several = several and any(isinstance(x, list) for x in value)
+        require(not several or value != [], f"{where}: {name} is empty; give a value")
         axes.append([(name, x) for x in value] if several else [(name, value)])
     return (dict(chosen) for chosen in itertools.product(*axes))
 

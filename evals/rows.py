@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any
 from evals.errors import InputError
 
 SCHEMA = 1
-_SAME = ("rotorquant_hf", "torch", "transformers", "triton", "device")
-"""What of the versions must not change within a file."""
+_SOFTWARE = ("rotorquant_hf", "torch", "transformers", "triton", "packages")
+"""What of the versions must be the same in all files of a folder."""
 
 
 class ResultsFile:
@@ -33,11 +34,14 @@ class ResultsFile:
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {path.parent} cannot be a folder: {error}") from error
         self._file = path.open("a+b")
         try:
             self._lock()
-            self.rows = self._continue(header)
+            self._continue(header)
         except BaseException:
             self._file.close()
             raise
@@ -50,7 +54,7 @@ class ResultsFile:
                 f"another sweep is writing {self.path}: wait for it, or choose another --out"
             ) from None
 
-    def _continue(self, header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _continue(self, header: Mapping[str, Any]) -> None:
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -58,27 +62,13 @@ class ResultsFile:
             self._file.truncate(len(whole))
         if not whole:
             self._write({"kind": "sweep", "schema": SCHEMA, **header})
-            return []
-        head, *rows = _parse(whole.decode("utf-8"), self.path)
-        for name in ("name", "fingerprint"):
-            if head.get(name) != header[name]:
-                raise InputError(
-                    f"{self.path} holds the sweep {head.get('name')!r} with other settings "
-                    f"({head.get('fingerprint')}, not {header['fingerprint']}): choose another "
-                    "--out, or remove it"
-                )
-        for name in _SAME:
-            before, now = head["versions"].get(name), header["versions"].get(name)
-            if before != now:
-                raise InputError(
-                    f"{self.path} was begun with {name} {before}, and this is {now}: choose "
-                    "another --out, or remove it"
-                )
-        return rows
+            return
+        head = _parse(whole.decode("utf-8", errors="replace"), self.path)[0]
+        check_same(self.path, head, header, ("device",))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write a row, down to the disk."""
-        self._write({"kind": "row", "schema": SCHEMA, **row})
+        self._write({"kind": "row", "schema": SCHEMA, **finite(row)})
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(entry).encode("utf-8") + b"\n")
@@ -90,12 +80,50 @@ class ResultsFile:
         self._file.close()
 
 
+def check_same(
+    path: Path, head: Mapping[str, Any], header: Mapping[str, Any], more: tuple[str, ...] = ()
+) -> None:
+    """Refuse a file that belongs to another sweep, or to other software.
+
+    Args:
+        path: of the file.
+        head: its header.
+        header: of the sweep that wants to go on with it.
+        more: entries of the versions that must be the same too.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    if head.get("fingerprint") != header["fingerprint"]:
+        raise InputError(
+            f"{path} holds the sweep {head.get('name')!r} with other settings, text or model "
+            f"({head.get('fingerprint')}, not {header['fingerprint']}): choose another --out, or "
+            "remove it"
+        )
+    for name in (*_SOFTWARE, *more):
+        before, now = (x.get("versions", {}).get(name) for x in (head, header))
+        if before != now:
+            raise InputError(
+                f"{path} was begun with {name} {before}, and this is {now}: choose another --out, "
+                "or remove it"
+            )
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have: NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {name: finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_results(
     paths: Iterable[str | Path],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Headers and rows of results files, or of all `rows*.jsonl` in folders.
 
-    A row that was measured again stands for its earlier one.
+    Of a row that was measured again the figures stand; of several, the latest.
 
     Raises:
         InputError: if there is no such file, or one is damaged or of another schema.
@@ -107,7 +135,10 @@ def read_results(
         if not files or not all(file.is_file() for file in files):
             raise InputError(f"there are no results in {path}: name a folder or file of a sweep")
         for file in files:
-            content = file.read_text(encoding="utf-8")
+            try:
+                content = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{file} is damaged ({error}): remove it") from error
             if not content.endswith("\n"):  # a sweep is still at it, or was killed
                 content = content[: content.rfind("\n") + 1]
             if not content:
@@ -115,9 +146,15 @@ def read_results(
             head, *found = _parse(content, file)
             headers.append(head)
             for row in found:
-                rows.pop((row["sweep"], row["id"]), None)
-                rows[row["sweep"], row["id"]] = row
+                key = (row["sweep"], row["id"])
+                if key not in rows or _weight(row) >= _weight(rows[key]):
+                    rows.pop(key, None)
+                    rows[key] = row
     return headers, list(rows.values())
+
+
+def _weight(row: Mapping[str, Any]) -> tuple[bool, str]:
+    return row["status"] == "ok", row["finished"]
 
 
 def _parse(content: str, path: Path) -> list[dict[str, Any]]:

@@ -7,23 +7,27 @@ its own into the folder.
 
 from __future__ import annotations
 
+import gc
+import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from evals.errors import InputError
+from evals.errors import NotAvailableError
 from evals.failures import Failure, failure_of
 from evals.measurements import MEASUREMENTS, Run
 from evals.models import ModelOptions, Subject, load, pick_device
 from evals.plan import Job, Plan, Row, digest
-from evals.rows import ResultsFile, read_results
+from evals.rows import ResultsFile, check_same, read_results
 from evals.timing import Versions
 
 
@@ -76,11 +80,11 @@ def run(
         InputError: if the folder holds another sweep, or one of other versions.
     """
     share = share or Share.of_environment()
-    check_out(plan, out)
     device = pick_device(None)
     if device.type != "cpu" and share.processes > 1:
         device = torch.device(device.type, share.local_rank)
-    versions = Versions.of(device, "evals", argv).row()
+    versions = versions_of(device, argv)
+    check_out(plan, out, versions)
     header = {
         "name": plan.name,
         "fingerprint": plan.fingerprint,
@@ -128,26 +132,32 @@ class _Runner:
             for job in jobs:
                 first = job.rows[0]
                 bar.set_postfix_str(f"{first.measure} {first.cache.label}"[:40])
-                todo = [row for row in job.rows if row.id not in known]
-                done = [known[row.id] for row in job.rows if row.id in known]
-                if todo:
-                    done += self._job(job, todo)
-                for status in done:
+                # What is measured side by side is measured again together: rows of two runs
+                # cannot be compared.
+                todo = any(row.id not in known for row in job.rows)
+                for status in self._job(job) if todo else [known[row.id] for row in job.rows]:
                     counts[status] = counts.get(status, 0) + 1
                 bar.update(len(job.rows))
         return counts
 
-    def _job(self, job: Job, todo: list[Row]) -> list[str]:
-        """Measure a job and write those of its rows that are to do."""
-        begin, started = time.perf_counter(), []
+    def _job(self, job: Job) -> list[str]:
+        """Measure the rows of a job and write them; their statuses.
+
+        Raises:
+            NotAvailableError: if the device is broken.
+        """
+        begin = time.perf_counter()
         results = self._results(job)
         seconds = (time.perf_counter() - begin) / len(job.rows)
         for row, result in zip(job.rows, results, strict=True):
-            if row in todo:
-                failed = isinstance(result, Failure)
-                started.append(result.status if failed else "ok")
-                self.file.append(self._row(row, result, seconds))
-        return started
+            self.file.append(self._row(row, result, seconds))
+        failures = [result for result in results if isinstance(result, Failure)]
+        if any(failure.fatal for failure in failures):
+            raise NotAvailableError(
+                f"the device does not answer any more ({failures[0].reason}): the same command "
+                "goes on from here"
+            )
+        return [result.status if isinstance(result, Failure) else "ok" for result in results]
 
     def _results(self, job: Job) -> Sequence[dict[str, Any] | Failure]:
         first = job.rows[0]
@@ -167,6 +177,9 @@ class _Runner:
         try:
             if self.subject is None or self.subject[0] != row.model:
                 self.subject = None
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()  # device_map="auto" plans by the memory that is free
                 options = row.model
                 if options.device is None:
                     options = replace(options, device=str(self.device))
@@ -194,18 +207,24 @@ class _Runner:
         }
 
 
-def check_out(plan: Plan, out: Path) -> None:
-    """Refuse a folder that holds another sweep.
+def check_out(plan: Plan, out: Path, versions: dict[str, Any]) -> None:
+    """Refuse a folder that holds another sweep, or rows of other software.
 
     Raises:
         InputError: if it does.
     """
-    if not any(out.glob("rows*.jsonl")):
-        return
-    headers, _ = read_results([out])
-    for header in headers:
-        if header["fingerprint"] != plan.fingerprint:
-            raise InputError(
-                f"{out} holds the sweep {header['name']!r} with other settings "
-                f"({header['fingerprint']}, not {plan.fingerprint}): choose another --out"
-            )
+    header = {"fingerprint": plan.fingerprint, "versions": versions}
+    for path in sorted(out.glob("rows*.jsonl")):
+        for head in read_results([path])[0]:
+            check_same(path, head, header)
+
+
+def versions_of(device: torch.device, argv: Sequence[str] | None) -> dict[str, Any]:
+    """What rows are made with, by name."""
+    packages = {}
+    for name in ("accelerate", "datasets", "hqq", "lm-eval", "optimum-quanto"):
+        with suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
+    versions = Versions.of(device, "evals", argv).row()
+    words = ["python", "-m", "evals", *(sys.argv[1:] if argv is None else argv)]
+    return versions | {"packages": packages, "command": shlex.join(words)}

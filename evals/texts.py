@@ -101,7 +101,8 @@ def read_texts(paths: Sequence[Path], exclude: Sequence[str] = ()) -> list[Docum
 
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:
     if path.is_dir():
-        yield from ((str(p.relative_to(path)), p.read_bytes()) for p in path.rglob("*.txt"))
+        files = (p for p in path.rglob("*.txt") if p.is_file())
+        yield from ((str(p.relative_to(path)), p.read_bytes()) for p in files)
     elif not path.is_file():
         raise InputError(f"{path} does not exist: name a folder, a .tar archive or a text file")
     elif tarfile.is_tarfile(path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.caches import CacheSpec
+from evals.failures import failure_of
 from evals.models import Subject
 from evals.options import option
 from evals.perplexity import PerplexityMeasurement, PerplexityOptions
@@ -57,7 +58,11 @@ def verdicts(subject: Subject, options: VerifyOptions) -> Iterator[Verdict]:
     """Measure the presets, one after the other."""
     measurement = PerplexityMeasurement(subject, options)
     for preset in options.presets:
-        figures = measurement.run(CacheSpec.of(preset))
+        try:
+            figures = measurement.run(CacheSpec.of(preset))
+        except Exception as error:
+            yield Verdict(preset, {}, [f"not measured: {failure_of(error).reason}"])
+            continue
         yield Verdict(preset, figures, reasons(figures, options))
 
 
@@ -93,7 +98,7 @@ def relative_rise(figures: dict[str, Any]) -> float:
 def recommended(found: list[Verdict]) -> Verdict | None:
     """The safe preset that takes the fewest bits, or None."""
     safe = [verdict for verdict in found if not verdict.reasons]
-    return min(safe, key=lambda verdict: verdict.figures["bits_per_number"], default=None)
+    return min(safe, key=lambda verdict: verdict.figures["bits_per_number_16bit"], default=None)
 
 
 def table(found: list[Verdict]) -> str:
@@ -105,6 +110,8 @@ def table(found: list[Verdict]) -> str:
 
 def _cells(verdict: Verdict) -> list[str]:
     f = verdict.figures
+    if not f:
+        return [verdict.preset, *["–"] * 8, "; ".join(verdict.reasons)]
     interval = f["delta_ci95"]
     return [
         verdict.preset,
@@ -113,8 +120,10 @@ def _cells(verdict: Verdict) -> list[str]:
         f"{f['top1_agreement']:.2%}",
         f"{f['delta']:+.4f}",
         f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else "one window",
-        f"{f['bits_per_number']:.2f}",
-        "unknown" if f["packed_bits_per_number"] is None else f"{f['packed_bits_per_number']:.2f}",
+        f"{f['bits_per_number_16bit']:.2f}",
+        "unknown"
+        if f["packed_bits_per_number_16bit"] is None
+        else f"{f['packed_bits_per_number_16bit']:.2f}",
         f"{f['compressed_share']:.0%}",
         "; ".join(verdict.reasons) or "safe",
     ]
@@ -124,10 +133,10 @@ def conclusion(found: list[Verdict], subject: Subject) -> str:
     """What to use, with the line of code; or that nothing is safe."""
     best = recommended(found)
     if best is None:
-        reason = min(found, key=lambda verdict: verdict.figures["kl_mean"])
+        closest = min(found, key=lambda verdict: verdict.figures.get("kl_mean", math.inf))
         return (
             "WARNING: no preset is safe on this model with this text. "
-            f"The closest, {reason.preset}: {'; '.join(reason.reasons)}.\n"
+            f"The closest, {closest.preset}: {'; '.join(closest.reasons)}.\n"
             "Do not compress its cache, or look at what differs about it: `attention`, "
             "`rope_layout`, large key biases, `exact_layers`."
         )
@@ -137,7 +146,7 @@ def conclusion(found: list[Verdict], subject: Subject) -> str:
     if subject.model.config._attn_implementation not in ("sdpa", "rotorquant"):
         note = '    model.set_attn_implementation("rotorquant")\n'
     return (
-        f"Recommended: {best.preset}, {best.figures['bits_per_number']:.2f} bits per number on "
+        f"Recommended: {best.preset}, {best.figures['bits_per_number_16bit']:.2f} bits per number on "
         f"windows of {best.figures['window']} tokens (fewer on longer texts)\n\n"
         f"    from rotorquant_hf import RotorQuantCache\n{note}    {line}"
     )

@@ -125,7 +125,8 @@ def measure(layers: Iterable[Any], tokens: int) -> MemoryReport:
                     tables |= {id(q): _module_bytes(q) for q in quantizers}
         else:
             for tensor in tensors_of(layer).values():
-                parts["exact_layers"] += tensor.nbytes
+                # A sliding layer of Transformers' keeps a view of all that it was last given.
+                parts["exact_layers"] += tensor.untyped_storage().nbytes()
                 if tensor.is_floating_point():
                     numbers, dtype = numbers + tensor.numel(), tensor.dtype
     parts["tables"] = sum(tables.values())

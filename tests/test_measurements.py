@@ -8,15 +8,16 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from evals import verify
+from evals import speed, verify
 from evals.__main__ import main
 from evals.agreement import AgreementMeasurement, AgreementOptions, agreement_length, continuation
 from evals.caches import CacheSpec
-from evals.errors import NotAvailableError
+from evals.errors import InputError, NotAvailableError
 from evals.failures import failure_of
 from evals.footprint import peak_bytes
 from evals.memory import MemoryOptions, measure
 from evals.models import ModelOptions, Subject
+from evals.speed import SpeedOptions
 from rotorquant_hf import RotorQuantCache
 from tests.conftest import MODEL, ROOT
 
@@ -37,7 +38,7 @@ def test_peak_is_what_was_in_use_at_once() -> None:
         del b, c
         torch.empty(4 << 20, dtype=torch.uint8)
 
-    assert peak_bytes(work, torch.device("cpu")) == 5 << 20
+    assert peak_bytes(work, [torch.device("cpu")]) == 5 << 20
 
 
 def test_memory_of_the_baseline_is_what_its_numbers_take(subject) -> None:
@@ -107,8 +108,38 @@ def test_failures_free_what_their_frames_hold() -> None:
     except MemoryError as error:
         found = failure_of(error)
         assert freed == [True]
-    assert found == ("failed", "MemoryError: no room for Big")
-    assert failure_of(NotAvailableError("no such thing")) == ("not run", "no such thing")
+    assert found == ("failed", "MemoryError: no room for Big", False)
+    assert failure_of(NotAvailableError("no such thing")) == ("not run", "no such thing", False)
+
+
+def test_what_compresses_nothing_is_said(subject) -> None:
+    """Prompts that never leave the exact window: the trap of needles that nothing had to find."""
+    spec = CacheSpec.of("k2v2")
+    options = AgreementOptions(text=(TEXT,), max_tokens=100, window=100, new_tokens=8)
+    result = AgreementMeasurement(subject, options).run(spec)
+    assert result["lengths"] == [8]
+    assert result["compressed_share"] == 0
+    assert "nothing was compressed" in result["warnings"][0]
+    result = measure(subject, spec, MemoryOptions(context=(100,), new_tokens=2))
+    assert "nothing was compressed" in result["warnings"][0]
+    (found,) = speed.measure(subject, [spec], SpeedOptions(context=(60,), new_tokens=32, repeats=1))
+    assert ["nothing was compressed" in warning for warning in found["warnings"]] == [True]
+
+
+def test_decoding_that_is_charged_unequally_is_said(subject) -> None:
+    """hqq quantises its whole history anew every 128 tokens, rotorquant a block every 32."""
+    specs = [CacheSpec.of(name) for name in ("dynamic", "k4v4", "hqq")]
+    options = SpeedOptions(context=(200,), new_tokens=32, repeats=1)
+    found = [result["warnings"] for result in speed.measure(subject, specs, options)]
+    assert found[:2] == [[], []]
+    assert "no multiple of the 128 tokens" in found[2][0]
+    assert SpeedOptions().new_tokens % 128 == 0
+
+
+def test_text_longer_than_the_context_is_refused(subject) -> None:
+    options = AgreementOptions(text=(TEXT,), new_tokens=2047)
+    with pytest.raises(InputError, match="the model takes 2048 in all"):
+        AgreementMeasurement(subject, options)
 
 
 FIGURES = {
@@ -118,8 +149,8 @@ FIGURES = {
     "delta": 0.01,
     "delta_ci95": (-0.01, 0.03),
     "baseline_perplexity": 10.0,
-    "bits_per_number": 4.0,
-    "packed_bits_per_number": 3.5,
+    "bits_per_number_16bit": 4.0,
+    "packed_bits_per_number_16bit": 3.5,
     "compressed_share": 0.8,
     "window": 2048,
     "warnings": [],
@@ -149,7 +180,7 @@ def test_verdicts(change, says) -> None:
 
 def test_the_fewest_bits_among_the_safe_are_recommended(subject) -> None:
     def verdict(preset: str, bits: float, *reasons: str) -> verify.Verdict:
-        return verify.Verdict(preset, FIGURES | {"bits_per_number": bits}, list(reasons))
+        return verify.Verdict(preset, FIGURES | {"bits_per_number_16bit": bits}, list(reasons))
 
     found = [verdict("k8v8", 8), verdict("k4v4", 4), verdict("k2v2", 2, "KL is over")]
     assert verify.recommended(found).preset == "k4v4"
@@ -172,6 +203,24 @@ def test_verify_recommends_a_line_that_runs(capsys, model, sampled) -> None:
     for line in lines:
         exec(line, namespace)
     assert "model.generate(**inputs, past_key_values=RotorQuantCache(" in lines[-1]
+
+
+def test_verify_goes_on_behind_a_preset_that_fails(capsys, monkeypatch) -> None:
+    from evals.perplexity import PerplexityMeasurement
+
+    run = PerplexityMeasurement.run
+
+    def failing(self, spec):
+        if spec.label == "k4v4":
+            raise torch.cuda.OutOfMemoryError("no room")
+        return run(self, spec)
+
+    monkeypatch.setattr(PerplexityMeasurement, "run", failing)
+    main(["verify", "--model", str(MODEL), "--max-tokens", "600", "--window", "600",
+          "--presets", "k4v4", "k8v8"])  # fmt: skip
+    output = capsys.readouterr().out
+    assert "| not measured: OutOfMemoryError: no room |" in output
+    assert "Recommended: k8v8" in output
 
 
 def test_verify_warns_where_nothing_is_safe(capsys) -> None:

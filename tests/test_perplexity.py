@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers import Cache, DynamicCache
 
 from evals.__main__ import main
 from evals.caches import CacheSpec
+from evals.errors import InputError
 from evals.models import ModelOptions, Subject
 from evals.outlier_twin import add_key_bias, offset_keys, scale_key_channels
 from evals.perplexity import (
@@ -25,6 +27,7 @@ from evals.perplexity import (
     interval,
     single_pass,
 )
+from evals.sizing import half_footprint, states_of
 from rotorquant_hf import RotorQuantCache
 from tests.conftest import MODEL, ROOT
 
@@ -127,6 +130,58 @@ def test_interval_is_students(model) -> None:
     lone = interval([(10_000, 0.01), (10_000, 0.01), (1, 5.0)], 50.0)
     assert lone[0] < 50 * math.expm1(0.01) < lone[1]
     assert lone[1] - lone[0] < 0.5
+
+
+def test_documents_not_windows_are_the_sample(model, sampled) -> None:
+    windows = [sampled[:, i * 120 : (i + 1) * 120] for i in range(4)]
+    reference = Reference(model, windows)
+
+    def result(documents):
+        make_cache = lambda: RotorQuantCache(**SHORT)  # noqa: E731
+        return compare(model, windows, reference, make_cache, 64, documents)
+
+    alone = [
+        compare(model, [ids], Reference(model, [ids]), lambda: RotorQuantCache(**SHORT), 64)
+        for ids in windows
+    ]
+    means = [math.log(r.perplexity / r.baseline_perplexity) for r in alone]
+    two = [(238, (means[0] + means[1]) / 2), (238, (means[2] + means[3]) / 2)]
+    by_document = result(["a", "a", "b", "b"])
+    expected = interval(two, by_document.baseline_perplexity)
+    assert by_document.delta_ci95 == pytest.approx(expected, rel=1e-2)
+    of_one = result(["a"] * 4).delta_ci95
+    assert of_one == result(None).delta_ci95
+    assert of_one != by_document.delta_ci95
+
+
+def test_bits_in_16_bits_are_those_of_a_16_bit_model(model, sampled) -> None:
+    """Counted beside a float32 model as on the model in bfloat16 itself."""
+    half = copy.deepcopy(model).bfloat16()
+    ids = sampled[:, :300]
+    states = states_of(model, ids[:, :1])
+    assert len(states) == 8
+    for name in ("dynamic", "k3v3", "k4v4", "haar", "quanto", "hqq"):
+        spec = CacheSpec.of(name)
+        make_cache = partial(spec.make, model.config)
+        counted = half_footprint(states, make_cache, 300, 64, model.device)
+        own = compare(half, [ids], SinglePass(half, [ids]), make_cache, 64)
+        assert counted.bits_per_number == own.bits_per_number
+        assert counted.packed_bits_per_number == own.packed_bits_per_number
+    assert counted.packed_bits_per_number == 4.5  # hqq: a scale and a zero of 16 bits for 64
+
+
+def test_twins_of_models_that_have_none_are_refused(model) -> None:
+    from tests.models import build
+
+    for name, change in (
+        ("qwen3", lambda m: scale_key_channels(m, 10.0)),  # keys are normalised
+        ("gpt2", lambda m: scale_key_channels(m, 10.0)),
+        ("gpt2", lambda m: add_key_bias(m, 100.0, 3)),
+        ("qwen2", lambda m: add_key_bias(m, 100.0, 3)),  # has biases
+        ("llama", lambda m: add_key_bias(m, 100.0, 8)),  # has 8 pairs
+    ):
+        with pytest.raises(InputError):
+            change(copy.deepcopy(build(name)))
 
 
 def test_outlier_twin_is_the_same_function(model, sampled) -> None:

@@ -61,7 +61,7 @@ def figures(row: Row) -> str:
 
 def _perplexity(result: Mapping[str, Any], row: Row) -> str:
     return (
-        f"{fixed(result.get('bits_per_number'))} bits, KL {significant(result.get('kl_mean'))}, "
+        f"{fixed(result.get('bits_per_number_16bit'))} bits, KL {significant(result.get('kl_mean'))}, "
         f"Δ {significant(result.get('delta'), 2, sign=True)}"
     )
 

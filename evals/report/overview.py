@@ -24,12 +24,13 @@ _MEANINGS = {
         (
             "Δ perplexity",
             "perplexity of the text read through the cache less that of the uncompressed cache, "
-            "with a 95% interval over the windows.",
+            "with a 95% interval over the documents (over the windows, if there is one only).",
         ),
         (
             "bits",
-            "per number: all bytes of the cache, exact window, scales and spare room included, "
-            "over the key and value numbers it stands for.",
+            "per number, in a 16-bit model: all bytes of the cache, exact window, scales and spare "
+            "room included, over the key and value numbers it stands for. (Also of a model that "
+            "was measured in float32, where exact numbers would count twice.)",
         ),
         ("top-1", "share of tokens whose most likely successor is the uncompressed cache's."),
         ("compressed", "share of the keys and values read that were read quantised."),
