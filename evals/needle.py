@@ -29,14 +29,15 @@ from evals.texts import TextOptions, beginning, encode
 
 QUESTION = " The secret word of the {subject} is"
 
+# Words that even a small model has often seen.
 SUBJECTS = (
-    *("miller", "captain", "doctor", "gardener", "painter", "soldier", "teacher", "farmer"),
-    *("priest", "sailor", "lawyer", "servant", "merchant", "prince", "hunter", "widow"),
+    *("doctor", "soldier", "servant", "brother", "sister", "uncle", "aunt", "cousin", "daughter"),
+    *("stranger", "mistress", "poet", "author", "teacher", "queen", "nurse", "student", "artist"),
 )
 ANSWERS = (
-    *("candle", "river", "silver", "window", "garden", "winter", "bread", "horse", "letter"),
-    *("music", "stone", "water", "table", "apple", "summer", "thunder", "paper", "castle"),
-    *("mountain", "shadow", "morning", "iron", "flower", "bridge"),
+    *("river", "silver", "window", "garden", "winter", "bread", "horse", "letter", "music"),
+    *("stone", "water", "table", "summer", "paper", "shadow", "iron", "kitchen", "carriage"),
+    *("pocket", "church", "apple", "castle", "flower", "piano", "basket", "forest"),
 )
 
 

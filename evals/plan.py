@@ -84,11 +84,13 @@ class Plan:
         name: of the sweep.
         jobs: in the order in which they run: model by model, measurement by measurement.
         sources: digests of the local texts and models, which may change under their names.
+        config: what the plan was made of: the contents of the YAML, with what replaced them.
     """
 
     name: str
     jobs: tuple[Job, ...]
     sources: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:
@@ -161,7 +163,8 @@ def plan_of(spec: Any, where: str, name: str, replaced: Mapping[str, Any]) -> Pl
         if options.text is not None:
             text = [document.text for document in options.documents()]
             sources[" ".join(options.text)] = digest(text)
-    return Plan(title, tuple(jobs), {name: found for name, found in sources.items() if found})
+    found = {name: source for name, source in sources.items() if source}
+    return Plan(title, tuple(jobs), found, {**spec, **replaced, "sources": found})
 
 
 def _weights_digest(folder: Path) -> str | None:

@@ -89,7 +89,7 @@ def run(
         "name": plan.name,
         "fingerprint": plan.fingerprint,
         "versions": versions,
-        "config": plan.to_dict(),
+        "config": plan.config,
     }
     file = ResultsFile(out / share.file, header)
     try:

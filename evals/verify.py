@@ -112,7 +112,7 @@ def _cells(verdict: Verdict) -> list[str]:
     f = verdict.figures
     if not f:
         return [verdict.preset, *["–"] * 8, "; ".join(verdict.reasons)]
-    interval = f["delta_ci95"]
+    interval, long = f["delta_ci95"], f["packed_bits_per_number_16bit"]
     return [
         verdict.preset,
         f"{f['kl_mean']:.2e}",
@@ -121,9 +121,7 @@ def _cells(verdict: Verdict) -> list[str]:
         f"{f['delta']:+.4f}",
         f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else "one window",
         f"{f['bits_per_number_16bit']:.2f}",
-        "unknown"
-        if f["packed_bits_per_number_16bit"] is None
-        else f"{f['packed_bits_per_number_16bit']:.2f}",
+        "unknown" if long is None else f"{long:.2f}",
         f"{f['compressed_share']:.0%}",
         "; ".join(verdict.reasons) or "safe",
     ]
@@ -140,13 +138,14 @@ def conclusion(found: list[Verdict], subject: Subject) -> str:
             "Do not compress its cache, or look at what differs about it: `attention`, "
             "`rope_layout`, large key biases, `exact_layers`."
         )
+    bits = best.figures["bits_per_number_16bit"]
     line = f'model.generate(**inputs, past_key_values=RotorQuantCache("{best.preset}"'
     line += ", config=model.config))"
     note = ""
     if subject.model.config._attn_implementation not in ("sdpa", "rotorquant"):
         note = '    model.set_attn_implementation("rotorquant")\n'
     return (
-        f"Recommended: {best.preset}, {best.figures['bits_per_number_16bit']:.2f} bits per number on "
+        f"Recommended: {best.preset}, {bits:.2f} bits per number in a 16-bit model on "
         f"windows of {best.figures['window']} tokens (fewer on longer texts)\n\n"
         f"    from rotorquant_hf import RotorQuantCache\n{note}    {line}"
     )

@@ -99,6 +99,6 @@ def test_the_report_shows_the_figures(out, results) -> None:
         assert lines, (measure, label)
         if measure == "perplexity":
             assert float(lines[0]["result.kl_mean"]) == result["kl_mean"]
-            assert f"{result['bits_per_number']:.2f}" in markdown
+            assert f"{result['bits_per_number_16bit']:.2f}" in markdown
     assert not re.search(r"""(?:src|href)=["']https?:""", page)
     assert page.count("<svg") >= 6

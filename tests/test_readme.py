@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 
 import pytest
 
+from evals import commands as commands_
+from evals.__main__ import parser
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-CARD = (ROOT / "examples" / "books-7m" / "README.md").read_text(encoding="utf-8")
+CARDS = {
+    name: (ROOT / "examples" / name / "README.md").read_text(encoding="utf-8")
+    for name in ("books-7m", "recall-1m")
+}
 
 
 def blocks(language: str, document: str = README) -> list[str]:
@@ -34,11 +40,34 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys) -> None:
     assert "torch.Size([1, 8, 100, 48]) torch.uint8" in output
 
 
-def test_the_model_card_shows_what_runs(monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("books-7m", "The lady of the house"), ("recall-1m", "of the soldier is river")],
+)
+def test_the_model_cards_show_what_runs(monkeypatch, capsys, name, says) -> None:
     monkeypatch.chdir(ROOT)
-    for snippet in blocks("python", CARD):
+    for snippet in blocks("python", CARDS[name]):
         exec(compile(snippet, "model card", "exec"), {})
-    assert "The lady of the house" in capsys.readouterr().out
+    assert says in capsys.readouterr().out
+
+
+def commands(document: str) -> list[list[str]]:
+    """The commands of the harness in a document, without their module."""
+    lines = re.findall(r"^(?:    )?python -m evals (.*)$", document, flags=re.MULTILINE)
+    return [shlex.split(line.split("#")[0]) for line in lines]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    commands(README) + commands(CARDS["books-7m"]),
+    ids=lambda argv: " ".join(argv)[:40],
+)
+def test_commands_of_the_harness_are_such(argv) -> None:
+    args = parser().parse_args(argv)
+    if argv[0] == "sweep":
+        assert (ROOT / args.config).is_file()
+    if "cache" in args:
+        commands_.cache_of(args)
 
 
 def test_ci_runs_the_test_command() -> None:
@@ -53,6 +82,10 @@ def test_links_lead_somewhere(path: str) -> None:
 
 
 def test_public_files_name_no_machine() -> None:
-    for path in [ROOT / "README.md", *ROOT.glob("evals/results/*"), *ROOT.glob("examples/*/*.md")]:
+    for path in [
+        ROOT / "README.md",
+        *ROOT.glob("evals/results/**/*.*"),
+        *ROOT.glob("examples/*/*.md"),
+    ]:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"/work/|/tmp/|/root/|shared/data", text), path

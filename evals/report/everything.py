@@ -60,8 +60,9 @@ def figures(row: Row) -> str:
 
 
 def _perplexity(result: Mapping[str, Any], row: Row) -> str:
+    bits = fixed(result.get("bits_per_number_16bit"))
     return (
-        f"{fixed(result.get('bits_per_number_16bit'))} bits, KL {significant(result.get('kl_mean'))}, "
+        f"{bits} bits, KL {significant(result.get('kl_mean'))}, "
         f"Δ {significant(result.get('delta'), 2, sign=True)}"
     )
 

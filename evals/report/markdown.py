@@ -33,8 +33,11 @@ def render(block: Block) -> str:
             return "\n".join(f"- **{escape(term)}**: {escape(text)}" for term, text in block.items)
         case Code():
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))
-            title = f"{escape(block.title)}:\n\n" if block.title else ""
-            return f"{title}{fence}\n{block.text}\n{fence}"
+            code = f"{fence}\n{block.text}\n{fence}"
+            if block.folded:
+                title = escape(block.title)
+                return f"<details><summary>{title}</summary>\n\n{code}\n\n</details>"
+            return f"{escape(block.title)}:\n\n{code}" if block.title else code
         case Heading():
             return f"### {escape(block.text)}"
         case Beside():

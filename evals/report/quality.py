@@ -134,7 +134,7 @@ def _delta_note(points: Sequence[plots.Point]) -> str:
     if all(point.low is None for point in points):
         return "One window only, so there is no interval. Numbers as in the table."
     return (
-        "Bars: 95% intervals over the windows; one that crosses 0 is no proven change. "
+        "Bars: 95% intervals over the documents; one that crosses 0 is no proven change. "
         "Numbers as in the table."
     )
 
