@@ -117,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except KeyboardInterrupt:
-        print("stopped; the same command goes on where it stopped", file=sys.stderr)
+        goes_on = args.run is run_sweep
+        more = "; the same command goes on where it stopped" if goes_on else ""
+        print(f"stopped{more}", file=sys.stderr)
         raise SystemExit(130) from None
     if status:
         raise SystemExit(status)

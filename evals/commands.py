@@ -12,6 +12,7 @@ import yaml
 from evals.caches import KINDS, CacheSpec, QuantoOptions
 from evals.models import ModelOptions
 from evals.options import add_arguments, flag
+from evals.timing import markdown
 from rotorquant_hf import PRESETS, RotorQuantConfig
 
 
@@ -77,7 +78,18 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(result))
         return
     for name, value in result.items():
-        print(f"{name:<22}{_shown(value)}")
+        if name == "points":
+            print(_table(value))
+        else:
+            print(f"{name:<30}{_shown(value)}")
+
+
+def _table(points: list[dict[str, Any]]) -> str:
+    """Points as a table, a row each; what is not one value is left to JSON."""
+    names = list(dict.fromkeys(name for point in points for name in point))
+    plain = [n for n in names if not any(isinstance(p.get(n), dict | list) for p in points)]
+    rows = [[_shown(point[n]) if n in point else "" for n in plain] for point in points]
+    return f"\n{markdown(plain, rows, left=0)}\n"
 
 
 def _shown(value: Any) -> str:

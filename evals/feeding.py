@@ -46,3 +46,12 @@ def read(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
 def fill(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
     """One pass over a prompt (batch, n); logits (batch, vocabulary) of the token after it."""
     return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def feed(model: PreTrainedModel, ids: Tensor, cache: Cache, chunk: int) -> None:
+    """Feed a text (1, tokens) through a cache."""
+    start = 0
+    while start < ids.shape[1]:
+        n = next_pass(cache, chunk, ids.shape[1] - start)
+        read(model, ids[:, start : start + n], cache)
+        start += n

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import QuantizedLayer
 
-from evals.feeding import next_pass, read
+from evals.feeding import feed, read
 from evals.footprint import codes_of, footprint, reachable_bytes
 from rotorquant_hf.layers import RotorQuantLayer
 
@@ -82,15 +82,6 @@ def _nothing_packed(cache: Cache, tokens: int) -> str:
             "measure longer texts"
         )
     return f"nothing is compressed after {tokens} tokens: the cache has no compressed layer"
-
-
-def feed(model: PreTrainedModel, ids: Tensor, cache: Cache, chunk: int) -> None:
-    """Feed a text (1, tokens) through a cache."""
-    start = 0
-    while start < ids.shape[1]:
-        n = next_pass(cache, chunk, ids.shape[1] - start)
-        read(model, ids[:, start : start + n], cache)
-        start += n
 
 
 def _unread(

@@ -20,9 +20,8 @@ from transformers import Cache
 
 from evals.caches import CacheSpec
 from evals.errors import require
-from evals.feeding import read
+from evals.feeding import feed, read
 from evals.footprint import packed_tokens
-from evals.integrity import feed
 from evals.models import Subject
 from evals.options import option
 from evals.texts import TextOptions, beginning, encode

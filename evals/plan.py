@@ -133,7 +133,7 @@ def read_plan(path: Path, replaced: Mapping[str, Any] | None = None) -> Plan:
         InputError: if there is no such file, or it has an unknown key or a bad value; the message
             names it.
     """
-    require(path.is_file(), f"there is no file {path}")
+    require(path.is_file(), f"there is no file {path}" + (": it is a folder" * path.is_dir()))
     try:
         spec = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -106,7 +106,8 @@ def statuses(plan: Plan, out: Path) -> dict[str, str]:
     if not any(out.glob("rows*.jsonl")):
         return {}
     _, rows = read_results([out])
-    return {row["id"]: row["status"] for row in rows if row["sweep"] == plan.fingerprint}
+    sweep = plan.fingerprint
+    return {row["id"]: row["status"] for row in rows if row["sweep"] == sweep}
 
 
 class _Runner:

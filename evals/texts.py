@@ -198,6 +198,8 @@ def cut(
     own = length - len(begin)
     tokens = [encode(tokenizer, document.text) for document in documents]
     longest = max(len(x) for x in tokens)
+    names = ", ".join(document.name for document in documents)
+    require(longest > 0, f"there is no text in {names}: it is empty")
     require(
         longest > least and own > least,
         f"the text is shorter than a chunk: its longest document has {longest} tokens, a window "

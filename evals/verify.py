@@ -112,14 +112,15 @@ def _cells(verdict: Verdict) -> list[str]:
     f = verdict.figures
     if not f:
         return [verdict.preset, *["–"] * 8, "; ".join(verdict.reasons)]
-    interval, long = f["delta_ci95"], f["packed_bits_per_number_16bit"]
+    interval, base = f["delta_ci95"], f["baseline_perplexity"]
+    long = f["packed_bits_per_number_16bit"]
     return [
         verdict.preset,
         f"{f['kl_mean']:.2e}",
         f"{f['kl_p99']:.2e}",
         f"{f['top1_agreement']:.2%}",
-        f"{f['delta']:+.4f}",
-        f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else "one window",
+        f"{f['delta'] / base:+.3%}",
+        f"{interval[0] / base:+.3%} to {interval[1] / base:+.3%}" if interval else "one window",
         f"{f['bits_per_number_16bit']:.2f}",
         "unknown" if long is None else f"{long:.2f}",
         f"{f['compressed_share']:.0%}",
@@ -141,11 +142,16 @@ def conclusion(found: list[Verdict], subject: Subject) -> str:
     bits = best.figures["bits_per_number_16bit"]
     line = f'model.generate(**inputs, past_key_values=RotorQuantCache("{best.preset}"'
     line += ", config=model.config))"
-    note = ""
+    note, caveat = "", ""
+    if best.figures["delta_ci95"] is None:
+        caveat = (
+            f"\n\nThis rests on one window of {best.figures['window']} tokens, so there is no "
+            "interval: give more text, or a smaller --window, before you rely on it."
+        )
     if subject.model.config._attn_implementation not in ("sdpa", "rotorquant"):
         note = '    model.set_attn_implementation("rotorquant")\n'
     return (
         f"Recommended: {best.preset}, {bits:.2f} bits per number in a 16-bit model on "
         f"windows of {best.figures['window']} tokens (fewer on longer texts)\n\n"
-        f"    from rotorquant_hf import RotorQuantCache\n{note}    {line}"
+        f"    from rotorquant_hf import RotorQuantCache\n{note}    {line}{caveat}"
     )

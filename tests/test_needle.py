@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from evals.__main__ import main
 from evals.caches import CacheSpec
 from evals.errors import InputError
+from evals.feeding import feed
 from evals.footprint import packed_tokens
-from evals.integrity import feed
 from evals.models import ModelOptions, Subject
 from evals.needle import ANSWERS, QUESTION, SUBJECTS, NeedleMeasurement, NeedleOptions
 from tests.conftest import ROOT

@@ -28,7 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if own.data is not None:
             os.environ[DATA_VARIABLE] = check_folder(own.data)
         _lm_eval(_with_tasks(rest))
-    except (InputError, NotAvailableError) as error:
+    except (InputError, NotAvailableError, OSError, ValueError) as error:
+        # Of lm-eval's own errors those that name what it was given; others are faults.
+        if type(error) is ValueError and "not found" not in str(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

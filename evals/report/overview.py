@@ -30,7 +30,8 @@ _MEANINGS = {
             "bits",
             "per number, in a 16-bit model: all bytes of the cache, exact window, scales and spare "
             "room included, over the key and value numbers it stands for. (Also of a model that "
-            "was measured in float32, where exact numbers would count twice.)",
+            "was measured in float32, where exact numbers would count twice. Tables of memory are "
+            "of the dtype measured.)",
         ),
         ("top-1", "share of tokens whose most likely successor is the uncompressed cache's."),
         ("compressed", "share of the keys and values read that were read quantised."),
