@@ -11,6 +11,7 @@ chunk is another prompt.)
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,6 +24,18 @@ from rotorquant_hf import RotorQuantCache
 def next_pass(cache: Cache, chunk: int, left: int) -> int:
     """Tokens of the next pass: `chunk`, or those left, or those until the cache quantises."""
     return max(1, min(chunk, left, _until_change(cache)))
+
+
+def passes(cache: Cache, chunk: int, tokens: int) -> Iterator[tuple[int, int]]:
+    """First token, and the one after the last, of every pass over a text of so many tokens.
+
+    The caller feeds each to the cache before it asks for the next.
+    """
+    start = 0
+    while start < tokens:
+        end = start + next_pass(cache, chunk, tokens - start)
+        yield start, end
+        start = end
 
 
 def _until_change(cache: Cache) -> int:
@@ -50,8 +63,5 @@ def fill(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
 
 def feed(model: PreTrainedModel, ids: Tensor, cache: Cache, chunk: int) -> None:
     """Feed a text (1, tokens) through a cache."""
-    start = 0
-    while start < ids.shape[1]:
-        n = next_pass(cache, chunk, ids.shape[1] - start)
-        read(model, ids[:, start : start + n], cache)
-        start += n
+    for start, end in passes(cache, chunk, ids.shape[1]):
+        read(model, ids[:, start:end], cache)

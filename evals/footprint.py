@@ -58,8 +58,7 @@ class Footprint:
 
 def footprint(cache: Cache, dtype: torch.dtype) -> Footprint:
     """Count a cache of a model of some dtype."""
-    numbers = [_numbers(layer) for layer in cache.layers]
-    total, packed = sum(n for n, _ in numbers), sum(p for _, p in numbers)
+    total, packed = packed_numbers(cache)
     if isinstance(cache, RotorQuantCache):
         report = cache.memory()
         parts = {name: size for name, size in report.parts.items() if size}

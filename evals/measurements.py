@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from evals import memory, speed
@@ -63,13 +62,7 @@ def _memory(subject: Subject, options: MemoryOptions, seed: int) -> Run:
 
 
 def _speed(subject: Subject, options: SpeedOptions, seed: int) -> Run:
-    return partial(_speed_of, subject, options, seed)
-
-
-def _speed_of(
-    subject: Subject, options: SpeedOptions, seed: int, specs: Sequence[CacheSpec]
-) -> list[dict[str, Any] | Failure]:
-    return speed.measure(subject, specs, options, seed)
+    return lambda specs: speed.measure(subject, specs, options, seed)
 
 
 def _needle(subject: Subject, options: NeedleOptions, seed: int) -> Run:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from evals.caches import CacheSpec
-from evals.feeding import next_pass, read
+from evals.feeding import passes, read
 from evals.footprint import footprint, packed_numbers
 from evals.integrity import warnings_of
 from evals.models import Subject
@@ -158,23 +158,22 @@ def compare(
     kl, agree, losses, bits = [], [], [], []
     packed = seen = 0.0
     for index, ids in enumerate(windows):
-        cache, start, stored = make_cache(), 0, (0, 0)
+        cache, stored = make_cache(), (0, 0)
         loss = torch.zeros(2, dtype=torch.float64)
-        while start < ids.shape[1]:
-            n = next_pass(cache, chunk, ids.shape[1] - start)
-            actual = read(model, ids[:, start : start + n], cache).double().log_softmax(-1)
+        for start, end in passes(cache, chunk, ids.shape[1]):
+            n = end - start
+            actual = read(model, ids[:, start:end], cache).double().log_softmax(-1)
             # The pass read what was packed before it; the rest, and itself, exactly.
             held, stored = stored, packed_numbers(cache)
             packed += n * held[1]
             # Token i of the pass sees i - 1 more than its first.
             seen += n * (held[0] + stored[0] + (stored[0] - held[0]) / n) / 2
-            expected = reference.logits(index, start, start + n).double().log_softmax(-1)
+            expected = reference.logits(index, start, end).double().log_softmax(-1)
             kl.append((expected.exp() * (expected - actual)).sum(-1).cpu())
             agree.append((expected.argmax(-1) == actual.argmax(-1)).cpu())
-            target = ids[0, start + 1 : start + n + 1].unsqueeze(-1)
+            target = ids[0, start + 1 : end + 1].unsqueeze(-1)
             for i, predicted in enumerate((actual, expected)):
                 loss[i] -= predicted[: len(target)].gather(-1, target).sum().cpu()
-            start += n
         losses.append((ids.shape[1] - 1, *loss.tolist()))
         last = footprint(cache, model.dtype)
         bits.append((last.bits_per_number, last.packed_bits_per_number))
@@ -297,8 +296,3 @@ class PerplexityMeasurement:
             "warnings": warnings,
             "notes": [_FIRST_PASS] if spec.kind in ("quanto", "hqq", "fp8") else [],
         }
-
-
-def measure(subject: Subject, spec: CacheSpec, options: PerplexityOptions) -> dict[str, Any]:
-    """Perplexity and divergence of one cache; see `PerplexityMeasurement`."""
-    return PerplexityMeasurement(subject, options).run(spec)

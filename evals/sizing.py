@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from evals.feeding import next_pass, read
+from evals.feeding import passes, read
 from evals.footprint import Footprint, footprint
 
 
@@ -62,16 +62,16 @@ def half_footprint(
         chunk: tokens per pass.
         device: of the model.
     """
-    cache, start = make_cache(), 0
+    cache = make_cache()
     generator = torch.Generator(device).manual_seed(0)
-    while start < tokens:
-        n = next_pass(cache, chunk, tokens - start)
+    for start, end in passes(cache, chunk, tokens):
         for layer, heads, key_dim, value_dim in states:
             keys, values = (
-                torch.randn(1, heads, n, dim, device=device, generator=generator).bfloat16()
+                torch.randn(
+                    1, heads, end - start, dim, device=device, generator=generator
+                ).bfloat16()
                 for dim in (key_dim, value_dim)
             )
             with torch.no_grad():
                 cache.update(keys, values, layer)
-        start += n
     return footprint(cache, torch.bfloat16)

@@ -8,17 +8,14 @@ from transformers import DynamicCache, cache_utils
 
 from evals.caches import KINDS, CacheSpec
 from evals.errors import InputError, NotAvailableError
-from evals.feeding import next_pass, read
+from evals.feeding import feed, next_pass
 from evals.footprint import footprint, packed_tokens, reachable_bytes, tensors_in
 from rotorquant_hf import PRESETS, RotorQuantCache, RotorQuantConfig
 
 
 def fed(model, ids, spec: CacheSpec, chunk: int = 50):
-    cache, start = spec.make(model.config), 0
-    while start < ids.shape[1]:
-        n = next_pass(cache, chunk, ids.shape[1] - start)
-        read(model, ids[:, start : start + n], cache)
-        start += n
+    cache = spec.make(model.config)
+    feed(model, ids, cache, chunk)
     return cache
 
 

@@ -28,7 +28,7 @@ from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
 from evals.caches import CacheSpec
 from evals.errors import InputError
-from evals.feeding import next_pass
+from evals.feeding import passes
 from evals.footprint import packed_numbers
 from evals.lm_eval.model_args import cache_of, check_names, chunk_of, refused
 from evals.lm_eval.reads import DecodingReads, Pass, Reads, nothing_compressed
@@ -100,23 +100,22 @@ class RotorQuantLM(HFLM):
     ) -> Tensor:
         """Logits (batch, tokens, vocabulary) of token ids (batch, tokens) through a new cache."""
         rows, length = inps.shape
-        cache, start, before = self._make_cache(), 0, 0
+        cache, before = self._make_cache(), 0
         logits = torch.empty(0)
         self._passes = []
         with torch.no_grad(), self._autocast():
-            while start < length:
-                n = next_pass(cache, self.chunk or length, length - start)
-                ids = inps[:, start : start + n]
+            for start, end in passes(cache, self.chunk or length, length):
+                ids = inps[:, start:end]
                 found = self.model(ids, past_key_values=cache, use_cache=True).logits
-                if n == length:
+                if end - start == length:
                     logits = found
                 else:
                     if not start:  # filled in place: twice the logits may not fit
                         logits = found.new_empty(rows, length, found.shape[-1])
-                    logits[:, start : start + n] = found
+                    logits[:, start:end] = found
                 held, packed = packed_numbers(cache)
-                self._passes.append(Pass(start, start + n, before // rows, held // rows))
-                start, before = start + n, packed
+                self._passes.append(Pass(start, end, before // rows, held // rows))
+                before = packed
         return logits
 
     def _autocast(self) -> torch.autocast:
