@@ -10,14 +10,17 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from evals import commands, plan, rows, sweep, verify
-from evals.caches import KINDS, CacheSpec
-from evals.errors import InputError, NotAvailableError
-from evals.failures import Failure
-from evals.measurements import MEASUREMENTS
-from evals.models import ModelOptions, load, pick_device
-from evals.options import add_arguments, from_arguments
 from rotorquant_hf import PRESETS
+
+from . import commands, verify
+from .caches.registry import KINDS, CacheSpec
+from .errors import InputError, NotAvailableError
+from .failures import Failure
+from .measurements.registry import MEASUREMENTS
+from .options import add_arguments, from_arguments
+from .subjects.models import ModelOptions, load, pick_device
+from .sweep import plan, rows
+from .sweep import runner as sweep
 
 
 def run_measurement(args: argparse.Namespace) -> int:
@@ -61,7 +64,7 @@ def run_sweep(args: argparse.Namespace) -> int:
 
 def run_report(args: argparse.Namespace) -> int:
     """Write the report of some sweeps: a page, Markdown tables, CSV."""
-    from evals.report import write
+    from .report import write
 
     headers, found = rows.read_results(args.results)
     first = args.results[0]

@@ -9,11 +9,12 @@ from typing import Any
 
 import yaml
 
-from evals.caches import KINDS, CacheSpec, QuantoOptions
-from evals.models import ModelOptions
-from evals.options import add_arguments, flag
-from evals.timing import markdown
 from rotorquant_hf import PRESETS, RotorQuantConfig
+
+from .caches.registry import KINDS, CacheSpec, QuantoOptions
+from .options import add_arguments, flag
+from .subjects.models import ModelOptions
+from .tables import markdown
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -1,14 +1,17 @@
-"""A measurement that came to nothing: recorded with its reason, and its memory freed."""
+"""Measurements that come to nothing: recorded with their reason, and their memory freed."""
 
 from __future__ import annotations
 
 import gc
-from typing import NamedTuple
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
-from evals.errors import NotAvailableError
-from evals.timing import describe, release
+from .environment import on_gpu
+from .errors import NotAvailableError
 
 
 class Failure(NamedTuple):
@@ -65,3 +68,77 @@ def raise_if_fatal(failure: Failure) -> None:
     """
     if failure.fatal:
         raise FailedError(failure)
+
+
+class DeviceLost(RuntimeError):
+    """The device, or this process's hold on it, is broken: only a new process helps."""
+
+
+@contextmanager
+def guarded(device: torch.device, report: Callable[[str], Any]) -> Iterator[list[str]]:
+    """Report what goes wrong in the block, in one line, free its memory, and go on.
+
+    Yields:
+        A list, empty, that then holds that line.
+
+    Raises:
+        DeviceLost: if the device does not work any more.
+    """
+    faults: list[str] = []
+    try:
+        yield faults
+    except DeviceLost:
+        raise
+    except Exception as error:
+        faults.append(describe(error))
+        release(error)
+    if faults:
+        report(faults[0])
+        recover(device, faults[0])
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
+
+
+def release(error: BaseException | None) -> None:
+    """Drop the tensors that the frames of an error hold."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def recover(device: torch.device, reason: str) -> None:
+    """Free what a failure left, and see whether the device still works.
+
+    Raises:
+        DeviceLost: if not.
+    """
+    if not on_gpu(device):
+        return
+    try:
+        torch.cuda.synchronize(device)
+        if free_memory(device) < 64 << 20:
+            return  # what fills the memory is still in use; it was no fault of the device
+        x = torch.ones(1024, device=device)
+        graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.current_stream(device)
+        try:
+            with torch.cuda.graph(graph):
+                y = x + 1
+        finally:
+            torch.cuda.set_stream(before)
+        graph.replay()
+        if float(y.sum()) != 2048:
+            raise RuntimeError("a sum of ones is wrong")
+    except Exception as error:
+        raise DeviceLost(f"after «{reason}»: {describe(error)}") from None
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU once what is not used any more has been given back."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]

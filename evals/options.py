@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from evals.errors import InputError
+from .errors import InputError
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, copy bandwidth, faults, rows and versions.
+"""Interleaved timing, and the bandwidth of a copy.
 
 - Variants of one configuration are timed in turn, sample by sample, so that a drift of the clocks
   meets all of them alike; the median stands for a variant, p10 and p90 for its spread.
@@ -12,62 +12,24 @@
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
-import os
-import platform
-import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import transformers
-from torch import Tensor
 
-import rotorquant_hf
-
-Device = torch.device
+from .environment import on_gpu
+from .failures import guarded
 
 LEAST_SAMPLES = 5
-DEVICE_LOST = 75  # exit status: start the command anew, with --resume
 
 _SAMPLE_SECONDS = 1e-3  # a sample repeats its work for about so long, by the host's clock
 _MOST_CALLS = 128
 _SPACER_BYTES = 1 << 30
 _COPY_BYTES = 4 << 30
-
-
-class DeviceLost(RuntimeError):
-    """The device, or this process's hold on it, is broken: only a new process helps."""
-
-
-def device_of(name: str) -> torch.device:
-    """A device by name, with its index."""
-    return torch.empty(0, device=name).device
-
-
-def require_kernels(parser: argparse.ArgumentParser, device: str) -> None:
-    """Refuse to measure kernels where there is nothing to run them on."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device is {device}, but torch sees no CUDA device here")
-    if not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error(
-            f"--device is {device}: the kernels need a GPU; TRITON_INTERPRET=1 in the environment "
-            "runs this command through Triton's interpreter, to check it"
-        )
-
-
-def on_gpu(device: torch.device) -> bool:
-    """Whether a device has CUDA's streams, events and graphs."""
-    return device.type == "cuda"
 
 
 @dataclass(frozen=True)
@@ -292,86 +254,6 @@ def interleave(
     return [(samplers[i], Timing.of(samples[i])) for i in timed]
 
 
-@contextmanager
-def guarded(device: torch.device, report: Callable[[str], Any]) -> Iterator[list[str]]:
-    """Report what goes wrong in the block, in one line, free its memory, and go on.
-
-    Yields:
-        A list, empty, that then holds that line.
-
-    Raises:
-        DeviceLost: if the device does not work any more.
-    """
-    faults: list[str] = []
-    try:
-        yield faults
-    except DeviceLost:
-        raise
-    except Exception as error:
-        faults.append(describe(error))
-        release(error)
-    if faults:
-        report(faults[0])
-        recover(device, faults[0])
-
-
-def describe(error: BaseException) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
-
-
-def release(error: BaseException | None) -> None:
-    """Drop the tensors that the frames of an error hold."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
-def recover(device: torch.device, reason: str) -> None:
-    """Free what a failure left, and see whether the device still works.
-
-    Raises:
-        DeviceLost: if not.
-    """
-    if not on_gpu(device):
-        return
-    try:
-        torch.cuda.synchronize(device)
-        if free_memory(device) < 64 << 20:
-            return  # what fills the memory is still in use; it was no fault of the device
-        x = torch.ones(1024, device=device)
-        graph = torch.cuda.CUDAGraph()
-        before = torch.cuda.current_stream(device)
-        try:
-            with torch.cuda.graph(graph):
-                y = x + 1
-        finally:
-            torch.cuda.set_stream(before)
-        graph.replay()
-        if float(y.sum()) != 2048:
-            raise RuntimeError("a sum of ones is wrong")
-    except Exception as error:
-        raise DeviceLost(f"after «{reason}»: {describe(error)}") from None
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU once what is not used any more has been given back."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
-
-
-def exit_with(main: Callable[[], int]) -> NoReturn:
-    """Run a command and exit with its status."""
-    gc.freeze()  # a collection, one after each failure, then need not look at all that was imported
-    try:
-        status = main()
-    finally:
-        gc.unfreeze()
-    sys.exit(status)
-
-
 def copy_bandwidth(stopwatch: Stopwatch) -> float:
     """Bytes per second, read and written, of a large copy on the device: the ceiling."""
     device, size = stopwatch.device, 1 << 24
@@ -384,126 +266,3 @@ def copy_bandwidth(stopwatch: Stopwatch) -> float:
     for _ in range(3):
         stopwatch.sample(sampler)
     return 2 * size / Timing.of([stopwatch.sample(sampler) for _ in range(20)]).median
-
-
-def random_states(
-    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Keys and values of independent normal numbers.
-
-    From an own generator: a capture that fails may leave the default one unusable.
-    """
-    keys, values = (
-        torch.randn(shape, dtype=dtype, device=generator.device, generator=generator)
-        for _ in range(2)
-    )
-    return keys, values
-
-
-def chunks(tokens: int, numbers_per_token: int, most: int = 1 << 30) -> list[int]:
-    """Lengths that sum to `tokens`, of at most `most` numbers each."""
-    size = max(1, most // max(1, numbers_per_token))
-    return [min(size, tokens - start) for start in range(0, tokens, size)]
-
-
-class RowLog:
-    """Rows of a benchmark, appended to a JSON-lines file as they come.
-
-    Args:
-        path: the file, or None.
-        resume: take the rows that are in the file as done.
-    """
-
-    def __init__(self, path: Path | None, resume: bool = False) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = read_rows(path) if resume and path else []
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Keep a row and write it at once."""
-        self.rows.append(row)
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; none if there is no file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table whose first `left` columns are text."""
-    rule = ["---" if i < left else "---:" for i in range(len(header))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
-
-
-@dataclass(frozen=True)
-class Versions:
-    """What a measurement was made with."""
-
-    device: str
-    driver: str
-    cuda: str
-    torch: str
-    triton: str
-    transformers: str
-    rotorquant_hf: str
-    python: str
-    command: str
-
-    @classmethod
-    def of(cls, device: Device, module: str, argv: Sequence[str] | None) -> Versions:
-        """Those of this process, whose command is `python -m module argv...`."""
-        arguments = sys.argv[1:] if argv is None else argv
-        return cls(
-            device=_device_name(device),
-            driver=_driver() if on_gpu(device) else "none",
-            cuda=torch.version.cuda or "none",
-            torch=torch.__version__,
-            triton=_triton_version(),
-            transformers=transformers.__version__,
-            rotorquant_hf=rotorquant_hf.__version__,
-            python=platform.python_version(),
-            command=" ".join(["python -m", module, *arguments]),
-        )
-
-    def row(self) -> dict[str, Any]:
-        """As a row of kind "versions"."""
-        return {"kind": "versions", **asdict(self)}
-
-    def __str__(self) -> str:
-        return (
-            f"{self.device}, driver {self.driver}, CUDA {self.cuda}, torch {self.torch}, triton "
-            f"{self.triton}, transformers {self.transformers}, rotorquant_hf {self.rotorquant_hf}, "
-            f"Python {self.python}\n\n    {self.command}"
-        )
-
-
-def _device_name(device: torch.device) -> str:
-    if on_gpu(device):
-        properties = torch.cuda.get_device_properties(device)
-        return f"{properties.name} ({properties.multi_processor_count} multiprocessors)"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.split("\n")[0].strip()
-
-
-def _triton_version() -> str:
-    try:
-        import triton
-    except ImportError:
-        return "none"
-    return triton.__version__

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals.caches import CacheSpec
-from evals.failures import failure_of
-from evals.models import Subject
-from evals.options import option
-from evals.perplexity import PerplexityMeasurement, PerplexityOptions
-from evals.timing import markdown
+from .caches.registry import CacheSpec
+from .failures import failure_of
+from .measurements.perplexity import PerplexityMeasurement, PerplexityOptions
+from .options import option
+from .subjects.models import Subject
+from .tables import markdown
 
 PRESETS = ("k8v8", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2")
 SAMPLES = Path(__file__).parent.parent / "examples" / "sampled"

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, TextStreamer
 
-from evals.agreement import agreement_length, continuation
 from evals.errors import InputError
-from evals.models import load_model, load_tokenizer, pick_device
-from evals.perplexity import SinglePass, compare
+from evals.measurements.agreement import agreement_length, continuation
+from evals.measurements.perplexity import SinglePass, compare
+from evals.subjects.models import load_model, load_tokenizer, pick_device
 from rotorquant_hf import PRESETS, RotorQuantCache
 from rotorquant_hf.memory import measure
 

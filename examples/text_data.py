@@ -8,7 +8,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from evals.errors import require
-from evals.texts import Document, encode
+from evals.subjects.texts import Document, encode
 
 END = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # the 256 bytes and END

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from evals.errors import InputError, require
-from evals.models import load_tokenizer, pick_device
-from evals.texts import Document, read_dataset, read_texts
+from evals.subjects.models import load_tokenizer, pick_device
+from evals.subjects.texts import Document, read_dataset, read_texts
 from examples.text_data import join, train_tokenizer, windows_at
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -25,8 +25,8 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evals.errors import InputError
-from evals.models import load_tokenizer
-from evals.texts import encode, read_texts
+from evals.subjects.models import load_tokenizer
+from evals.subjects.texts import encode, read_texts
 
 FACTS = (
     " The secret word of the {subject} is {answer}.",

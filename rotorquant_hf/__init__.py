@@ -10,7 +10,7 @@ from rotorquant_hf.config import PRESETS, RotorQuantConfig
 from rotorquant_hf.graph import DecodeGraph
 from rotorquant_hf.memory import MemoryReport
 from rotorquant_hf.quant import RotorQuantMSE, RotorQuantProd
-from rotorquant_hf.store import RotorQuantKVCache
+from rotorquant_hf.store.kv_store import RotorQuantKVCache
 from rotorquant_hf.version import __version__
 
 __all__ = [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rotorquant_hf.cache import RotorQuantCache
-from rotorquant_hf.layers import RotorQuantLayer, RotorQuantSlidingLayer
+from rotorquant_hf.layers.full import RotorQuantLayer, RotorQuantSlidingLayer
 
 # Steps run as they are before the capture, so that every kernel is compiled and every library
 # has its workspace.

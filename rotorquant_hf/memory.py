@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotorquant_hf.layers import RotorQuantLayer
+from rotorquant_hf.layers.full import RotorQuantLayer
 
 PART_NAMES = {
     "key_codes": "key codes",

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rotorquant_hf.config import RotorQuantConfig
-from rotorquant_hf.layers import RotorQuantLayer, RotorQuantSlidingLayer
+from rotorquant_hf.layers.full import RotorQuantLayer, RotorQuantSlidingLayer
 from rotorquant_hf.memory import tensors_of
 from rotorquant_hf.quant import RotorQuantProd
 from rotorquant_hf.version import __version__

@@ -17,7 +17,8 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter; before
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 # The tensors here are small: threads would mostly wait for each other, and on a busy machine for
-# a core (measured: ten times slower).
+# a core (measured: ten times slower). Processes that tests start are to do the same.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent

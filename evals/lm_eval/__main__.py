@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from evals.errors import InputError, NotAvailableError
-from evals.lm_eval.tasks import DATA_VARIABLE, TASKS, check_folder
+from ..errors import InputError, NotAvailableError
+from .tasks import DATA_VARIABLE, TASKS, check_folder
 
 _COMMANDS = ("run", "ls", "validate")
 
@@ -54,7 +54,7 @@ def _lm_eval(arguments: list[str]) -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
 
-        import evals.lm_eval.model  # noqa: F401 (registers the model)
+        from . import model  # noqa: F401 (registers the model)
     except ImportError as error:
         raise NotAvailableError(
             f"lm-eval is not installed: pip install 'rotorquant-hf[eval]' ({error})"

@@ -1,7 +1,7 @@
 """The model `rotorquant` of lm-eval: an `HFLM` whose requests all read a key-value cache.
 
 `HFLM` scores with one forward pass and no cache, which shows no compression whatever the cache.
-Here a batch goes through a new cache in passes (see `evals.feeding`), so that log-likelihoods,
+Here a batch goes through a new cache in passes (`probes/feeding.py`), so that log-likelihoods,
 rolling ones and multiple choices read older tokens as they are stored. `generate_until` gives
 `generate` a new cache: the prompt's own pass reads exactly, as it does for every user of
 `generate`; the tokens decoded after it read the codes.
@@ -26,19 +26,19 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
-from evals.caches import CacheSpec
-from evals.errors import InputError
-from evals.feeding import passes
-from evals.footprint import packed_numbers
-from evals.lm_eval.model_args import cache_of, check_names, chunk_of, refused
-from evals.lm_eval.reads import DecodingReads, Pass, Reads, nothing_compressed
+from ..caches.registry import CacheSpec
+from ..errors import InputError
+from ..probes.feeding import passes
+from ..probes.footprint import packed_numbers
+from .model_args import cache_of, check_names, chunk_of, refused
+from .reads import DecodingReads, Pass, Reads, nothing_compressed
 
 _log = logging.getLogger("lm_eval.models.rotorquant")  # shown as lm-eval's own messages are
 
 
 @register_model("rotorquant")
 class RotorQuantLM(HFLM):
-    """A causal language model that reads one of the caches of `evals.caches`.
+    """A causal language model that reads one of the caches of `caches/registry.py`.
 
     Args:
         pretrained: a folder, a name on the Hub, or a loaded model (give its `tokenizer` too).

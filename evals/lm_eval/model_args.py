@@ -7,9 +7,10 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from evals.caches import CacheSpec, QuantoOptions
-from evals.errors import InputError, require
 from rotorquant_hf import RotorQuantConfig
+
+from ..caches.registry import CacheSpec, QuantoOptions
+from ..errors import InputError, require
 
 CHUNK = 64  # tokens of a pass through a compressed cache, unless told otherwise
 _WHERE = "--model_args"

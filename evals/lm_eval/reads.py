@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import Cache, LogitsProcessor
 
-from evals.footprint import packed_numbers
+from ..probes.footprint import packed_numbers
 
 
 class Pass(NamedTuple):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from evals.errors import require
+from ..errors import require
 
 TASKS = Path(__file__).resolve().parents[1] / "tasks"
 DATA_VARIABLE = "ROTORQUANT_TASK_DATA"  # read by evals/tasks/local/files.py

@@ -4,6 +4,6 @@
 rows into blocks (`blocks.py`); `page.py` and `markdown.py` turn blocks into text.
 """
 
-from evals.report.write import write
+from .write import write
 
 __all__ = ["write"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from evals.report.blocks import Cell, Section, Table
-from evals.report.names import Names, Row, part, points, warnings
-from evals.report.overview import reason, setting, status
-from evals.report.text import (
+from .blocks import Cell, Section, Table
+from .names import Names, Row, part, points, warnings
+from .overview import reason, setting, status
+from .text import (
     clean,
     count,
     fixed,

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from evals.report.names import Row, part
+from .names import Row, part
 
 _FIRST = ("model", "cache", "cache_kind", "measurement", "status", "error", "seed", "seconds")
 _GROUPS = ("", "cache", "option", "result", "point", "model", "versions")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from evals.report.blocks import Beside, Block, Cell, Code, Heading, Points, Section, Table, Text
-from evals.timing import markdown
+from ..tables import markdown
+from .blocks import Beside, Block, Cell, Code, Heading, Points, Section, Table, Text
 
 
 def document(title: str, sections: Sequence[Section]) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evals.report import plots
-from evals.report.blocks import Beside, Cell, Heading, Legend, Plot, Section, Table
-from evals.report.names import Names, Row, is_baseline, part
-from evals.report.series import by_batch, keys_of, line_of, overlaps
-from evals.report.style import Stroke
-from evals.report.text import clean, fixed, number, size, whole
+from . import plots
+from .blocks import Beside, Cell, Heading, Legend, Plot, Section, Table
+from .names import Names, Row, is_baseline, part
+from .series import by_batch, keys_of, line_of, overlaps
+from .style import Stroke
+from .text import clean, fixed, number, size, whole
 
 _HEADER = (
     "cache",

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from evals.report.text import clean, plain, shorten
+from .text import clean, plain, shorten
 
 Row = Mapping[str, Any]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evals.report.blocks import Beside, Cell, Heading, Section, Table, Text
-from evals.report.names import Names, Row, measured, part, points
-from evals.report.text import fixed, number, plain, share, thousands, whole
+from .blocks import Beside, Cell, Heading, Section, Table, Text
+from .names import Names, Row, measured, part, points
+from .text import fixed, number, plain, share, thousands, whole
 
 
 def section(rows: Sequence[Row], names: Names) -> Section | None:

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from evals.report.blocks import Code, Points, Section, Table, Text
-from evals.report.names import Names, Row, measured, part, warnings
-from evals.report.text import clean, count, plain, shorten
+from .blocks import Code, Points, Section, Table, Text
+from .names import Names, Row, measured, part, warnings
+from .text import clean, count, plain, shorten
 
 STATUSES = ("ok", "failed", "not run")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from evals.report.blocks import (
+from .blocks import (
     Beside,
     Block,
     Cell,
@@ -20,7 +20,7 @@ from evals.report.blocks import (
     Table,
     Text,
 )
-from evals.report.style import VARIABLES
+from .style import VARIABLES
 
 _HERE = Path(__file__).parent
 _LONG = 38  # characters of a cell, from which on its text is broken into lines

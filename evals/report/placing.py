@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evals.report.svg import FONT
+from .svg import FONT
 
 Box = tuple[float, float, float, float]  # left, bottom, right, top, in pixels
 

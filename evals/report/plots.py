@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from evals.report import scales
-from evals.report.pareto import front
-from evals.report.placing import Box, Label, along, place
-from evals.report.style import ACCENT, BAD, DOT, FAINT, INK, Stroke
-from evals.report.svg import FONT, Canvas, drawing
-from evals.report.text import shorten
+from . import scales
+from .pareto import front
+from .placing import Box, Label, along, place
+from .style import ACCENT, BAD, DOT, FAINT, INK, Stroke
+from .svg import FONT, Canvas, drawing
+from .text import shorten
 
 _CORNER = 0.16  # room at the lower left, for the names on the front
 _LABEL = 20  # characters of a cache's label inside a plot

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from evals.report import plots
-from evals.report.blocks import Beside, Cell, Heading, Plot, Section, Table
-from evals.report.names import Names, Row, is_baseline, measured, part, warnings
-from evals.report.text import fixed, number, share, significant
+from . import plots
+from .blocks import Beside, Cell, Heading, Plot, Section, Table
+from .names import Names, Row, is_baseline, measured, part, warnings
+from .text import fixed, number, share, significant
 
 _HEADER = (
     "#",

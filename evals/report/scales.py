@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from evals.report.text import size, thousands
+from .text import size, thousands
 
 _ROOM = 0.06  # around the values, as a share of their span
 _MANY = 6  # ticks at most of an axis of powers of two

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evals.report.blocks import Cell, Heading, Section, Table
-from evals.report.names import Names, Row, measured, part
-from evals.report.text import clean, fixed, number, plain, share, shorten, significant, whole
+from .blocks import Cell, Heading, Section, Table
+from .names import Names, Row, measured, part
+from .text import clean, fixed, number, plain, share, shorten, significant, whole
 
 KNOWN = ("perplexity", "memory", "speed", "needle", "agreement", "lm_eval")
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from evals.report.blocks import Key
-from evals.report.names import Names, Row, measured, points
-from evals.report.plots import Line
-from evals.report.style import Stroke
-from evals.report.text import number, plain
+from .blocks import Key
+from .names import Names, Row, measured, points
+from .plots import Line
+from .style import Stroke
+from .text import number, plain
 
 _ALIKE = 0.01  # a difference that no plot shows
 

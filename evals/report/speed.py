@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evals.report import plots
-from evals.report.blocks import Beside, Cell, Heading, Legend, Plot, Section, Table
-from evals.report.names import Names, Row, is_baseline
-from evals.report.series import Member, by_batch, keys_of, line_of, overlaps
-from evals.report.style import Stroke
-from evals.report.text import fixed, number, significant, whole
+from . import plots
+from .blocks import Beside, Cell, Heading, Legend, Plot, Section, Table
+from .names import Names, Row, is_baseline
+from .series import Member, by_batch, keys_of, line_of, overlaps
+from .style import Stroke
+from .text import fixed, number, significant, whole
 
 _STAGES = (("prefill", "Prefill"), ("decode", "Decoding"))
 _HEADER = (

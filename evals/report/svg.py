@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from evals.errors import NotAvailableError
-from evals.report.style import FAINT, GRID, INK, VARIABLES
-from evals.report.text import clean
+from ..errors import NotAvailableError
+from .style import FAINT, GRID, INK, VARIABLES
+from .text import clean
 
 WIDTH, HEIGHT = 620, 400  # pixels of the drawing; the page scales it
 FONT = 13.0

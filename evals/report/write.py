@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.report import (
+from . import (
     everything,
     flat,
     markdown,
@@ -18,10 +18,10 @@ from evals.report import (
     scores,
     speed,
 )
-from evals.report.blocks import Section
-from evals.report.names import Names, Row, is_baseline, points
-from evals.report.style import strokes
-from evals.report.text import clean
+from .blocks import Section
+from .names import Names, Row, is_baseline, points
+from .style import strokes
+from .text import clean
 
 
 def write(

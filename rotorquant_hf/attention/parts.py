@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rotorquant_hf.packed import PackedSpan
+from rotorquant_hf.quant.packed import PackedSpan
 
 
 class Part(Protocol):

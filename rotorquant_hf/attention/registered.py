@@ -29,10 +29,10 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from rotorquant_hf.attention.attend import attend, needs_gradient
+from rotorquant_hf.attention.dispatch import attend, needs_gradient
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
-from rotorquant_hf.tensor import CompressedTensor
+from rotorquant_hf.attention.tensor import CompressedTensor
 
 NAME = "rotorquant"
 

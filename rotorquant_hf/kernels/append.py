@@ -24,10 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rotorquant_hf.kernels.sizes import pieces
-from rotorquant_hf.packed import Quantizer, projections, stage_one
 from rotorquant_hf.quant import RotorQuantProd
+from rotorquant_hf.quant.channels import ChannelStatistics
+from rotorquant_hf.quant.packed import Quantizer, projections, stage_one
 from rotorquant_hf.quant.packing import plane_bytes, planes
-from rotorquant_hf.statistics import ChannelStatistics
 
 _CHUNK = tl.constexpr(16)  # numbers that one step of a matrix product sums
 _TINY = tl.constexpr(2.0**-126)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rotorquant_hf.kernels.lookup import table_unit
 from rotorquant_hf.kernels.sizes import padded, pieces
-from rotorquant_hf.packed import PackedSpan
+from rotorquant_hf.quant.packed import PackedSpan
 
 _ROWS = 16
 

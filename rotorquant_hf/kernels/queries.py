@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rotorquant_hf.kernels.sizes import padded, pieces
-from rotorquant_hf.packed import PackedSpan, Quantizer, projections
 from rotorquant_hf.quant import RotorQuantProd
+from rotorquant_hf.quant.packed import PackedSpan, Quantizer, projections
 
 _ROWS = 16
 

@@ -1,0 +1,127 @@
+"""Decode attention on a CPU: reading packed codes tile by tile against dequantising them first.
+
+    python -m evals.bench.cpu --context 32768
+
+One query token, one layer. Times, in turn within one run: attention that reads the packed codes
+(`attend`); the same keys and values dequantised and given to scaled_dot_product_attention, as any
+operation that is not attention makes a cache do; and scaled_dot_product_attention on tensors that
+were never compressed. Milliseconds: medians, and
+the middle half of the samples in brackets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from rotorquant_hf import RotorQuantCache
+from rotorquant_hf.attention.dispatch import attend
+from rotorquant_hf.attention.options import AttentionOptions
+from rotorquant_hf.attention.tensor import CompressedTensor
+
+_DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def cached(
+    context: int, heads: int, d: int, bits: int, dtype: torch.dtype
+) -> tuple[CompressedTensor, CompressedTensor, Tensor, Tensor]:
+    """Keys and values of a decode step at `context` tokens, compressed and as they were."""
+    keys, values = torch.randn(2, 1, heads, context, d).to(dtype)
+    cache = RotorQuantCache(key_bits=bits, value_bits=bits)
+    cache.update(keys[:, :, :-1], values[:, :, :-1], 0)
+    packed = cache.update(keys[:, :, -1:], values[:, :, -1:], 0)
+    assert isinstance(packed[0], CompressedTensor)
+    assert isinstance(packed[1], CompressedTensor)
+    return packed[0], packed[1], keys, values
+
+
+def interleaved(variants: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each variant, taking turns; the first round does not count."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for round_ in range(repeats + 1):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            if round_:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    """Print a Markdown table, a row per width, dtype and number of threads."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--context", type=int, default=32768)
+    parser.add_argument("--heads", type=int, default=32, help="query heads")
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8], choices=range(1, 9))
+    parser.add_argument("--dtype", nargs="+", default=_DTYPES[:2], choices=_DTYPES)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args(argv)
+    if args.context < 300 or args.repeats < 2 or min(args.threads) < 1:
+        parser.error("choose a --context from 300, --repeats from 2 and --threads from 1")
+    if args.heads % args.kv_heads:
+        parser.error(f"--heads is {args.heads}; choose a multiple of --kv-heads {args.kv_heads}")
+    torch.manual_seed(0)
+    threads_before = torch.get_num_threads()
+    print(f"{' '.join(sys.orig_argv[1:])}; torch {torch.__version__}, {_machine()}\n")
+    columns = ("packed codes", "dequantise + sdpa", "ratio", "sdpa, uncompressed")
+    print(f"| dtype | bits | threads | {' | '.join(columns)} |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for dtype in args.dtype:
+        query = torch.randn(1, args.heads, 1, args.head_dim).to(getattr(torch, dtype))
+        options = AttentionOptions(args.head_dim**-0.5)
+        for bits in args.bits:
+            packed_k, packed_v, keys, values = cached(
+                args.context, args.kv_heads, args.head_dim, bits, query.dtype
+            )
+            variants = {
+                "packed": lambda k=packed_k, v=packed_v, q=query, o=options: attend(
+                    q, k.states, v.states, o
+                ),
+                "dequantised": lambda k=packed_k, v=packed_v, q=query: scaled_dot_product_attention(
+                    q, k.materialize(), v.materialize(), enable_gqa=True
+                ),
+                "plain": lambda k=keys, v=values, q=query: scaled_dot_product_attention(
+                    q, k, v, enable_gqa=True
+                ),
+            }
+            for threads in args.threads:
+                torch.set_num_threads(threads)
+                times = interleaved(variants, args.repeats)
+                packed, dequantised, plain = (_summary(times[name]) for name in variants)
+                ratio = statistics.median(times["dequantised"]) / statistics.median(times["packed"])
+                print(
+                    f"| {dtype} | {bits} | {threads} | {packed} | {dequantised} | {ratio:.2f}x | "
+                    f"{plain} |"
+                )
+    torch.set_num_threads(threads_before)
+
+
+def _machine() -> str:
+    cores = f"{os.cpu_count()} cores"
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{names[0] if names else platform.machine()}, {cores}"
+
+
+def _summary(samples: list[float]) -> str:
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
+
+
+if __name__ == "__main__":
+    main()

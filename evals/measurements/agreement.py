@@ -1,0 +1,116 @@
+"""How long a text written with a compressed cache is the text written without."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from ..caches.registry import CacheSpec
+from ..errors import require
+from ..options import option
+from ..probes.footprint import packed_numbers
+from ..probes.integrity import NOTHING_COMPRESSED
+from ..subjects.models import Subject
+from ..subjects.texts import TextOptions, cut
+
+
+@dataclass(frozen=True)
+class AgreementOptions(TextOptions):
+    """How `agreement` is measured."""
+
+    max_tokens: int = option(4096, "tokens of all prompts together", least=2)
+    window: int = option(512, "tokens of a prompt", least=2)
+    new_tokens: int = option(100, "tokens to write after each prompt", least=1)
+    sample: bool = option(
+        False,
+        "draw the tokens, with the same random numbers for every cache, instead of taking the "
+        "likeliest: small models soon repeat themselves then, and any two caches agree on a loop",
+    )
+
+
+@torch.no_grad()
+def continuation(
+    model: PreTrainedModel,
+    prompt: Tensor,
+    cache: Cache,
+    new_tokens: int,
+    sample: bool,
+    seed: int = 0,
+) -> list[int]:
+    """`new_tokens` token ids that a model writes after a prompt (1, tokens), end of text or not."""
+    torch.manual_seed(seed)
+    ids = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        past_key_values=cache,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        do_sample=sample,
+        **({"top_k": 0, "top_p": 1.0, "temperature": 1.0} if sample else {}),
+    )
+    return ids[0, prompt.shape[1] :].tolist()
+
+
+def agreement_length(a: list[int], b: list[int]) -> int:
+    """How many tokens two texts share before they first differ."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))
+
+
+class AgreementMeasurement:
+    """Length of agreement with the baseline's text, over some prompts.
+
+    Args:
+        subject: the model.
+        options: prompts and length.
+        seed: of the random numbers, where tokens are drawn.
+
+    Raises:
+        InputError: for a text that is not there or too short.
+    """
+
+    def __init__(self, subject: Subject, options: AgreementOptions, seed: int = 0) -> None:
+        self.subject, self.options, self.seed = subject, options, seed
+        room = None if subject.context is None else subject.context - options.new_tokens
+        require(
+            room is None or room > 1,
+            f"new_tokens is {options.new_tokens}, but the model takes {subject.context} in all",
+        )
+        windows, _ = cut(subject.tokenizer, options.documents(), options, room, least=1)
+        self.prompts = [window.ids.to(subject.device) for window in windows]
+        baseline = CacheSpec.of("dynamic")
+        self.expected = [self._write(baseline, prompt)[0] for prompt in self.prompts]
+
+    def _write(self, spec: CacheSpec, prompt: Tensor) -> tuple[list[int], float]:
+        """The tokens, and the share of the cache that is quantised in the end."""
+        options, cache = self.options, self.subject.new_cache(spec)
+        written = continuation(
+            self.subject.model, prompt, cache, options.new_tokens, options.sample, self.seed
+        )
+        numbers, packed = packed_numbers(cache)
+        return written, packed / numbers
+
+    def run(self, spec: CacheSpec) -> dict[str, Any]:
+        """The figures of one cache, as plain values."""
+        written = [self._write(spec, prompt) for prompt in self.prompts]
+        lengths = [
+            agreement_length(tokens, expected)
+            for (tokens, _), expected in zip(written, self.expected, strict=True)
+        ]
+        share = statistics.mean(share for _, share in written)
+        new = self.options.new_tokens
+        return {
+            "mean_length": statistics.mean(lengths),
+            "median_length": statistics.median(lengths),
+            "identical": sum(length == new for length in lengths),
+            "prompts": len(lengths),
+            "prompt_tokens": max(prompt.shape[1] for prompt in self.prompts),
+            "new_tokens": new,
+            "lengths": lengths,
+            "compressed_share": share,
+            "warnings": [] if share or spec.is_baseline else [NOTHING_COMPRESSED],
+        }

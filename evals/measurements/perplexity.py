@@ -1,0 +1,298 @@
+"""Perplexity of a text read through a cache, and divergence from the uncompressed cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from ..caches.registry import CacheSpec
+from ..options import option
+from ..probes.feeding import passes, read
+from ..probes.footprint import footprint, packed_numbers
+from ..probes.half_size import half_footprint, states_of
+from ..probes.integrity import warnings_of
+from ..subjects.models import Subject
+from ..subjects.texts import TextOptions, cut
+
+_FIRST_PASS = (
+    "this cache quantises its whole first pass, and fp8 takes its scale from it: the figures "
+    "depend on chunk"
+)
+_KEPT_BYTES = 2 << 30  # of the baseline's logits, in the host's memory
+
+
+@dataclass(frozen=True)
+class PerplexityOptions(TextOptions):
+    """How `perplexity` is measured."""
+
+    chunk: int = option(64, "most tokens of a forward pass; 1 is true decoding", least=1)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What reading a cache changed. KL divergence in nats.
+
+    Attributes:
+        perplexity: of the text, read through the cache.
+        baseline_perplexity: of the same text, read through the reference.
+        delta: their difference.
+        delta_ci95: its 95% confidence interval over the documents, or over the windows of the
+            only one (Student's t of the paired differences of their mean log-likelihoods);
+            None for a single window.
+        kl_mean: mean KL divergence of the next-token distributions to the reference's.
+        kl_p99: its 99th percentile over the tokens.
+        top1_agreement: share of tokens whose most likely successor is the reference's.
+        bits_per_number: bytes of the cache with the last token in, over the numbers it stands
+            for; everything counted. Mean over the windows.
+        packed_bits_per_number: the same without the exact tokens: what long texts come near to.
+            None where a window is too short to pack any.
+        compressed_share: share of the keys and values read that were read quantised. (Of layers
+            with a sliding window an upper bound: what leaves it during a pass is counted.)
+        tokens: predicted tokens.
+    """
+
+    perplexity: float
+    baseline_perplexity: float
+    delta: float
+    delta_ci95: tuple[float, float] | None
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    bits_per_number: float
+    packed_bits_per_number: float | None
+    compressed_share: float
+    tokens: int
+
+
+class Reference:
+    """The logits that a cache's are compared with: those of the uncompressed cache.
+
+    They are made in the same passes as the cache's own, so that both round alike, and kept for
+    the next cache while they fit in `kept_bytes`.
+
+    Args:
+        model: in evaluation mode.
+        windows: token ids (1, tokens) each.
+        make_cache: makes the uncompressed cache.
+        kept_bytes: of the host's memory.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Sequence[Tensor],
+        make_cache: Callable[[], Cache] | None = None,
+        kept_bytes: int = _KEPT_BYTES,
+    ) -> None:
+        self.model, self.windows = model, windows
+        self.make_cache = make_cache or (lambda: DynamicCache(config=model.config))
+        self.room = kept_bytes
+        self.kept: dict[tuple[int, int, int], Tensor] = {}
+        self.at: tuple[int, int] = (-1, 0)  # the window and token that the cache has come to
+        self.cache: Cache | None = None
+
+    def logits(self, window: int, start: int, end: int) -> Tensor:
+        """Logits (end - start, vocabulary) after the tokens start..end-1 of a window."""
+        key, ids = (window, start, end), self.windows[window]
+        if key in self.kept:
+            return self.kept[key].to(ids.device)
+        cache = self.cache if self.at == (window, start) else None
+        self.at, self.cache = (-1, 0), None  # a pass that fails leaves a cache of unknown content
+        if cache is None:
+            cache = self.make_cache()
+            if start:
+                read(self.model, ids[:, :start], cache)
+        found = read(self.model, ids[:, start:end], cache)
+        self.at, self.cache = (window, end), cache
+        if found.nbytes <= self.room:
+            self.room -= found.nbytes
+            self.kept[key] = found.cpu()
+        return found
+
+
+class SinglePass:
+    """The logits of one pass without a cache: what the uncompressed cache is compared with."""
+
+    def __init__(self, model: PreTrainedModel, windows: Sequence[Tensor]) -> None:
+        self.model, self.windows = model, windows
+        self.at, self.found = -1, torch.empty(0)
+
+    def logits(self, window: int, start: int, end: int) -> Tensor:
+        """As `Reference.logits`."""
+        if window != self.at:
+            self.at, self.found = window, single_pass(self.model, self.windows[window])
+        return self.found[start:end]
+
+
+@torch.no_grad()
+def single_pass(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits (tokens, vocabulary), float32, of a text (1, tokens), in one pass without a cache."""
+    return model(ids, use_cache=False).logits[0].float()
+
+
+def compare(
+    model: PreTrainedModel,
+    windows: Sequence[Tensor],
+    reference: Reference | SinglePass,
+    make_cache: Callable[[], Cache],
+    chunk: int,
+    documents: Sequence[Any] | None = None,
+) -> Comparison:
+    """Feed texts through new caches and compare with a reference.
+
+    Args:
+        model: in evaluation mode.
+        windows: token ids (1, tokens) each.
+        reference: of the same windows.
+        make_cache: makes an empty cache; called once per window.
+        chunk: most tokens per forward pass; 1 is true decoding.
+        documents: what each window is of; windows of one document are not independent.
+    """
+    kl, agree, losses, bits = [], [], [], []
+    packed = seen = 0.0
+    for index, ids in enumerate(windows):
+        cache, stored = make_cache(), (0, 0)
+        loss = torch.zeros(2, dtype=torch.float64)
+        for start, end in passes(cache, chunk, ids.shape[1]):
+            n = end - start
+            actual = read(model, ids[:, start:end], cache).double().log_softmax(-1)
+            # The pass read what was packed before it; the rest, and itself, exactly.
+            held, stored = stored, packed_numbers(cache)
+            packed += n * held[1]
+            # Token i of the pass sees i - 1 more than its first.
+            seen += n * (held[0] + stored[0] + (stored[0] - held[0]) / n) / 2
+            expected = reference.logits(index, start, end).double().log_softmax(-1)
+            kl.append((expected.exp() * (expected - actual)).sum(-1).cpu())
+            agree.append((expected.argmax(-1) == actual.argmax(-1)).cpu())
+            target = ids[0, start + 1 : end + 1].unsqueeze(-1)
+            for i, predicted in enumerate((actual, expected)):
+                loss[i] -= predicted[: len(target)].gather(-1, target).sum().cpu()
+        losses.append((ids.shape[1] - 1, *loss.tolist()))
+        last = footprint(cache, model.dtype)
+        bits.append((last.bits_per_number, last.packed_bits_per_number))
+    tokens = sum(n for n, _, _ in losses)
+    actual_loss, expected_loss = (sum(row[i] for row in losses) / tokens for i in (1, 2))
+    divergence = torch.cat(kl)
+    baseline = math.exp(expected_loss)
+    return Comparison(
+        perplexity=math.exp(actual_loss),
+        baseline_perplexity=baseline,
+        delta=math.exp(actual_loss) - baseline,
+        delta_ci95=interval(_by_document(losses, documents), baseline),
+        kl_mean=float(divergence.mean()),
+        kl_p99=float(np.quantile(divergence.numpy(), 0.99)),
+        top1_agreement=float(torch.cat(agree).double().mean()),
+        bits_per_number=sum(total for total, _ in bits) / len(bits),
+        packed_bits_per_number=_mean([packed for _, packed in bits]),
+        compressed_share=packed / seen,
+        tokens=tokens,
+    )
+
+
+def _by_document(
+    losses: list[tuple[int, float, float]], documents: Sequence[Any] | None
+) -> list[tuple[int, float]]:
+    """Tokens and difference of mean losses, of every document, or window if there is but one."""
+    if documents is None or len(set(documents)) == 1:
+        documents = range(len(losses))
+    sums: dict[Any, list[float]] = {}
+    for document, (tokens, actual, expected) in zip(documents, losses, strict=True):
+        found = sums.setdefault(document, [0, 0.0])
+        found[0] += tokens
+        found[1] += actual - expected
+    return [(int(tokens), difference / tokens) for tokens, difference in sums.values()]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def interval(differences: list[tuple[int, float]], baseline: float) -> tuple[float, float] | None:
+    """95% confidence interval of a perplexity's difference to `baseline`.
+
+    Args:
+        differences: of every document, its tokens and the difference of its mean losses, nats.
+        baseline: the perplexity compared with, taken as known.
+    """
+    from scipy.stats import t
+
+    count = len(differences)
+    if count < 2:
+        return None
+    total = sum(n for n, _ in differences)
+    mean = sum(n * d for n, d in differences) / total
+    square = sum((n / total) ** 2 * (d - mean) ** 2 for n, d in differences)
+    half = float(t.ppf(0.975, count - 1)) * math.sqrt(square * count / (count - 1))
+    low, high = (baseline * math.expm1(mean + sign * half) for sign in (-1, 1))
+    return low, high
+
+
+class PerplexityMeasurement:
+    """Perplexity and divergence of caches on one text.
+
+    Args:
+        subject: the model.
+        options: text and chunk.
+
+    Raises:
+        InputError: for a text that is not there or too short.
+    """
+
+    def __init__(self, subject: Subject, options: PerplexityOptions) -> None:
+        self.subject, self.options = subject, options
+        documents = options.documents()
+        self.windows, self.left_out = cut(
+            subject.tokenizer, documents, options, subject.context, options.chunk
+        )
+        self.ids = [window.ids.to(subject.device) for window in self.windows]
+        self.states = states_of(subject.model, self.ids[0][:, :1])
+        baseline = CacheSpec.of("dynamic")
+        self.reference = Reference(subject.model, self.ids, lambda: subject.new_cache(baseline))
+
+    def run(self, spec: CacheSpec) -> dict[str, Any]:
+        """The figures of one cache, as plain values.
+
+        For the baseline itself the reference is one pass without a cache: its divergence is the
+        rounding noise of the model's dtype.
+        """
+        model = self.subject.model
+        reference = SinglePass(model, self.ids) if spec.is_baseline else self.reference
+
+        def make_cache() -> Cache:
+            return self.subject.new_cache(spec)
+
+        make_cache()  # an unavailable cache says so before any work
+        names = [window.name for window in self.windows]
+        result = compare(model, self.ids, reference, make_cache, self.options.chunk, names)
+        probe = max(self.ids, key=lambda ids: ids.shape[1])
+        warnings = (
+            [] if spec.is_baseline else warnings_of(model, probe, make_cache, self.options.chunk)
+        )
+        if model.dtype.itemsize == 2:
+            bits = (result.bits_per_number, result.packed_bits_per_number)
+        else:
+            longest = max(ids.shape[1] for ids in self.ids)
+            chunk, device = self.options.chunk, self.subject.device
+            half = half_footprint(self.states, make_cache, longest, chunk, device)
+            bits = (half.bits_per_number, half.packed_bits_per_number)
+        return asdict(result) | {
+            "bits_per_number_16bit": bits[0],
+            "packed_bits_per_number_16bit": bits[1],
+            "reference": "one pass without a cache" if spec.is_baseline else "dynamic",
+            "chunk": self.options.chunk,
+            "window": max(ids.shape[1] for ids in self.ids),
+            "windows": len(self.ids),
+            "documents": sorted(set(names)),
+            "interval_over": "documents" if len(set(names)) > 1 else "windows of one document",
+            "documents_left_out": self.left_out,
+            "warnings": warnings,
+            "notes": [_FIRST_PASS] if spec.kind in ("quanto", "hqq", "fp8") else [],
+        }

@@ -1,0 +1,156 @@
+"""Speed of prefill and decoding against context length, all caches in one run."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..caches.registry import CacheSpec
+from ..failures import Failure, failure_of, raise_if_fatal
+from ..options import option
+from ..probes.feeding import fill
+from ..probes.footprint import packed_numbers
+from ..probes.integrity import NOTHING_COMPRESSED
+from ..subjects.models import Subject
+from ..timing import Timing
+from .memory import decode, random_prompt
+
+
+@dataclass(frozen=True)
+class SpeedOptions:
+    """How `speed` is measured."""
+
+    context: tuple[int, ...] = option((512, 1024, 2048), "prompt lengths, tokens", least=1)
+    batch: tuple[int, ...] = option((1,), "rows of the batch", least=1)
+    new_tokens: int = option(
+        128,
+        "tokens to decode after each prompt: a multiple of those after which a cache quantises "
+        "again (32 for rotorquant, 128 for quanto and hqq), so that each is charged its share",
+        least=1,
+    )
+    repeats: int = option(5, "times to prefill and decode with each cache", least=1)
+
+
+def measure(
+    subject: Subject, specs: Sequence[CacheSpec], options: SpeedOptions, seed: int = 0
+) -> list[dict[str, Any] | Failure]:
+    """The speed of every cache, side by side.
+
+    In every repeat each cache in turn takes the prompt and decodes after it, so that a drift of
+    the machine meets all alike; the order turns round from one repeat to the next. The first
+    repeat warms up and is not counted. Figures are whole-model, on the host's clock, up to the
+    device's last result.
+
+    Returns:
+        For every cache its figures as plain values, or why there are none.
+    """
+    found: list[list[dict[str, Any]]] = [[] for _ in specs]
+    failures: list[list[Failure]] = [[] for _ in specs]
+    packed = [spec.is_baseline for spec in specs]
+    for batch in options.batch:
+        for context in options.context:
+            prompt = random_prompt(subject, batch, context, seed)
+            place = {"batch": batch, "context": context}
+            timed = _interleaved(subject, specs, prompt, options)
+            for i, samples in enumerate(timed):
+                if isinstance(samples, Failure):
+                    raise_if_fatal(samples)
+                    failures[i].append(samples)
+                    found[i].append(place | {"error": samples.reason})
+                else:
+                    packed[i] |= any(sample.packed for sample in samples)
+                    found[i].append(place | _point(batch, context, samples, options.new_tokens))
+    return [
+        failed[0]
+        if len(failed) == len(points)
+        else {"points": points, "warnings": _warnings(spec, options, read)}
+        for spec, points, failed, read in zip(specs, found, failures, packed, strict=True)
+    ]
+
+
+def _warnings(spec: CacheSpec, options: SpeedOptions, packed: bool) -> list[str]:
+    period = getattr(spec.options, "block_length", getattr(spec.options, "residual_length", 1))
+    found = [] if packed else [NOTHING_COMPRESSED]
+    if options.new_tokens % period:
+        found.append(
+            f"new_tokens is {options.new_tokens}, no multiple of the {period} tokens after which "
+            f"{spec.label} quantises again: decoding is charged too much or too little of it"
+        )
+    return found
+
+
+class _Sample(NamedTuple):
+    """Seconds of a prefill, and of a decoding step; whether anything was quantised."""
+
+    prefill: float
+    step: float
+    packed: bool
+
+
+def _interleaved(
+    subject: Subject, specs: Sequence[CacheSpec], prompt: torch.Tensor, options: SpeedOptions
+) -> list[list[_Sample] | Failure]:
+    """Samples of every cache, or why there are none."""
+    samples: list[list[_Sample] | Failure] = [[] for _ in specs]
+    for repeat in range(options.repeats + 1):
+        order = range(len(specs)) if repeat % 2 else range(len(specs) - 1, -1, -1)
+        for i in order:
+            kept = samples[i]
+            if isinstance(kept, Failure):
+                continue
+            try:
+                sample = _sample(subject, specs[i], prompt, options.new_tokens)
+            except Exception as error:
+                samples[i] = failure_of(error)
+                continue
+            if repeat:
+                kept.append(sample)
+    return samples
+
+
+def _sample(subject: Subject, spec: CacheSpec, prompt: torch.Tensor, new_tokens: int) -> _Sample:
+    model, cache = subject.model, subject.new_cache(spec)
+    gc.collect()
+
+    def prefill() -> torch.Tensor:
+        return fill(model, prompt, cache).argmax(-1, keepdim=True)
+
+    first, token = _timed(prefill, prompt.device)
+    # The step after a prompt sets decoding up (a ring, a first quantised block): not a usual one.
+    token = decode(model, token, cache, 1)
+    rest, _ = _timed(lambda: decode(model, token, cache, new_tokens), prompt.device)
+    return _Sample(first, rest / new_tokens, packed_numbers(cache)[1] > 0)
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    _synchronize(device)
+    begin = time.perf_counter()
+    result = work()
+    _synchronize(device)
+    return time.perf_counter() - begin, result
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _point(batch: int, context: int, samples: list[_Sample], new_tokens: int) -> dict[str, Any]:
+    prefill = Timing.of([batch * context / sample.prefill for sample in samples])
+    step = Timing.of([batch / sample.step for sample in samples])
+    return {
+        "prefill_tokens_per_s": prefill.median,
+        "prefill_p10": prefill.p10,
+        "prefill_p90": prefill.p90,
+        "decode_tokens_per_s": step.median,
+        "decode_p10": step.p10,
+        "decode_p90": step.p90,
+        "decode_ms": 1e3 * batch / step.median,
+        "new_tokens": new_tokens,
+        "samples": len(samples),
+    }

@@ -1,0 +1,195 @@
+"""Models to measure: loading, and the twins of a model whose keys are harder to quantise."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..caches.registry import CacheSpec
+from ..errors import InputError
+from ..options import option
+from .twins import add_key_bias, offset_keys, scale_key_channels
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is run."""
+
+    model: str = option("examples/books-7m", "a folder, or a name on the Hub")
+    dtype: str = option(
+        "auto", "its arithmetic; auto: its own on an accelerator, float32 on a CPU", choices=DTYPES
+    )
+    device: str | None = option(
+        None, "cpu, cuda, cuda:1, ..., or auto to spread it (default: the accelerator, if any)"
+    )
+    attention: str | None = option(
+        None, "attn_implementation, such as sdpa or rotorquant (default: the model's)"
+    )
+    tokenizer: str | None = option(None, "folder or name of the tokenizer (default: the model's)")
+    revision: str | None = option(None, "revision on the Hub")
+    trust_remote_code: bool = option(False, "run code that comes with the model")
+    outliers: float | None = option(None, "twin: factor on two key channel pairs per head", least=1)
+    key_bias: float | None = option(None, "twin: bias on one key channel per head, before RoPE")
+    bias_pair: int = option(0, "twin: RoPE pair of that bias", least=0)
+    key_offset: float = option(0.0, "twin: constant on four key channels, after RoPE")
+
+    @property
+    def label(self) -> str:
+        """A short name for tables and plots."""
+        twins = {
+            "outliers": self.outliers,
+            "key bias": self.key_bias,
+            "key offset": self.key_offset or None,
+        }
+        name = self.model.rstrip("/").split("/")[-1]
+        notes = [f"{key} {value:g}" for key, value in twins.items() if value is not None]
+        return ", ".join([name, *notes, *([self.attention] if self.attention else [])])
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: its tokenizer.
+        options: what it was loaded by.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    options: ModelOptions
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that the model was made for, if its config says so."""
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its arithmetic."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """All devices that hold a part of the model."""
+        return {parameter.device for parameter in self.model.parameters()}
+
+    def new_cache(self, spec: CacheSpec) -> Cache:
+        """An empty cache for this model (with the twin's key offset, if it has one)."""
+        cache = spec.make(self.model.config)
+        return offset_keys(cache, self.options.key_offset) if self.options.key_offset else cache
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options, with what was left open decided."""
+        return asdict(self.options) | {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "attention": self.model.config._attn_implementation,
+            "label": self.options.label,
+        }
+
+
+def load(options: ModelOptions) -> Subject:
+    """Load a model with its tokenizer.
+
+    Raises:
+        InputError: if the device, the model or the tokenizer is not to be had.
+    """
+    spread = options.device == "auto"
+    device = pick_device(None if spread else options.device)
+    if options.dtype != "auto":
+        dtype: Any = getattr(torch, options.dtype)
+    else:
+        dtype = torch.float32 if device.type == "cpu" else "auto"
+    tokenizer = load_tokenizer(options.tokenizer or options.model, options)
+    model = load_model(
+        options.model,
+        device,
+        dtype,
+        **_hub(options),
+        **({"attn_implementation": options.attention} if options.attention else {}),
+        **({"device_map": "auto"} if spread else {}),
+    )
+    if options.outliers is not None:
+        scale_key_channels(model, options.outliers)
+    if options.key_bias is not None:
+        add_key_bias(model, options.key_bias, options.bias_pair)
+    return Subject(model, tokenizer, options)
+
+
+def load_model(
+    name: str, device: torch.device, dtype: torch.dtype | str = torch.float32, **options: Any
+) -> PreTrainedModel:
+    """A causal language model, ready to be measured.
+
+    Raises:
+        InputError: if there is no such model, or it does not load.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise InputError(
+            f"there is no model {name} that loads: name a folder with a model, or a model on the "
+            f"Hub when online ({_first_line(error)})"
+        ) from error
+    if "device_map" not in options:
+        model = model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(name: str, options: ModelOptions | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder of a model.
+
+    Raises:
+        InputError: if there is none that loads.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, **(_hub(options) if options else {}))
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(
+            f"there is no tokenizer {name} that loads: name a folder with a model, or a model on "
+            f"the Hub when online ({_first_line(error)})"
+        ) from error
+
+
+def _hub(options: ModelOptions) -> dict[str, Any]:
+    revision = {} if options.revision is None else {"revision": options.revision}
+    return {"trust_remote_code": options.trust_remote_code, **revision}
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, or the accelerator where there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    found = accelerator or torch.device("cpu")
+    if name is None:
+        return found
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        choices = " or ".join(dict.fromkeys([found.type, "cpu"]))
+        raise InputError(f"--device {name} cannot be used here: choose {choices}") from error
+    return device
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

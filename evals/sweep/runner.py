@@ -1,0 +1,231 @@
+"""Sweeps: every row of a plan measured, and written at once.
+
+A sweep that was stopped goes on where it stopped when the same command is given again. Under
+`accelerate launch` (or `torchrun`) the rows are spread over the processes; each writes a file of
+its own into the folder.
+"""
+
+from __future__ import annotations
+
+import gc
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..environment import Versions
+from ..errors import NotAvailableError
+from ..failures import Failure, failure_of
+from ..measurements.registry import MEASUREMENTS, Run
+from ..subjects.models import ModelOptions, Subject, load, pick_device
+from .plan import Job, Plan, Row, digest
+from .rows import ResultsFile, check_same, read_results
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process among those that share a sweep."""
+
+    rank: int = 0
+    processes: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def of_environment(cls) -> Share:
+        """As `accelerate launch` and `torchrun` tell it."""
+        from accelerate.utils import get_cpu_distributed_information
+
+        found = get_cpu_distributed_information()  # of GPU launches too: the same variables
+        return cls(found.rank, found.world_size, found.local_rank)
+
+    def takes(self, index: int) -> bool:
+        """Whether a job, by its place in the plan, is this process's."""
+        return index % self.processes == self.rank
+
+    @property
+    def file(self) -> str:
+        """The results file of this process."""
+        return "rows.jsonl" if self.processes == 1 else f"rows-{self.rank}.jsonl"
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    argv: Sequence[str] | None = None,
+    retry: bool = False,
+    share: Share | None = None,
+) -> dict[str, int]:
+    """Measure the rows of a plan that are not there yet.
+
+    Args:
+        plan: what to measure.
+        out: folder of the results.
+        argv: the command line after `python -m evals`, for the rows (default: this process's).
+        retry: measure again what failed or was not run.
+        share: which rows are this process's.
+
+    Returns:
+        How many rows of each status this process has in the end.
+
+    Raises:
+        InputError: if the folder holds another sweep, or one of other versions.
+    """
+    share = share or Share.of_environment()
+    device = pick_device(None)
+    if device.type != "cpu" and share.processes > 1:
+        device = torch.device(device.type, share.local_rank)
+    versions = versions_of(device, argv)
+    check_out(plan, out, versions)
+    header = {
+        "name": plan.name,
+        "fingerprint": plan.fingerprint,
+        "versions": versions,
+        "config": plan.config,
+    }
+    file = ResultsFile(out / share.file, header)
+    try:
+        again = () if not retry else ("failed", "not run")
+        known = {id: s for id, s in statuses(plan, out).items() if s not in again}
+        jobs = [job for i, job in enumerate(plan.jobs) if share.takes(i)]
+        return _Runner(file, plan.fingerprint, versions, device, share).measure(jobs, known)
+    finally:
+        file.close()
+
+
+def statuses(plan: Plan, out: Path) -> dict[str, str]:
+    """Of every row of a plan that is in a folder: its status, by its id."""
+    if not any(out.glob("rows*.jsonl")):
+        return {}
+    _, rows = read_results([out])
+    sweep = plan.fingerprint
+    return {row["id"]: row["status"] for row in rows if row["sweep"] == sweep}
+
+
+class _Runner:
+    """Measures jobs one after the other; the model and what caches share stay until they change."""
+
+    def __init__(
+        self,
+        file: ResultsFile,
+        sweep: str,
+        versions: dict[str, Any],
+        device: torch.device,
+        share: Share,
+    ) -> None:
+        self.file, self.sweep, self.versions = file, sweep, versions
+        self.device, self.share = device, share
+        self.subject: tuple[ModelOptions, Subject] | None = None
+        self.prepared: tuple[str, Run | Failure] | None = None
+
+    def measure(self, jobs: list[Job], known: dict[str, str]) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        total = sum(len(job.rows) for job in jobs)
+        with tqdm(total=total, unit="row", disable=self.share.rank > 0, file=sys.stderr) as bar:
+            for job in jobs:
+                first = job.rows[0]
+                bar.set_postfix_str(f"{first.measure} {first.cache.label}"[:40])
+                # What is measured side by side is measured again together: rows of two runs
+                # cannot be compared.
+                todo = any(row.id not in known for row in job.rows)
+                for status in self._job(job) if todo else [known[row.id] for row in job.rows]:
+                    counts[status] = counts.get(status, 0) + 1
+                bar.update(len(job.rows))
+        return counts
+
+    def _job(self, job: Job) -> list[str]:
+        """Measure the rows of a job and write them; their statuses.
+
+        Raises:
+            NotAvailableError: if the device is broken.
+        """
+        begin = time.perf_counter()
+        results = self._results(job)
+        seconds = (time.perf_counter() - begin) / len(job.rows)
+        for row, result in zip(job.rows, results, strict=True):
+            self.file.append(self._row(row, result, seconds))
+        failures = [result for result in results if isinstance(result, Failure)]
+        if any(failure.fatal for failure in failures):
+            raise NotAvailableError(
+                f"the device does not answer any more ({failures[0].reason}): the same command "
+                "goes on from here"
+            )
+        return [result.status if isinstance(result, Failure) else "ok" for result in results]
+
+    def _results(self, job: Job) -> Sequence[dict[str, Any] | Failure]:
+        first = job.rows[0]
+        key = digest(first.to_dict() | {"cache": None})
+        if self.prepared is None or self.prepared[0] != key:
+            self.prepared = None  # the memory of the last one goes before the next comes
+            self.prepared = (key, self._prepare(first))
+        run = self.prepared[1]
+        if isinstance(run, Failure):
+            return [run] * len(job.rows)
+        try:
+            return run([row.cache for row in job.rows])
+        except Exception as error:
+            return [failure_of(error)] * len(job.rows)
+
+    def _prepare(self, row: Row) -> Run | Failure:
+        try:
+            if self.subject is None or self.subject[0] != row.model:
+                self.subject = None
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()  # device_map="auto" plans by the memory that is free
+                options = row.model
+                if options.device is None:
+                    options = replace(options, device=str(self.device))
+                self.subject = (row.model, load(options))
+            return MEASUREMENTS[row.measure].prepare(self.subject[1], row.options, row.seed)
+        except Exception as error:
+            return failure_of(error)
+
+    def _row(self, row: Row, result: dict[str, Any] | Failure, seconds: float) -> dict[str, Any]:
+        failed = isinstance(result, Failure)
+        described = row.to_dict()
+        if self.subject is not None:
+            described["model"] = self.subject[1].to_dict() | {"label": row.model.label}
+        return {
+            "id": row.id,
+            "sweep": self.sweep,
+            "status": result.status if failed else "ok",
+            **described,
+            "result": None if failed else result,
+            "error": result.reason if failed else None,
+            "seconds": round(seconds, 3),
+            "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "versions": self.versions,
+            "command": self.versions["command"],
+        }
+
+
+def check_out(plan: Plan, out: Path, versions: dict[str, Any]) -> None:
+    """Refuse a folder that holds another sweep, or rows of other software.
+
+    Raises:
+        InputError: if it does.
+    """
+    header = {"fingerprint": plan.fingerprint, "versions": versions}
+    for path in sorted(out.glob("rows*.jsonl")):
+        for head in read_results([path])[0]:
+            check_same(path, head, header)
+
+
+def versions_of(device: torch.device, argv: Sequence[str] | None) -> dict[str, Any]:
+    """What rows are made with, by name."""
+    packages = {}
+    for name in ("accelerate", "datasets", "hqq", "lm-eval", "optimum-quanto"):
+        with suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
+    versions = Versions.of(device, "evals", argv).row()
+    words = ["python", "-m", "evals", *(sys.argv[1:] if argv is None else argv)]
+    return versions | {"packages": packages, "command": shlex.join(words)}

@@ -1,0 +1,105 @@
+"""Attention over cached states: checks what is asked for, then computes it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rotorquant_hf.attention.options import AttentionOptions
+from rotorquant_hf.attention.torch_attention import attend_tiled
+from rotorquant_hf.backend import uses_triton
+
+if TYPE_CHECKING:
+    from rotorquant_hf.attention.tensor import States
+
+
+def attend(query: Tensor, keys: States, values: States, options: AttentionOptions) -> Tensor:
+    """Attention that reads the packed codes and never holds the dequantised history.
+
+    Args:
+        query: (batch, query heads, n, key dim), floating; query heads are a multiple of the
+            states' heads, and heads g k ... g k + g - 1 read kv head k.
+        keys: (batch, heads, tokens, key dim).
+        values: (batch, heads, tokens, value dim), of the same tokens.
+        options: the settings.
+
+    Returns:
+        (batch, query heads, n, value dim) in the query's dtype, computed in float32; zeros for a
+        query that sees no token.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit.
+        RuntimeError: if a gradient is needed, which packed codes do not give.
+    """
+    problem = misfit(query, keys, values, options)
+    if problem is not None:
+        raise ValueError(problem)
+    if needs_gradient(query, keys, values, options):
+        raise RuntimeError(
+            "attention over packed codes has no gradient; call it under torch.no_grad(), or use "
+            "the materialised keys and values"
+        )
+    return compute(query, keys, values, options)
+
+
+def compute(query: Tensor, keys: States, values: States, options: AttentionOptions) -> Tensor:
+    """`attend` without its checks, for callers that have made them."""
+    if uses_triton(query.device):
+        from rotorquant_hf.attention.triton_attention import attend_packed, supports
+
+        if supports(keys.packed, values.packed, query.dtype):
+            return attend_packed(query, keys, values, options)
+    return attend_tiled(query, keys, values, options)
+
+
+def needs_gradient(query: Tensor, keys: States, values: States, options: AttentionOptions) -> bool:
+    """Whether autograd would record this call."""
+    if not torch.is_grad_enabled():
+        return False
+    exact = (keys.sinks, keys.tail, values.sinks, values.tail)
+    inputs = (query, *exact, options.mask, options.sinks)
+    return any(x is not None and x.requires_grad for x in inputs)
+
+
+def misfit(query: Tensor, keys: States, values: States, options: AttentionOptions) -> str | None:
+    """Why `attend` would not take these, and what to pass instead; None if it takes them."""
+    for part, ours, theirs in (
+        ("sinks", keys.sinks, values.sinks),
+        ("packed tokens", keys.packed, values.packed),
+        ("tokens", keys, values),
+    ):
+        if ours.shape[:3] != theirs.shape[:3]:
+            return (
+                f"the {part} of the keys are {tuple(ours.shape[:3])} (batch, heads, tokens), of "
+                f"the values {tuple(theirs.shape[:3])}; pass the two of one update"
+            )
+    batch, heads, tokens, d = keys.shape
+    if query.dim() != 4 or (query.shape[0], query.shape[3]) != (batch, d) or query.shape[1] % heads:
+        return (
+            f"query has shape {tuple(query.shape)}; pass ({batch}, a multiple of {heads}, n, {d})"
+        )
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"query is {query.dtype}; pass float32, bfloat16 or float16"
+    if query.device != keys.sinks.device:
+        return f"query is on {query.device}, the keys are on {keys.sinks.device}; move one"
+    return _misfit_of_options(options, (*query.shape[:3], tokens))
+
+
+def _misfit_of_options(options: AttentionOptions, scores: tuple[int, ...]) -> str | None:
+    mask, sinks, softcap = options.mask, options.sinks, options.softcap
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        return f"mask is {mask.dtype}; pass a boolean or a floating one"
+    if mask is not None and not _broadcasts(mask.shape, scores):
+        return f"mask has shape {tuple(mask.shape)}; pass one that broadcasts to {scores}"
+    if sinks is not None and sinks.shape != scores[1:2]:
+        return f"sinks have shape {tuple(sinks.shape)}; pass one per query head, ({scores[1]},)"
+    if softcap is not None and softcap <= 0:
+        return f"softcap is {softcap}; pass a positive number, or None"
+    return None
+
+
+def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:
+    sizes = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(a in (1, b) for a, b in sizes)

@@ -1,0 +1,221 @@
+"""The tensor that attention receives: the shape of all cached keys (or values), packed inside.
+
+`Cache.update` must return tensors. Returning dequantised ones would put the whole history in
+memory at every step of every layer's attention, whatever kernel follows. So it returns a
+`CompressedTensor`: `scaled_dot_product_attention` on it reads the packed codes, and so can any
+attention function that knows it; for all others it is a tensor, since any other operation on it
+first materialises it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from rotorquant_hf.attention.dispatch import compute, misfit, needs_gradient
+from rotorquant_hf.attention.head_view import AS_STORED, VIEWS, HeadView
+from rotorquant_hf.attention.options import AttentionOptions
+from rotorquant_hf.quant.packed import PackedSpan
+
+
+class States(Protocol):
+    """All keys (or values) that one attention call may read, oldest token first."""
+
+    @property
+    def sinks(self) -> Tensor:
+        """(batch, heads, n, d), the first tokens, exact; n may be 0."""
+
+    @property
+    def packed(self) -> PackedSpan:
+        """The quantised tokens that follow."""
+
+    @property
+    def tail(self) -> Tensor:
+        """(batch, heads, m, d), the recent window and the new tokens, exact; dtype of `sinks`."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, tokens, d)."""
+
+    def materialize(self) -> Tensor:
+        """The dequantised tensor, in the dtype of the exact tokens."""
+
+
+@dataclass(frozen=True)
+class CachedStates:
+    """`States` of tensors that nothing changes later."""
+
+    sinks: Tensor
+    packed: PackedSpan
+    tail: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, tokens, d)."""
+        batch, heads, m, d = self.tail.shape
+        return batch, heads, self.sinks.shape[2] + self.packed.shape[2] + m, d
+
+    def materialize(self) -> Tensor:
+        """The dequantised tensor, in the dtype of the tail."""
+        out = self.tail.new_empty(self.shape)
+        first, last = self.sinks.shape[2], self.shape[2] - self.tail.shape[2]
+        out[:, :, :first] = self.sinks
+        self.packed.materialize(out[:, :, first:last])
+        out[:, :, last:] = self.tail
+        return out
+
+
+class CompressedTensor(Tensor):
+    """A read-only tensor (batch, heads, tokens, d) over `States`, or a head view of it.
+
+    Asking for its shape, dtype or device reads nothing, `scaled_dot_product_attention` reads the
+    packed codes, and repeating the heads, as for grouped queries, gives another of its kind. Any
+    other operation materialises it and goes on with the dequantised tensor; nothing keeps that
+    one when the operation is done.
+    """
+
+    states: States
+    view_of_heads: HeadView
+
+    @staticmethod
+    def __new__(cls, states: States, view: HeadView = AS_STORED) -> CompressedTensor:
+        tensor = Tensor._make_wrapper_subclass(
+            cls, view.shape(states.shape), dtype=states.sinks.dtype, device=states.sinks.device
+        )
+        tensor.states, tensor.view_of_heads = states, view
+        return tensor
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return (
+            f"CompressedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"packed={self.states.packed.shape[2]})"
+        )
+
+    def materialize(self) -> Tensor:
+        """The dequantised tensor."""
+        return self.view_of_heads.of(self.states.materialize())
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        kwargs = kwargs or {}
+        _refuse_writing(func, args, kwargs)
+        result = None
+        if func is functional.scaled_dot_product_attention:
+            result = _attend(*args, **kwargs)
+        elif args and type(args[0]) is cls:
+            result = _presented_otherwise(func, *args, **kwargs)
+        if result is not None:
+            return result
+        # Here rather than in __torch_dispatch__, so that a function made of several operators,
+        # such as scaled_dot_product_attention, materialises once.
+        args, kwargs = tree_map_only(cls, cls.materialize, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """What reaches an operator without passing `__torch_function__` (calls from C++)."""
+        _refuse_writing(func, args, kwargs or {})
+        args, kwargs = tree_map_only(cls, cls.materialize, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@torch.compiler.disable
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """`scaled_dot_product_attention` over packed codes; None where torch has to compute it."""
+    if not (isinstance(key, CompressedTensor) and isinstance(value, CompressedTensor)):
+        return None
+    if key.view_of_heads != value.view_of_heads or key.view_of_heads.split:
+        return None
+    if dropout_p or is_causal or isinstance(query, CompressedTensor):  # causal from the first key
+        return None
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        query = query.to(torch.get_autocast_dtype(query.device.type))
+    elif query.dtype != key.dtype or (
+        attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype)
+    ):
+        return None
+    options = AttentionOptions(query.shape[-1] ** -0.5 if scale is None else scale, attn_mask)
+    if misfit(query, key.states, value.states, options) is not None:
+        return None
+    # A single head is broadcast even without enable_gqa.
+    if not (enable_gqa or key.shape[1] in (1, query.shape[1])) or query.shape[1] % key.shape[1]:
+        return None
+    if needs_gradient(query, key.states, value.states, options):
+        return None
+    return compute(query, key.states, value.states, options)
+
+
+def _presented_otherwise(
+    func: Callable[..., Any], x: CompressedTensor, *args: Any, **kwargs: Any
+) -> CompressedTensor | None:
+    """The result of an operation that takes nothing away and adds nothing, None for others."""
+    if func in VIEWS:
+        view = x.view_of_heads.after(func, x.states, args, kwargs)
+        return None if view is None else CompressedTensor(x.states, view)
+    if func in _CONVERSIONS:
+        probe = torch.empty((0,) * x.dim(), dtype=x.dtype, device=x.device)
+        return x if func(probe, *args, **kwargs) is probe else None
+    if func is Tensor.detach and not (x.states.sinks.requires_grad or x.states.tail.requires_grad):
+        return CompressedTensor(x.states, x.view_of_heads)
+    return None
+
+
+def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    name = getattr(func, "__name__", "").partition(".")[0]  # overloads are named add_.Tensor
+    in_place = (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
+    written = list(args[:1]) if in_place or name in ("__setitem__", "__set__") else []
+    written.append(kwargs.get("out"))
+    if any(isinstance(x, CompressedTensor) for x in tree_leaves(written)):
+        raise RuntimeError(
+            f"{name} would write into cached keys or values that are stored quantised; "
+            "write into a copy (tensor.clone())"
+        )
+
+
+_GETTERS = (
+    "shape dtype device ndim layout itemsize requires_grad grad_fn is_leaf is_cpu is_cuda is_mps "
+    "is_xpu is_meta is_nested is_sparse is_quantized"
+)
+_METHODS = (
+    "size dim ndimension numel nelement __len__ is_floating_point is_complex get_device "
+    "element_size"
+)
+_METADATA = frozenset(
+    [getattr(Tensor, name).__get__ for name in _GETTERS.split()]
+    + [getattr(Tensor, name) for name in _METHODS.split()]
+)
+"""What is answered from the wrapper, without reading anything."""
+
+_CONVERSIONS = frozenset(
+    [Tensor.to, Tensor.contiguous, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.cpu]
+)
+"""Return the tensor itself where there is nothing to convert."""

@@ -1,0 +1,123 @@
+"""Attention over packed codes in plain torch.
+
+Sinks, packed tokens and tail are read one after the other, each tile by tile with a running
+softmax (Milakov and Gimelshein, arXiv:1805.02867), which leaves the largest score m, the mass
+l = sum_t exp(s_t - m) and the average value a. Two of these are joined as
+
+    M = max(m, m'),  w = l exp(m - M),  w' = l' exp(m' - M),  A = (w a + w' a') / (w + w').
+
+No more than a tile of the history is ever decoded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rotorquant_hf.attention.options import AttentionOptions
+from rotorquant_hf.attention.parts import ExactPart, PackedPart, Part
+from rotorquant_hf.attention.rules import ScoreRules
+
+if TYPE_CHECKING:
+    from rotorquant_hf.attention.tensor import States
+
+# Numbers of a tile of keys or values, and of its scores: 2 and 4 MiB in float32.
+_TILE_NUMBERS = 1 << 19
+_SCORE_NUMBERS = 1 << 20
+_LEAST_TILE = 32  # tokens, however many rows and heads there are
+
+# The largest score of no tokens. Finite, so that differences are never inf - inf.
+_NO_SCORE = torch.finfo(torch.float32).min
+
+
+def attend_tiled(query: Tensor, keys: States, values: States, options: AttentionOptions) -> Tensor:
+    """softmax(scale q k^T + mask) v, computed in float32.
+
+    Args:
+        query: (batch, query heads, n, key dim); heads g k ... g k + g - 1 read kv head k.
+        keys, values: the same tokens.
+        options: the settings.
+
+    Returns:
+        (batch, query heads, n, value dim) in the query's dtype; zeros for a query that sees no
+        token.
+    """
+    batch, query_heads, n, _ = query.shape
+    _, heads, tokens, d = keys.shape
+    groups, value_dim = query_heads // heads, values.shape[3]
+    tile = max(_LEAST_TILE, _TILE_NUMBERS // (batch * heads * max(d, value_dim)))
+    size = max(1, _SCORE_NUMBERS // (batch * query_heads * tile))
+    tail_keys, tail_values = keys.tail, values.tail
+    out = query.new_empty(batch, query_heads, n, value_dim)
+    with torch.autocast(query.device.type, enabled=False):
+        for start in range(0, n, size):
+            rows = slice(start, min(start + size, n))
+            rules = ScoreRules(options, (batch, heads, groups, n, tokens), rows)
+            q = query[:, :, rows].float() * options.scale
+            q = q.unflatten(1, (heads, groups)).flatten(2, 3)
+            seen = _start(q, value_dim, options.sinks)
+            first = 0
+            for part in (
+                ExactPart(q, keys.sinks, values.sinks),
+                PackedPart(q, keys.packed, values.packed),
+                ExactPart(q, tail_keys, tail_values),
+            ):
+                if min(part.tokens, rules.end - first) > 0:
+                    seen = seen.join(_read(q, part, first, rules, tile))
+                first += part.tokens
+            out[:, :, rows] = seen.average.unflatten(2, (groups, -1)).flatten(1, 2)
+    return out
+
+
+class _Summary(NamedTuple):
+    """Attention of m queries per kv head over some tokens, float32.
+
+    `peak`: the largest score, (batch, heads, m, 1). `mass`: the sum of exp(score - peak), of the
+    same shape: 0 if no token is seen, else at least 1. `average`: of the values, (batch, heads,
+    m, value dim).
+    """
+
+    peak: Tensor
+    mass: Tensor
+    average: Tensor
+
+    def join(self, other: _Summary) -> _Summary:
+        """Attention over the tokens of both."""
+        peak = torch.maximum(self.peak, other.peak)
+        ours = self.mass * (self.peak - peak).exp()
+        theirs = other.mass * (other.peak - peak).exp()
+        mass = ours + theirs
+        average = (ours * self.average + theirs * other.average) / mass.clamp(min=1)
+        return _Summary(peak, mass, average)
+
+
+def _start(query: Tensor, value_dim: int, sinks: Tensor | None) -> _Summary:
+    """Attention of queries (batch, heads, m, key dim) over no tokens but the learned sinks."""
+    average = query.new_zeros(*query.shape[:3], value_dim)
+    peak = torch.full_like(average[..., :1], _NO_SCORE)
+    if sinks is None:
+        return _Summary(peak, torch.zeros_like(peak), average)
+    per_group = sinks.view(query.shape[1], -1, 1, 1)  # m holds the rows of one group, then the next
+    peak.unflatten(2, (per_group.shape[1], -1)).copy_(per_group)
+    return _Summary(peak, torch.ones_like(peak), average)
+
+
+def _read(query: Tensor, part: Part, first: int, rules: ScoreRules, tile: int) -> _Summary:
+    """Attention over a part whose first token is token `first` of all; at least one is read."""
+    end = min(part.tokens, rules.end - first)
+    peak = torch.full_like(query[..., :1], _NO_SCORE)
+    mass = torch.zeros_like(peak)
+    sums: list[Tensor] = []
+    for start in range(0, end, tile):
+        tokens = slice(start, min(start + tile, end))
+        scores = part.scores(tokens)
+        scores = rules.apply(scores, slice(first + tokens.start, first + tokens.stop))
+        highest = torch.maximum(peak, scores.amax(dim=-1, keepdim=True))
+        weights = scores.sub_(highest).exp_()
+        shrink, peak = (peak - highest).exp_(), highest
+        mass = mass * shrink + weights.sum(dim=-1, keepdim=True)
+        new = part.sums(weights, tokens)
+        sums = [a.mul_(shrink).add_(b) for a, b in zip(sums, new, strict=True)] if sums else new
+    return _Summary(peak, mass, part.average([x / mass.clamp(min=1) for x in sums]))

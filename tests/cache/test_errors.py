@@ -1,0 +1,538 @@
+"""Errors name the value and the remedy, and leave the cache as it was."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from rotorquant_hf import (
+    PRESETS,
+    RotorQuantCache,
+    RotorQuantConfig,
+    RotorQuantKVCache,
+    RotorQuantMSE,
+)
+from rotorquant_hf.layers.full import RotorQuantLayer, RotorQuantSlidingLayer
+from tests.helpers.models import build, feed, prompt, same, snapshot
+
+ROWS, HEADS, D_KEY, D_VALUE = 2, 3, 16, 12
+SMALL = RotorQuantConfig(residual_length=3, block_length=2, num_sink_tokens=2)
+Pair = tuple[Tensor, Tensor]
+
+
+def states(
+    tokens: int = 5,
+    rows: int = ROWS,
+    heads: int = HEADS,
+    d_key: int = D_KEY,
+    d_value: int = D_VALUE,
+    seed: int = 0,
+) -> Pair:
+    """Random keys and values."""
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(rows, heads, tokens, d_key, generator=generator),
+        torch.randn(rows, heads, tokens, d_value, generator=generator),
+    )
+
+
+LAYERS: dict[str, Callable[[], RotorQuantLayer]] = {
+    "full": functools.partial(RotorQuantLayer, SMALL),
+    "sliding": functools.partial(RotorQuantSlidingLayer, SMALL, 9),
+}
+HISTORIES = {
+    "unused": (),
+    "window only": (2,),
+    "packed": (15, 1, 1),
+}
+
+
+def layer_with(kind: str, history: str) -> RotorQuantLayer:
+    layer = LAYERS[kind]()
+    for seed, tokens in enumerate(HISTORIES[history]):
+        layer.update(*states(tokens, seed=100 + seed))
+    return layer
+
+
+def message_of(error: type[Exception], action: Callable[[], Any]) -> str:
+    """The message that a user reads."""
+    with pytest.raises(error) as raised:
+        action()
+    return str(raised.value)
+
+
+# --- keys and values that do not fit ---
+
+
+def _with(pair: Pair, side: int, entry: float, position: tuple[int, ...] = (1, 2, 3, 4)) -> Pair:
+    pair[side][position] = entry
+    return pair
+
+
+BAD_ALONE: dict[str, tuple[Callable[[], Pair], type[Exception], tuple[str, ...]]] = {
+    "integer keys": (
+        lambda: (states()[0].int(), states()[1]),
+        TypeError,
+        ("keys", "torch.int32", "pass float16, bfloat16 or float32"),
+    ),
+    "integer values": (
+        lambda: (states()[0], states()[1].long()),
+        TypeError,
+        ("values", "torch.int64", "pass float16, bfloat16 or float32"),
+    ),
+    "boolean keys": (
+        lambda: (states()[0] > 0, states()[1]),
+        TypeError,
+        ("keys", "torch.bool", "pass float16"),
+    ),
+    "complex keys": (
+        lambda: (states()[0].to(torch.complex64), states()[1]),
+        TypeError,
+        ("keys", "torch.complex64", "pass float16"),
+    ),
+    "NaN in keys": (
+        lambda: _with(states(), 0, math.nan),
+        ValueError,
+        ("keys", "1 entries", "(1, 2, 3, 4)", "nan", "check the model's dtype"),
+    ),
+    "infinity in keys": (
+        lambda: _with(states(), 0, math.inf, (0, 1, 0, 15)),
+        ValueError,
+        ("keys", "(0, 1, 0, 15)", "inf", "float16 overflows at 65504"),
+    ),
+    "NaN in values": (
+        lambda: _with(states(), 1, math.nan),
+        ValueError,
+        ("values", "(1, 2, 3, 4)", "nan", "check the model's dtype"),
+    ),
+    "minus infinity in values": (
+        lambda: _with(states(), 1, -math.inf, (0, 0, 4, 0)),
+        ValueError,
+        ("values", "(0, 0, 4, 0)", "-inf", "check the model's dtype"),
+    ),
+    "three axes": (
+        lambda: tuple(x[0] for x in states()),
+        ValueError,
+        ("keys", f"({HEADS}, 5, {D_KEY})", "pass (batch, heads, tokens, head dim)"),
+    ),
+    "three axes of values": (
+        lambda: (states()[0], states()[1][0]),
+        ValueError,
+        ("values", f"({HEADS}, 5, {D_VALUE})", "pass (batch, heads, tokens, head dim)"),
+    ),
+    "keys and values of other lengths": (
+        lambda: (states(5)[0], states(6)[1]),
+        ValueError,
+        ("(2, 3, 5, 16)", "(2, 3, 6, 12)", "must agree in all but the last axis"),
+    ),
+    "keys and values of other batches": (
+        lambda: (states()[0], states(rows=1)[1]),
+        ValueError,
+        ("(2, 3, 5, 16)", "(1, 3, 5, 12)", "must agree"),
+    ),
+    "keys and values of other heads": (
+        lambda: (states()[0], states(heads=6)[1]),
+        ValueError,
+        ("(2, 3, 5, 16)", "(2, 6, 5, 12)", "must agree"),
+    ),
+}
+BAD_AFTERWARDS: dict[str, tuple[Callable[[], Pair], type[Exception], tuple[str, ...]]] = {
+    "bfloat16 into float32": (
+        lambda: tuple(x.bfloat16() for x in states()),
+        ValueError,
+        ("dtype torch.bfloat16", "dtype torch.float32", "use a new cache, or cache.reset()"),
+    ),
+    "more rows": (
+        lambda: states(rows=4),
+        ValueError,
+        ("batch size 4", "batch size 2", "use a new cache, or cache.reset()"),
+    ),
+    "one row": (
+        lambda: states(rows=1),
+        ValueError,
+        ("batch size 1", "batch size 2", "use a new cache, or cache.reset()"),
+    ),
+    "other heads": (
+        lambda: states(heads=1),
+        ValueError,
+        ("number of heads 1", "number of heads 3", "use a new cache, or cache.reset()"),
+    ),
+    "other key dim": (
+        lambda: states(d_key=32),
+        ValueError,
+        ("keys have head dim 32", "head dim 16", "use a new cache, or cache.reset()"),
+    ),
+    "other value dim": (
+        lambda: states(d_value=32),
+        ValueError,
+        ("values have head dim 32", "head dim 12", "use a new cache, or cache.reset()"),
+    ),
+    "another device": (
+        lambda: tuple(x.to("meta") for x in states()),
+        ValueError,
+        ("device meta", "device cpu", "use a new cache, or cache.reset()"),
+    ),
+}
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("case", BAD_ALONE)
+def test_states_that_no_cache_can_hold(case, kind, history):
+    make, error, parts = BAD_ALONE[case]
+    layer, pair = layer_with(kind, history), make()
+    before = snapshot(vars(layer))
+    message = message_of(error, lambda: layer.update(*pair))
+    assert [part for part in parts if part not in message] == [], message
+    assert same(snapshot(vars(layer)), before)
+
+
+@pytest.mark.parametrize("history", [h for h in HISTORIES if h != "unused"])
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("case", BAD_AFTERWARDS)
+def test_states_that_do_not_fit_what_is_held(case, kind, history):
+    make, error, parts = BAD_AFTERWARDS[case]
+    layer, pair = layer_with(kind, history), make()
+    before = snapshot(vars(layer))
+    message = message_of(error, lambda: layer.update(*pair))
+    assert f"from {layer.get_seq_length()} earlier tokens" in message
+    assert [part for part in parts if part not in message] == [], message
+    assert same(snapshot(vars(layer)), before)
+    layer.reset()  # as the message says
+    if case != "another device":
+        layer.update(*pair)
+        assert layer.get_seq_length() == 5
+
+
+@pytest.mark.parametrize(("d_key", "d_value"), [(7, 16), (16, 7), (577, 16), (16, 577), (1, 1)])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_head_dims_that_cannot_be_rotated(kind, d_key, d_value):
+    layer = LAYERS[kind]()
+    before = snapshot(vars(layer))
+    pair = states(d_key=d_key, d_value=d_value)
+    message = message_of(ValueError, lambda: layer.update(*pair))
+    bad = d_key if not 8 <= d_key <= 576 else d_value
+    assert f"is {bad}" in message
+    assert "8 to 576" in message
+    assert same(snapshot(vars(layer)), before)
+    layer.update(*states())
+    assert layer.get_seq_length() == 5
+
+
+@pytest.mark.parametrize(("d_key", "d_value"), [(8, 576), (576, 8), (9, 31)])
+def test_head_dims_at_the_ends_of_the_range(d_key, d_value):
+    layer = LAYERS["full"]()
+    for count in (12, 1):
+        layer.update(*states(count, d_key=d_key, d_value=d_value))
+    assert (layer.keys.shape[3], layer.values.shape[3]) == (d_key, d_value)
+    assert len(layer.store) > 0
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("history", ["packed"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_vectors_too_large_for_their_scales(kind, history, side):
+    """Coding fails after keys, or keys of some tokens, are done: nothing of it may stay."""
+    layer = layer_with(kind, history)
+    pair = states(8, seed=1)
+    pair[side][:, :, 3] *= 1e9
+    before, length = snapshot(vars(layer)), layer.get_seq_length()
+    message = message_of(ValueError, lambda: layer.update(*pair))
+    assert "too large for its scale in torch.float16" in message
+    assert same(snapshot(vars(layer)), before)
+    layer.update(*states(8, seed=1))
+    assert layer.get_seq_length() == length + 8
+
+
+@pytest.mark.parametrize("call", [0, 1], ids=["keys", "values"])
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_running_out_of_memory_while_coding(kind, history, call, monkeypatch):
+    layer = layer_with(kind, history)
+    before, length, calls = snapshot(vars(layer)), layer.get_seq_length(), itertools.count()
+    quantize = RotorQuantMSE.quantize
+
+    def failing(self, x):
+        if next(calls) == call:
+            raise MemoryError("no memory")
+        return quantize(self, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RotorQuantMSE, "quantize", failing)
+        with pytest.raises(MemoryError, match="no memory"):
+            layer.update(*states(8, seed=1))
+    assert same(snapshot(vars(layer)), before)
+    layer.update(*states(8, seed=1))
+    assert layer.get_seq_length() == length + 8
+
+
+def test_statistics_of_an_emptied_store_survive_an_error():
+    """A sliding layer forgets all its packed tokens in a crop, but goes on with their scales."""
+    layer = RotorQuantSlidingLayer(SMALL, 5)
+    layer.activate_past_recording()
+    layer.update(*states(10))
+    layer.crop(0)
+    assert len(layer.store) == 0
+    assert layer.store.key_statistics is not None
+    before, (keys, values) = snapshot(vars(layer)), states(8, seed=1)
+    message = message_of(ValueError, lambda: layer.update(keys * 1e9, values))
+    assert "too large for its scale" in message
+    assert same(snapshot(vars(layer)), before)
+
+
+@pytest.mark.parametrize("entry", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [0, 4, 7], ids=["a sink", "to be packed", "in the window"])
+def test_the_first_prompt_is_looked_at_wherever_its_tokens_go(at, entry):
+    layer, pair = LAYERS["full"](), states(9)
+    before = snapshot(vars(layer))
+    pair[1][0, 0, at, 0] = entry
+    message = message_of(ValueError, lambda: layer.update(*pair))
+    assert f"(0, 0, {at}, 0)" in message
+    assert same(snapshot(vars(layer)), before)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_goes_on_after_errors_as_if_there_had_been_none(kind):
+    layer, untroubled = LAYERS[kind](), LAYERS[kind]()
+    bad = [(make, error) for make, error, _ in BAD_ALONE.values()]
+    later = [(make, error) for make, error, _ in BAD_AFTERWARDS.values()]
+    for seed, count in enumerate((6, 1, 1, 12, 1, 3)):
+        for make, error in bad + (later if seed else []):
+            with pytest.raises(error):
+                layer.update(*make())
+        layer.update(*states(count, seed=seed))
+        untroubled.update(*states(count, seed=seed))
+        assert same(snapshot(vars(layer)), snapshot(vars(untroubled)))
+
+
+# --- through the cache ---
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_cache_is_as_it_was_after_a_failed_update(with_config):
+    model = build("llama")
+    cache = RotorQuantCache(SMALL, config=model.config if with_config else None)
+    feed(model, cache, prompt(2, 20), (20,))
+    before, report = snapshot(cache.layers), cache.memory()
+    keys = torch.full((2, 2, 1, 16), math.nan)
+    for index in range(2):
+        message = message_of(ValueError, lambda i=index: cache.update(keys, keys, i))
+        assert "keys has 64 entries that are NaN or infinite" in message
+    assert same(snapshot(cache.layers), before)
+    assert cache.memory() == report
+
+
+@pytest.mark.parametrize("pair", [states(d_key=4), _with(states(), 0, math.nan)], ids=range(2))
+def test_a_new_cache_is_usable_after_a_failed_first_update(pair):
+    cache = RotorQuantCache(SMALL)
+    with pytest.raises(ValueError):  # noqa: PT011  the messages are tested above
+        cache.update(*pair, 0)
+    assert (cache.get_seq_length(), cache.batch_size, cache.is_initialized) == (0, -1, False)
+    assert cache.memory().total_bytes == 0
+    assert cache.get_mask_sizes(4, 0) == (4, 0)
+    cache.update(*states(), 0)
+    assert cache.get_seq_length() == 5
+
+
+def test_a_model_run_with_the_cache_of_another_batch():
+    model = build("llama")
+    cache = RotorQuantCache(SMALL)
+    feed(model, cache, prompt(2, 21), (20, 1))
+    before = snapshot(cache.layers)
+    message = message_of(ValueError, lambda: feed(model, cache, prompt(3, 20), (1,)))
+    assert "batch size 3" in message
+    assert "batch size 2 from 21 earlier tokens; use a new cache, or cache.reset()" in message
+    assert same(snapshot(cache.layers), before)
+
+
+def test_a_model_run_with_the_cache_of_another_model():
+    cache = RotorQuantCache(SMALL)
+    feed(build("llama"), cache, prompt(2, 21), (20, 1))
+    before = snapshot(cache.layers)
+    message = message_of(ValueError, lambda: feed(build("phi3"), cache, prompt(2, 20), (1,)))
+    assert "number of heads 1" in message
+    assert "use a new cache" in message
+    assert same(snapshot(cache.layers), before)
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize("bits", [0, 9, -1, 2.5, 4.0, True, "4", None])
+@pytest.mark.parametrize("name", ["key_bits", "value_bits"])
+@pytest.mark.parametrize("make", [RotorQuantCache, RotorQuantConfig])
+def test_bits_out_of_range(make, name, bits):
+    message = message_of(ValueError, lambda: make(**{name: bits}))
+    assert message == f"{name} is {bits!r}; choose a whole number from 1 to 8"
+
+
+def test_product_quantisers_need_two_bits():
+    message = message_of(ValueError, lambda: RotorQuantCache(key_bits=1, key_quantizer="prod"))
+    assert message == "key_bits is 1; choose a whole number from 2 to 8"
+
+
+@pytest.mark.parametrize("bits", [0, 9, 2.5, True])
+def test_bits_of_a_store_out_of_range(bits):
+    message = message_of(ValueError, lambda: RotorQuantKVCache(16, 16, bits=bits))
+    assert f"is {bits!r}; choose a whole number from 1 to 8" in message
+
+
+@pytest.mark.parametrize("name", ["k5v5", "", "K4V4", "default"])
+def test_unknown_presets(name):
+    message = message_of(ValueError, lambda: RotorQuantCache(name))
+    assert f"preset is {name!r}" in message
+    assert all(preset in message for preset in PRESETS)
+
+
+def test_unknown_options():
+    message = message_of(ValueError, lambda: RotorQuantCache(bits=3, residual=8))
+    assert "unknown option bits, residual" in message
+    assert all(name in message for name in RotorQuantConfig().to_dict())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "remedies"),
+    [
+        ("key_quantizer", "MSE", ("mse", "prod")),
+        ("rotation", "random", ("cascade", "rotors", "haar", "hadamard")),
+        ("key_scale", "l2", ("norm", "matched", "least_squares", "unbiased")),
+        ("value_scale", None, ("norm", "matched", "least_squares", "unbiased")),
+        ("rope_layout", "neox", ("half", "interleaved", "none")),
+        ("qjl_projection", "sparse", ("orthogonal", "gaussian")),
+        ("residual_length", -1, ("at least 0",)),
+        ("residual_length", 12.5, ("at least 0",)),
+        ("block_length", 0, ("at least 1",)),
+        ("num_sink_tokens", -4, ("at least 0",)),
+        ("num_sink_tokens", True, ("at least 0",)),
+        ("seed", -1, ("at least 0",)),
+        ("rotor_layers", 0, ("at least 1",)),
+        ("qjl_dim", 0, ("at least 1",)),
+        ("equalize_keys", 1.5, ("0 (off) to 1",)),
+        ("equalize_values", -0.1, ("0 (off) to 1",)),
+        ("equalize_keys", True, ("0 (off) to 1",)),
+        ("equalize_keys", math.nan, ("0 (off) to 1",)),
+        ("center_keys", "yes", ("True", "False", "auto")),
+        ("check_finite", 1, ("True", "False")),
+        ("exact_layers", "0", ("(0, -1)",)),
+        ("exact_layers", 0, ("(0, -1)",)),
+        ("exact_layers", (0.5,), ("(0, -1)",)),
+    ],
+)
+def test_options_out_of_range(option, value, remedies):
+    message = message_of(ValueError, lambda: RotorQuantCache(**{option: value}))
+    assert f"{option} is {value!r}; " in message
+    assert [remedy for remedy in remedies if remedy not in message] == [], message
+
+
+def test_layers_of_a_rotation_that_has_none():
+    message = message_of(ValueError, lambda: RotorQuantCache(rotation="haar", rotor_layers=3))
+    assert message == (
+        "rotor_layers is 3, but the rotation 'haar' has no layers; leave rotor_layers out"
+    )
+
+
+def test_the_config_of_a_model_in_the_place_of_the_settings():
+    message = message_of(TypeError, lambda: RotorQuantCache(build("llama").config))
+    assert "LlamaConfig" in message
+    assert "config=" in message
+    message = message_of(TypeError, lambda: RotorQuantCache(4))
+    assert "int" in message
+    assert "preset name or a RotorQuantConfig" in message
+
+
+def test_a_third_positional_argument_is_refused():
+    with pytest.raises(TypeError, match="positional"):
+        RotorQuantCache("k4v4", build("llama").config)
+
+
+def test_exact_layers_counted_from_the_last_without_a_config():
+    message = message_of(ValueError, lambda: RotorQuantCache(exact_layers=(0, -1)))
+    assert "exact_layers has -1" in message
+    assert "config=model.config" in message
+
+
+@pytest.mark.parametrize("index", [3, -4, 100])
+def test_exact_layers_that_the_model_does_not_have(index):
+    config = LlamaConfig(num_hidden_layers=3)
+    message = message_of(ValueError, lambda: RotorQuantCache(config=config, exact_layers=(index,)))
+    assert message.startswith(f"exact_layers has {index}, but the model has 3 layers")
+
+
+@pytest.mark.parametrize("index", [2, -3])
+def test_exact_layers_at_the_ends_of_the_model(index):
+    cache = RotorQuantCache(config=LlamaConfig(num_hidden_layers=3), exact_layers=(index,))
+    kept = [not isinstance(layer, RotorQuantLayer) for layer in cache.layers]
+    assert kept == [i == index % 3 for i in range(3)]
+
+
+def test_a_hybrid_model_without_a_config():
+    model = build("qwen3_next")
+    message = message_of(IndexError, lambda: feed(model, RotorQuantCache(), prompt(1, 9), (9,)))
+    assert "no layer 0" in message
+    assert "config=model.config" in message
+
+
+# --- a store of its own ---
+
+
+@pytest.fixture
+def store() -> RotorQuantKVCache:
+    store = RotorQuantKVCache(D_KEY, D_VALUE)
+    store.append(*states())
+    return store
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "parts"),
+    [
+        (lambda: (states()[0].int(), states()[1]), TypeError, ("keys", "int32", "float32")),
+        (lambda: states(d_key=8), ValueError, ("keys", "(2, 3, 5, 8)", "16 numbers")),
+        (lambda: states(d_value=8), ValueError, ("values", "(2, 3, 5, 8)", "12 numbers")),
+        (lambda: (states(5)[0], states(6)[1]), ValueError, ("(2, 3, 5, 16)", "(2, 3, 6, 12)")),
+        (lambda: states(rows=1), ValueError, ("batch 1", "batch 2", "use a new store")),
+        (lambda: states(heads=6), ValueError, ("6 heads", "3 heads", "use a new store")),
+        (lambda: _with(states(), 0, math.nan), ValueError, ("keys", "(1, 2, 3, 4)", "check")),
+        (lambda: _with(states(), 1, math.inf), ValueError, ("values", "(1, 2, 3, 4)", "check")),
+        (lambda: _with(states(), 1, 1e9), ValueError, ("too large", "float16")),
+    ],
+)
+def test_a_store_is_as_it_was_after_a_failed_append(store, make, error, parts):
+    before = snapshot(vars(store))
+    message = message_of(error, lambda: store.append(*make()))
+    assert [part for part in parts if part not in message] == [], message
+    assert same(snapshot(vars(store)), before)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_an_empty_store_stays_empty_after_a_failed_append(side):
+    store = RotorQuantKVCache(D_KEY, D_VALUE)
+    before = snapshot(vars(store))
+    message = message_of(ValueError, lambda: store.append(*_with(states(), side, math.nan)))
+    assert "(1, 2, 3, 4)" in message
+    assert same(snapshot(vars(store)), before)
+    store.append(*states(rows=1, heads=1))  # any batch and heads, as ever
+    assert len(store) == 5
+
+
+def test_an_empty_store_has_no_spans():
+    message = message_of(ValueError, RotorQuantKVCache(D_KEY, D_VALUE).key_span)
+    assert message == "the store is empty; append keys and values first"
+
+
+def test_queries_that_do_not_fit(store):
+    for queries, parts in (
+        (torch.zeros(ROWS, HEADS, 1, 8), ("(2, 3, 1, 8)", "16 numbers")),
+        (torch.zeros(ROWS, 4, 1, D_KEY), ("(2, 4, 1, 16)", "a multiple of 3")),
+        (torch.zeros(1, HEADS, 1, D_KEY), ("(1, 3, 1, 16)", "pass (2, ")),
+        (torch.zeros(ROWS, HEADS, D_KEY), ("(2, 3, 16)", "pass (2, ")),
+    ):
+        message = message_of(ValueError, lambda q=queries: store.attention_scores(q))
+        assert [part for part in parts if part not in message] == [], message

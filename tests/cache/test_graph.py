@@ -1,0 +1,258 @@
+"""DecodeGraph, with real CUDA graphs on a GPU and emulated ones elsewhere."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from rotorquant_hf import RotorQuantCache
+from rotorquant_hf.backend import backend
+from rotorquant_hf.graph import DecodeGraph
+from tests.helpers import cuda_graph
+from tests.helpers.models import build
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = {"residual_length": 8, "block_length": 4, "num_sink_tokens": 2}
+
+
+class OnGPU:
+    """A model that says it is on a GPU, so that the emulation gets to run."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, **kwargs):
+        return self.model(**kwargs)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Makes a DecodeGraph; all that runs after it is on the kernels."""
+    caches = []
+
+    def memory():
+        layers = [x for cache in caches for x in cache.layers if x.decoding is not None]
+        return [
+            tensor
+            for layer in layers
+            for tensor in (
+                layer.decoding.lengths,
+                *layer.decoding.ring,
+                *layer.store.key_rows().values(),
+                *layer.store.value_rows().values(),
+            )
+        ]
+
+    def make(model, cache, **options):
+        caches.append(cache)
+        return DecodeGraph(model if DEVICE == "cuda" else OnGPU(model), cache, **options)
+
+    cuda_graph.EmulatedGraph.captures = 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(backend("triton"))
+        if DEVICE == "cpu":
+            stack.enter_context(cuda_graph.emulated(monkeypatch, memory))
+            # On the CPU entries are checked for NaN, which waits for the answer.
+            monkeypatch.setattr("rotorquant_hf.layers.full.check_finite", lambda *a, **k: None)
+        yield make
+
+
+def prompt(model, batch, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, model.config.vocab_size - 1, (batch, length), generator=generator)
+    return ids.to(model.device)
+
+
+def decode_eagerly(model, ids, cache, first):
+    """Logits of one step per token of `ids` after the first."""
+    with torch.no_grad():
+        model(ids[:, :first], past_key_values=cache)
+        return [
+            model(ids[:, i : i + 1], past_key_values=cache).logits
+            for i in range(first, ids.shape[1])
+        ]
+
+
+def assert_same_steps(found, wanted):
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"key_quantizer": "prod"}], ids=["mse", "prod"])
+def test_replayed_steps_are_eager_steps(options, graphs):
+    """Through several flushes of the ring, growth of the rows, and captures anew."""
+    model = build("llama").to(DEVICE)
+    ids = prompt(model, 1, 46)
+    settings = SMALL | options
+    wanted = decode_eagerly(model, ids, RotorQuantCache(**settings), 30)
+    cache = RotorQuantCache(**settings)
+    with torch.no_grad():
+        model(ids[:, :30], past_key_values=cache)
+    graph = graphs(model, cache, room=6)
+    found = [graph(ids[:, i : i + 1]) for i in range(30, 46)]
+    assert_same_steps(found, wanted)
+    assert cache.get_seq_length() == 46
+    if DEVICE == "cpu":
+        assert cuda_graph.EmulatedGraph.captures >= 2  # room for 6 tokens at a time
+
+
+def test_sliding_layers(graphs):
+    model = copy.deepcopy(build("mistral", "rotorquant")).to(DEVICE)
+    model.config.sliding_window = 20
+    ids = prompt(model, 1, 46)
+    wanted = decode_eagerly(model, ids, RotorQuantCache(config=model.config, **SMALL), 15)
+    cache = RotorQuantCache(config=model.config, **SMALL)
+    with torch.no_grad():
+        model(ids[:, :15], past_key_values=cache)
+    graph = graphs(model, cache)
+    found = [graph(ids[:, i : i + 1]) for i in range(15, 46)]
+    assert_same_steps(found, wanted)
+    assert graph._graph is not None
+
+
+def test_the_cache_can_be_used_otherwise_in_between(graphs):
+    model = build("llama").to(DEVICE)
+    ids = prompt(model, 1, 60)
+    cache = RotorQuantCache(**SMALL)
+    with torch.no_grad():
+        model(ids[:, :30], past_key_values=cache)
+        graph = graphs(model, cache)
+        for i in range(30, 36):
+            graph(ids[:, i : i + 1])
+        model(ids[:, 36:45], past_key_values=cache)  # a chunk
+        cache.crop(-2)
+        for i in range(43, 50):
+            last = graph(ids[:, i : i + 1])
+        assert graph._graph is not None
+        exact = DynamicCache()
+        model(ids[:, :49], past_key_values=exact)
+        near = model(ids[:, 49:50], past_key_values=exact).logits
+    assert cache.get_seq_length() == 50
+    # The cache is coded with 4 bits: near the uncompressed logits, far from others.
+    assert (last - near).abs().max() < 0.1 * near.abs().max()
+
+
+def test_eager_steps_until_there_is_something_packed(graphs):
+    model = build("llama").to(DEVICE)
+    ids = prompt(model, 1, 26)
+    wanted = decode_eagerly(model, ids, RotorQuantCache(**SMALL), 8)
+    cache = RotorQuantCache(**SMALL)
+    with torch.no_grad():
+        model(ids[:, :8], past_key_values=cache)
+    graph = graphs(model, cache)
+    found = [graph(ids[:, i : i + 1]) for i in range(8, 26)]
+    assert_same_steps(found, wanted)
+
+
+def test_ordinary_steps_in_between_may_move_the_memory(graphs):
+    """They outgrow the room of the graph, which has to be captured anew."""
+    model = build("llama").to(DEVICE)
+    ids = prompt(model, 1, 74)
+    wanted = decode_eagerly(model, ids, RotorQuantCache(**SMALL), 30)
+    cache = RotorQuantCache(**SMALL)
+    with torch.no_grad():
+        model(ids[:, :30], past_key_values=cache)
+        graph = graphs(model, cache, room=6)
+        found = [graph(ids[:, i : i + 1]) for i in range(30, 34)]
+        before = cache.layers[0].store.key_rows()["codes"]
+        for i in range(34, 70):
+            found.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
+        assert cache.layers[0].store.key_rows()["codes"] is not before
+        found += [graph(ids[:, i : i + 1]) for i in range(70, 74)]
+    assert_same_steps(found, wanted)
+
+
+def test_a_failed_capture_counts_nothing(graphs, monkeypatch):
+    model = build("llama").to(DEVICE)
+    ids = prompt(model, 1, 40)
+    wanted = decode_eagerly(model, ids[:, :36], RotorQuantCache(**SMALL), 30)
+    cache = RotorQuantCache(**SMALL)
+    with torch.no_grad():
+        model(ids[:, :30], past_key_values=cache)
+    graph = graphs(model, cache)
+    found = [graph(ids[:, i : i + 1]) for i in range(30, 32)]
+
+    def fail(self, x):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.lm_head), "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            graph(ids[:, 32:33])
+    assert cache.get_seq_length() == 32
+    found += [graph(ids[:, i : i + 1]) for i in range(32, 36)]
+    assert_same_steps(found, wanted)
+
+
+def test_closing_gives_memory_back(graphs):
+    model = build("llama").to(DEVICE)
+    ids = prompt(model, 1, 40)
+    cache = RotorQuantCache(**SMALL)
+    with torch.no_grad():
+        model(ids[:, :30], past_key_values=cache)
+    with graphs(model, cache, room=500) as graph:
+        for i in range(30, 36):
+            graph(ids[:, i : i + 1])
+        assert cache.layers[0].store.room > 400
+    cache.crop(-10)
+    assert cache.layers[0].store.room < 100
+
+
+class TestRefused:
+    @pytest.fixture(autouse=True)
+    def _on_kernels(self):
+        with backend("triton"):
+            yield
+
+    def test_on_the_cpu(self, model):
+        with pytest.raises(ValueError, match="on cpu; CUDA graphs need a CUDA device"):
+            DecodeGraph(model, RotorQuantCache())
+
+    def test_an_empty_cache(self, model):
+        with pytest.raises(ValueError, match="cache is empty; feed the prompt"):
+            DecodeGraph(OnGPU(model), RotorQuantCache())
+
+    @pytest.mark.parametrize(
+        ("cache", "graph", "message"),
+        [
+            ({}, {"room": 0}, "room is 0"),
+            ({"exact_layers": (1,)}, {}, "layer 1 of the cache is a DynamicLayer"),
+            ({"check_finite": True}, {}, "check_finite is on"),
+        ],
+        ids=["no room", "uncompressed layers", "checks that wait for the device"],
+    )
+    def test_settings(self, model, cache, graph, message):
+        cache = RotorQuantCache(config=model.config, **cache)
+        model(torch.ones(1, 3, dtype=torch.long), past_key_values=cache)
+        with pytest.raises(ValueError, match=message):
+            DecodeGraph(OnGPU(model), cache, **graph)
+
+    def test_short_sliding_windows(self):
+        model = copy.deepcopy(build("mistral"))
+        model.config.sliding_window = 16
+        cache = RotorQuantCache(config=model.config, **SMALL)
+        model(torch.ones(1, 3, dtype=torch.long), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"sliding window of 16 tokens, of which .* up to 16"):
+            DecodeGraph(OnGPU(model), cache)
+
+    def test_torch_backend(self, model):
+        cache = RotorQuantCache()
+        model(torch.ones(1, 3, dtype=torch.long), past_key_values=cache)
+        with backend("torch"), pytest.raises(ValueError, match="layer 0 does not decode through"):
+            DecodeGraph(OnGPU(model), cache)
+
+    @pytest.mark.parametrize("shape", [(1, 3), (2, 1), (1,)], ids=str)
+    def test_other_shapes(self, model, shape):
+        cache = RotorQuantCache()
+        one = torch.ones(1, 1, dtype=torch.long)
+        model(one.expand(1, 3), past_key_values=cache)
+        graph = DecodeGraph(OnGPU(model), cache)
+        with pytest.raises(ValueError, match=r"input_ids has shape .*; pass \(1, 1\)"):
+            graph(torch.ones(shape, dtype=torch.long), one)
+        with pytest.raises(ValueError, match=r"position_ids has shape .*; pass \(1, 1\)"):
+            graph(one, torch.ones(shape, dtype=torch.long))
+        assert cache.get_seq_length() == 3

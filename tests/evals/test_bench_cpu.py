@@ -1,0 +1,38 @@
+"""The benchmarks that need no GPU measure what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evals.bench import cache_size
+from evals.bench import cpu as bench_cpu
+
+
+def test_cache_sizes(capsys) -> None:
+    cache_size.main(
+        ["--tokens", "1000", "--heads", "2", "--head-dim", "64", "--presets", "k4v4", "k3v3"]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("| k4v4 ") for line in lines)
+    ratios = [float(line.split("|")[3].strip().rstrip("x")) for line in lines if "| k" in line]
+    assert 1.5 < ratios[0] < ratios[1] < 5
+
+
+def test_bench_cpu(capsys) -> None:
+    """A row per width, whose ratio is that of its medians."""
+    options = ["--context", "400", "--dtype", "float32", "--threads", "1", "--repeats", "3"]
+    bench_cpu.main([*options, "--bits", "3", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[x.strip() for x in line.split("|")[1:-1]] for line in lines if "| float32" in line]
+    assert [row[1] for row in rows] == ["3", "4"]
+    for row in rows:
+        packed, dequantised = (float(row[i].split()[0]) for i in (3, 4))
+        assert float(row[5].rstrip("x")) == pytest.approx(dequantised / packed, rel=0.5)
+
+
+def test_bench_cpu_reads_what_was_compressed() -> None:
+    keys, values, plain_keys, _ = bench_cpu.cached(400, 2, 64, 3, torch.float32)
+    assert keys.states.packed.shape == (1, 2, 256, 64)
+    assert keys.shape == values.shape == plain_keys.shape
+    assert 0 < (keys.materialize() - plain_keys).norm() < 0.2 * plain_keys.norm()

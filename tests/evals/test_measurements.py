@@ -1,0 +1,270 @@
+"""Memory, text agreement and the verdicts of `verify`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from evals import verify
+from evals.__main__ import main
+from evals.caches.registry import CacheSpec
+from evals.errors import InputError, NotAvailableError
+from evals.failures import failure_of
+from evals.measurements import speed
+from evals.measurements.agreement import (
+    AgreementMeasurement,
+    AgreementOptions,
+    agreement_length,
+    continuation,
+)
+from evals.measurements.memory import MemoryOptions, measure
+from evals.measurements.speed import SpeedOptions
+from evals.probes.footprint import peak_bytes
+from evals.subjects.models import ModelOptions, Subject
+from rotorquant_hf import RotorQuantCache
+from tests.conftest import MODEL, ROOT
+
+TEXT = str(ROOT / "examples" / "sampled" / "clock.txt")
+
+
+@pytest.fixture(scope="module")
+def subject(model, tokenizer) -> Subject:
+    return Subject(model, tokenizer, ModelOptions(model=str(MODEL)))
+
+
+def test_peak_is_what_was_in_use_at_once() -> None:
+    def work() -> None:
+        a = torch.empty(1 << 20, dtype=torch.uint8)
+        b = torch.empty(3 << 20, dtype=torch.uint8)
+        del a
+        c = torch.empty(2 << 20, dtype=torch.uint8)
+        del b, c
+        torch.empty(4 << 20, dtype=torch.uint8)
+
+    assert peak_bytes(work, [torch.device("cpu")]) == 5 << 20
+
+
+def test_memory_of_the_baseline_is_what_its_numbers_take(subject) -> None:
+    options = MemoryOptions(context=(60, 120), batch=(1, 3), new_tokens=4)
+    points = measure(subject, CacheSpec.of("dynamic"), options)["points"]
+    assert [(p["batch"], p["context"]) for p in points] == [(1, 60), (1, 120), (3, 60), (3, 120)]
+    for p in points:
+        tokens = p["batch"] * (p["context"] + 4)
+        assert p["cache_bytes"] == tokens * 8 * 2 * 64 * 2 * 4
+        assert p["peak_prefill_bytes"] > p["cache_bytes"] * p["context"] / (p["context"] + 4)
+        # The whole history of a layer is copied at every step.
+        assert p["peak_decode_bytes"] > p["cache_bytes"] / 8 / 2
+
+
+def test_memory_of_a_compressed_cache_is_its_own_count(subject) -> None:
+    options = MemoryOptions(context=(400,), new_tokens=4)
+    spec = CacheSpec.of("k2v2", {"residual_length": 32})
+    (point,) = measure(subject, spec, options)["points"]
+    assert point["cache_bytes"] == sum(point["parts"].values())
+    assert point["parts"]["key_codes"] == point["parts"]["value_codes"] > 0
+    plain = measure(subject, CacheSpec.of("dynamic"), options)["points"][0]
+    assert point["cache_bytes"] < 0.25 * plain["cache_bytes"]
+    assert point["peak_prefill_bytes"] < plain["peak_prefill_bytes"]
+
+
+def test_agreement_length() -> None:
+    assert agreement_length([1, 2, 3], [1, 2, 3]) == 3
+    assert agreement_length([1, 2, 4], [1, 2, 3]) == 2
+    assert agreement_length([5], [1, 2]) == 0
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_agreement_is_that_of_the_texts(subject, sample) -> None:
+    options = AgreementOptions(
+        text=(TEXT,), max_tokens=600, window=300, new_tokens=12, sample=sample
+    )
+    measurement = AgreementMeasurement(subject, options, seed=1)
+    assert measurement.run(CacheSpec.of("dynamic"))["lengths"] == [12, 12]
+    spec = CacheSpec.of("rotorquant", {"key_bits": 1, "value_bits": 1, "residual_length": 0})
+    lossy = measurement.run(spec)
+    assert (lossy["prompts"], lossy["prompt_tokens"], lossy["new_tokens"]) == (2, 300, 12)
+    expected = [
+        agreement_length(
+            continuation(subject.model, ids, subject.new_cache(spec), 12, sample, 1),
+            continuation(subject.model, ids, DynamicCache(), 12, sample, 1),
+        )
+        for ids in measurement.prompts
+    ]
+    assert lossy["lengths"] == expected
+    assert lossy["mean_length"] < 12
+    assert lossy["identical"] == sum(n == 12 for n in expected)
+
+
+def test_failures_free_what_their_frames_hold() -> None:
+    freed = []
+
+    class Big:
+        def __del__(self) -> None:
+            freed.append(True)
+
+    def fail() -> None:
+        big = Big()
+        raise MemoryError(f"no room for {type(big).__name__}\nsecond line")
+
+    try:
+        fail()
+    except MemoryError as error:
+        found = failure_of(error)
+        assert freed == [True]
+    assert found == ("failed", "MemoryError: no room for Big", False)
+    assert failure_of(NotAvailableError("no such thing")) == ("not run", "no such thing", False)
+
+
+def test_what_compresses_nothing_is_said(subject) -> None:
+    """Prompts that never leave the exact window: the trap of needles that nothing had to find."""
+    spec = CacheSpec.of("k2v2")
+    options = AgreementOptions(text=(TEXT,), max_tokens=100, window=100, new_tokens=8)
+    result = AgreementMeasurement(subject, options).run(spec)
+    assert result["lengths"] == [8]
+    assert result["compressed_share"] == 0
+    assert "nothing was compressed" in result["warnings"][0]
+    result = measure(subject, spec, MemoryOptions(context=(100,), new_tokens=2))
+    assert "nothing was compressed" in result["warnings"][0]
+    (found,) = speed.measure(subject, [spec], SpeedOptions(context=(60,), new_tokens=32, repeats=1))
+    assert ["nothing was compressed" in warning for warning in found["warnings"]] == [True]
+
+
+def test_decoding_that_is_charged_unequally_is_said(subject) -> None:
+    """hqq quantises its whole history anew every 128 tokens, rotorquant a block every 32."""
+    specs = [CacheSpec.of(name) for name in ("dynamic", "k4v4", "hqq")]
+    options = SpeedOptions(context=(200,), new_tokens=32, repeats=1)
+    found = [result["warnings"] for result in speed.measure(subject, specs, options)]
+    assert found[:2] == [[], []]
+    assert "no multiple of the 128 tokens" in found[2][0]
+    assert SpeedOptions().new_tokens % 128 == 0
+
+
+def test_text_longer_than_the_context_is_refused(subject) -> None:
+    options = AgreementOptions(text=(TEXT,), new_tokens=2047)
+    with pytest.raises(InputError, match="the model takes 2048 in all"):
+        AgreementMeasurement(subject, options)
+
+
+FIGURES = {
+    "kl_mean": 1e-4,
+    "kl_p99": 1e-3,
+    "top1_agreement": 0.995,
+    "delta": 0.01,
+    "delta_ci95": (-0.01, 0.03),
+    "baseline_perplexity": 10.0,
+    "bits_per_number_16bit": 4.0,
+    "packed_bits_per_number_16bit": 3.5,
+    "compressed_share": 0.8,
+    "window": 2048,
+    "warnings": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, None),
+        ({"kl_mean": 0.006}, "mean KL 0.006 is over 0.005"),
+        ({"kl_p99": 0.06}, "KL p99 0.06 is over 0.05"),
+        ({"top1_agreement": 0.975}, "top-1 97.50% is under 98.00%"),
+        ({"delta_ci95": (-0.3, 0.2)}, "perplexity may rise by 2.00%, over 1.00%"),
+        ({"delta_ci95": None, "delta": 0.5}, "perplexity may rise by 5.00%"),
+        ({"delta_ci95": None, "delta": 0.05}, None),
+        ({"compressed_share": 0.2}, "only 20% of what was read was read quantised"),
+        ({"warnings": ["the stored codes are not read"]}, "the stored codes are not read"),
+        ({"kl_mean": float("nan")}, "its figures are not finite"),
+        ({"delta_ci95": (0.0, float("inf"))}, "its figures are not finite"),
+    ],
+)
+def test_verdicts(change, says) -> None:
+    found = verify.reasons({**FIGURES, **change}, verify.VerifyOptions())
+    assert ("; ".join(found) == "") if says is None else (says in "; ".join(found))
+
+
+def test_the_fewest_bits_among_the_safe_are_recommended(subject) -> None:
+    def verdict(preset: str, bits: float, *reasons: str) -> verify.Verdict:
+        return verify.Verdict(preset, FIGURES | {"bits_per_number_16bit": bits}, list(reasons))
+
+    found = [verdict("k8v8", 8), verdict("k4v4", 4), verdict("k2v2", 2, "KL is over")]
+    assert verify.recommended(found).preset == "k4v4"
+    assert 'RotorQuantCache("k4v4", config=model.config)' in verify.conclusion(found, subject)
+    none = verify.conclusion(found[2:], subject)
+    assert none.startswith("WARNING: no preset is safe")
+    assert "KL is over" in none
+
+
+def test_verify_recommends_a_line_that_runs(capsys, model, sampled) -> None:
+    main(
+        ["verify", "--model", str(MODEL), "--max-tokens", "1200", "--window", "600",
+         "--presets", "k8v8", "k3v2"]
+    )  # fmt: skip
+    output = capsys.readouterr().out
+    assert "| k8v8 |" in output
+    assert "The text is this project's samples" in output
+    lines = [line.strip() for line in output.splitlines() if line.startswith("    ")]
+    namespace = {"model": model, "inputs": {"input_ids": sampled[:, :20], "max_new_tokens": 3}}
+    for line in lines:
+        exec(line, namespace)
+    assert "model.generate(**inputs, past_key_values=RotorQuantCache(" in lines[-1]
+
+
+def test_verify_goes_on_behind_a_preset_that_fails(capsys, monkeypatch) -> None:
+    from evals.measurements.perplexity import PerplexityMeasurement
+
+    run = PerplexityMeasurement.run
+
+    def failing(self, spec):
+        if spec.label == "k4v4":
+            raise torch.cuda.OutOfMemoryError("no room")
+        return run(self, spec)
+
+    monkeypatch.setattr(PerplexityMeasurement, "run", failing)
+    main(["verify", "--model", str(MODEL), "--max-tokens", "600", "--window", "600",
+          "--presets", "k4v4", "k8v8"])  # fmt: skip
+    output = capsys.readouterr().out
+    assert "| not measured: OutOfMemoryError: no room |" in output
+    assert "Recommended: k8v8" in output
+
+
+def test_verify_warns_where_nothing_is_safe(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(
+            ["verify", "--model", str(MODEL), "--text", TEXT, "--max-tokens", "600",
+             "--window", "600", "--presets", "k2v2", "--key-bias", "100"]
+        )  # fmt: skip
+    output = capsys.readouterr().out
+    assert stopped.value.code == 1
+    assert "WARNING: no preset is safe" in output
+    assert "The text is this project's samples" not in output
+
+
+def test_commands_print_what_they_measure(capsys) -> None:
+    base = ["--model", str(MODEL), "--json"]
+    main(["memory", *base, "--context", "64", "--cache", "dynamic"])
+    (memory,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert memory["cache"] == "dynamic"
+    assert memory["points"][0]["bits_per_number"] == 32
+    main(["speed", *base, "--context", "64", "--new-tokens", "2", "--repeats", "1"])
+    speed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["cache"] for row in speed] == ["dynamic", "k4v4"]
+    main(["agreement", *base, "--text", TEXT, "--max-tokens", "64", "--window", "64",
+          "--new-tokens", "3", "--cache", "k8v8"])  # fmt: skip
+    agreement = json.loads(capsys.readouterr().out)
+    assert agreement["lengths"] == [3]
+    main(["caches"])
+    assert "presets of rotorquant: k8v8" in capsys.readouterr().out
+
+
+def test_a_cache_of_an_unloadable_package_ends_the_command(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("transformers.cache_utils.is_hqq_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["memory", "--model", str(MODEL), "--cache", "hqq", "--context", "40"])
+    assert "pip install hqq" in capsys.readouterr().err
+
+
+def test_a_cache_without_room_for_anything_exact(subject) -> None:
+    cache = RotorQuantCache(residual_length=0, num_sink_tokens=0, config=subject.model.config)
+    assert cache.tokens_until_packing() == 32

@@ -1,0 +1,396 @@
+"""The Triton kernel that codes blocks of tokens, against `encode` and against float64."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+# ruff: noqa: E402
+triton = pytest.importorskip("triton")
+
+from rotorquant_hf.kernels.append import (
+    AppendPart,
+    append_block,
+    append_kernel,
+    kernel_arguments,
+    supports,
+)
+from rotorquant_hf.quant import SCALES, RotorQuantMSE, RotorQuantProd
+from rotorquant_hf.quant.channels import ChannelStatistics
+from rotorquant_hf.quant.packed import Quantizer, encode
+from rotorquant_hf.quant.packing import pack, unpack
+from tests.helpers.vectors import DISTRIBUTIONS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEADS, SLOTS, CAPACITY = 2, 37, 56
+POISON = 0xA5
+
+
+def make_quantizer(d: int, bits: int, kind: str = "mse", **options: object) -> Quantizer:
+    make = RotorQuantProd if kind == "prod" else RotorQuantMSE
+    return make(d, bits, device=DEVICE, scale_dtype=torch.float16, **options)
+
+
+def states(d: int, dtype: torch.dtype = torch.float32, batch: int = 1, seed: int = 0) -> Tensor:
+    """(batch, HEADS, SLOTS, d): channels of several sizes and offsets."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = torch.randn(d, generator=generator).exp()
+    offsets = 5 * torch.randn(HEADS, 1, d, generator=generator)
+    x = torch.randn(batch, HEADS, SLOTS, d, generator=generator) * channels + offsets
+    return x.to(DEVICE, dtype)
+
+
+def poisoned_rows(quantizer: Quantizer, batch: int) -> dict[str, Tensor]:
+    """Rows (batch, HEADS, CAPACITY, ...) between others, in tensors of another order of axes."""
+    rows = {}
+    for name, row in encode(quantizer, torch.ones(1, quantizer.d, device=DEVICE)).items():
+        width = row.shape[1] if row.dim() > 1 else 1
+        size = (CAPACITY, HEADS + 1, batch, (width + 2) * row.element_size())
+        base = torch.full(size, POISON, dtype=torch.uint8, device=DEVICE).view(row.dtype)
+        inner = base.permute(2, 1, 0, 3)[:, 1:, :, 1:-1]
+        rows[name] = inner if row.dim() > 1 else inner[..., 0]
+    return rows
+
+
+def make_part(
+    x: Tensor,
+    quantizer: Quantizer,
+    power: float = 0.5,
+    center: bool = True,
+    statistics: ChannelStatistics | None = None,
+) -> AppendPart:
+    if statistics is None:
+        statistics = ChannelStatistics.of_block(x.float(), power, center)
+    return AppendPart(x, quantizer, statistics, poisoned_rows(quantizer, x.shape[0]))
+
+
+def append(
+    keys: AppendPart, values: AppendPart, begin: int, count: int, row: int, max_count: int = 0
+) -> None:
+    """Launch, and see that nothing outside the rows [row, row + count) has changed."""
+    bounds = torch.tensor([-7, begin, count, row], dtype=torch.int32, device=DEVICE)[1:]
+    before = [{k: v._base.clone() for k, v in part.out.items()} for part in (keys, values)]
+    append_block(bounds, max_count or count, keys, values)
+    for part, old in zip((keys, values), before, strict=True):
+        for name, rows in part.out.items():
+            expected = old[name].as_strided(rows.shape, rows.stride(), rows.storage_offset())
+            expected[:, :, row : row + count] = rows[:, :, row : row + count]
+            assert torch.equal(rows._base.view(torch.uint8), old[name].view(torch.uint8)), name
+
+
+def coded(part: AppendPart, begin: int, count: int, row: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The tokens coded (batch, heads, count, d) and their rows."""
+    slots = [(begin + i) % part.x.shape[2] for i in range(count)]
+    return part.x[:, :, slots], {k: v[:, :, row : row + count] for k, v in part.out.items()}
+
+
+def check_valid(part: AppendPart, begin: int, count: int, row: int) -> None:
+    """The rows follow, in float64, from the tokens up to float32's rounding."""
+    x, rows = coded(part, begin, count, row)
+    quantizer, weight, mean = part.quantizer, part.statistics.weight, part.statistics.mean
+    mse = quantizer.mse if isinstance(quantizer, RotorQuantProd) else quantizer
+    u = (x.double() - (0 if mean is None else mean.double())) / weight.double()
+    norm = u.norm(dim=-1, keepdim=True)
+    unit = quantizer.rotation.rotate(u / norm.clamp(min=1e-300))
+
+    index = unpack(rows["codes"], mse.bits, mse.d).long()
+    assert torch.equal(pack(index, mse.bits), rows["codes"])
+    tolerance = 1e-5 * unit.abs().amax(dim=-1, keepdim=True)
+    edges = torch.nn.functional.pad(mse.boundaries.double(), (1, 1), value=torch.inf)
+    edges[0] = -torch.inf
+    assert (unit > edges[index] - tolerance).all()
+    assert (unit <= edges[index + 1] + tolerance).all()
+
+    c, scale = mse.centroids.double()[index], rows["scale"].double().unsqueeze(-1)
+    expected = (norm * mse._scale_of_unit(unit, c)).clamp(max=65504)
+    half_ulp = 2**-11 * expected + 2**-25
+    assert ((scale - expected).abs() <= half_ulp + 1e-5 * expected).all()
+    if mse is quantizer:
+        return
+
+    r = unit * norm - c * scale
+    expected, actual = r.norm(dim=-1), rows["residual_norm"].double()
+    tolerance = 2**-11 * expected + 2**-25 + 1e-5 * norm.squeeze(-1)
+    assert ((actual - expected).abs() <= tolerance).all()
+    signs = unpack(rows["signs"], 1, quantizer.qjl_dim)
+    assert torch.equal(pack(signs, 1), rows["signs"])  # zeros beyond the last projection
+    projection = quantizer.S.double()
+    clear = 1e-5 * norm * projection.norm(dim=-1)
+    dot = r @ projection.T
+    assert (((dot >= 0) == signs.bool()) | (dot.abs() <= clear)).all()
+
+
+def check_equal(part: AppendPart, begin: int, count: int, row: int) -> None:
+    """The rows are those of `encode`, but for a few numbers on the edge between two codes."""
+    x, rows = coded(part, begin, count, row)
+    expected = encode(part.quantizer, part.statistics.normalize(x))
+    assert rows.keys() == expected.keys()
+    for name, want in expected.items():
+        assert rows[name].dtype == want.dtype
+        assert rows[name].shape == want.shape
+        if want.dtype == torch.uint8:
+            assert (rows[name] != want).float().mean() < 2e-3, name
+        else:  # one unit in the last place
+            torch.testing.assert_close(rows[name], want, rtol=2**-10, atol=2**-24)
+    found, want = decoded(part.quantizer, rows), decoded(part.quantizer, expected)
+    assert (found - want).norm() <= 1e-3 * want.norm()
+
+
+def decoded(quantizer: Quantizer, rows: dict[str, Tensor]) -> Tensor:
+    """The coded vectors in the rotated space."""
+    mse = {"codes": rows["codes"], "scale": rows["scale"]}
+    if isinstance(quantizer, RotorQuantMSE):
+        return quantizer.decode(mse)
+    signs = {"qjl_signs": rows["signs"], "residual_norm": rows["residual_norm"]}
+    return quantizer.decode({"mse_indices": mse, **signs})
+
+
+def check(keys: AppendPart, values: AppendPart, begin: int, count: int, row: int) -> None:
+    append(keys, values, begin, count, row)
+    for part in (keys, values):
+        check_valid(part, begin, count, row)
+        check_equal(part, begin, count, row)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4], ids=lambda b: f"{b}-and-{b + 4}-bits")
+@pytest.mark.parametrize("d", [8, 16, 24, 40, 64, 72, 80, 96, 112, 128, 192, 256, 576])
+def test_equals_encode(d: int, bits: int) -> None:
+    """Every width and kind of head dim; scale rules and dtypes take turns."""
+    turn = d // 8 + bits
+    keys = make_quantizer(d, bits, scale=SCALES[turn % 4])
+    values = make_quantizer(d, bits + 4, scale=SCALES[(turn + 1) % 4])
+    x, y = states(d, DTYPES[turn % 3]), states(d, DTYPES[(turn + 1) % 3], seed=1)
+    k_part = make_part(x, keys, power=0.5 * (turn % 2), center=turn % 3 > 0)
+    v_part = make_part(y, values, power=0.5 * (turn // 2 % 2), center=turn % 3 > 1)
+    check(k_part, v_part, begin=0, count=SLOTS if d < 576 else 9, row=3)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_scale_rules(bits: int, scale: str) -> None:
+    quantizer = make_quantizer(64, bits, scale=scale, rotation="hadamard")
+    keys = make_part(states(64), quantizer)
+    values = make_part(states(64, seed=1), make_quantizer(64, bits, "prod", scale=scale))
+    check(keys, values, begin=0, count=33, row=0)
+
+
+@pytest.mark.parametrize(
+    ("d", "bits", "options"),
+    [
+        (8, 2, {}),
+        (40, 3, {}),
+        (64, 3, {"qjl_dim": 1}),
+        (64, 4, {"qjl_dim": 24, "projection": "gaussian"}),
+        (64, 5, {"qjl_dim": 203}),
+        (80, 6, {"projection": "gaussian"}),
+        (128, 3, {}),
+        (128, 8, {"scale": "unbiased"}),
+        (192, 7, {}),
+        (576, 3, {}),
+    ],
+)
+def test_prod(d: int, bits: int, options: dict) -> None:
+    keys = make_part(states(d), make_quantizer(d, bits, "prod", **options))
+    values = make_part(states(d, torch.bfloat16), make_quantizer(d, 3))
+    check(keys, values, begin=0, count=15, row=3)
+
+
+@pytest.mark.parametrize("d_value", [8, 64, 192, 320])
+def test_head_dims_of_keys_and_values_differ(d_value: int) -> None:
+    keys = make_part(states(96, torch.float16), make_quantizer(96, 4))
+    values = make_part(states(d_value, torch.bfloat16), make_quantizer(d_value, 3), center=False)
+    check(keys, values, begin=0, count=20, row=5)
+
+
+@pytest.mark.parametrize(
+    ("begin", "count", "row"), [(0, 1, 0), (5, 32, 3), (SLOTS - 1, 7, 49), (20, SLOTS, 19)]
+)
+def test_ring_buffer_and_rows(begin: int, count: int, row: int) -> None:
+    """Tokens wrap around; rows lie anywhere, up to the last."""
+    keys = make_part(states(32, batch=3), make_quantizer(32, 3))
+    values = make_part(states(16, batch=3), make_quantizer(16, 3, "prod"))
+    check(keys, values, begin, count, row)
+
+
+def test_source_of_any_strides() -> None:
+    x = states(64, batch=2)
+    tokens_first = x.transpose(1, 2).contiguous().transpose(1, 2)
+    channels_first = x.mT.contiguous().mT
+    keys = make_part(tokens_first, make_quantizer(64, 3))
+    values = make_part(channels_first, make_quantizer(64, 3))
+    check(keys, values, begin=3, count=36, row=0)
+    for name in keys.out:
+        assert torch.equal(keys.out[name], values.out[name])
+    shared = make_part(x[:, :1].expand(-1, 2, -1, -1), make_quantizer(64, 3))
+    check(shared, values, begin=3, count=36, row=0)
+
+
+@pytest.mark.parametrize("max_count", [1, 32, 64])
+def test_count_zero_writes_nothing(max_count: int) -> None:
+    keys, values = (make_part(states(32), make_quantizer(32, 3, kind)) for kind in ("prod", "mse"))
+    append(keys, values, begin=3, count=0, row=4, max_count=max_count)
+
+
+def test_grid_larger_than_the_count() -> None:
+    keys, values = (make_part(states(32), make_quantizer(32, 3, kind)) for kind in ("prod", "mse"))
+    append(keys, values, begin=30, count=9, row=4, max_count=200)
+    check_equal(keys, 30, 9, 4)
+    check_equal(values, 30, 9, 4)
+
+
+def test_block_by_block_equals_at_once() -> None:
+    """A token's row does not depend on its place in a tile or on the tokens beside it."""
+    quantizer, x = make_quantizer(64, 3, "prod"), states(64)
+    once, blocks = make_part(x, quantizer), make_part(x, quantizer)
+    append(once, once, begin=0, count=SLOTS, row=2)
+    for first, count in ((0, 5), (5, 1), (6, 31)):
+        append(blocks, blocks, begin=first, count=count, row=2 + first)
+    for name in once.out:
+        assert torch.equal(once.out[name], blocks.out[name])
+
+
+@pytest.mark.parametrize("kind", ["mse", "prod"])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_hostile_vectors(name: str, kind: str) -> None:
+    x = DISTRIBUTIONS[name](HEADS * SLOTS, 64).view(1, HEADS, SLOTS, 64).to(DEVICE)
+    x[:, :, 3] = 0
+    keys = make_part(x, make_quantizer(64, 4, kind), power=0.0, center=False)
+    values = make_part(x, make_quantizer(64, 3, kind), power=0.5, center=name != "one_hot")
+    check(keys, values, begin=0, count=SLOTS, row=0)
+    for rows in (keys.out, values.out if values.statistics.mean is None else keys.out):
+        assert (rows["scale"][:, :, 3] == 0).all()
+
+
+@pytest.mark.parametrize("rule", SCALES)
+def test_zeros(rule: str) -> None:
+    """Codes and signs of zero vectors are exactly those of the reference."""
+    x = torch.zeros(1, HEADS, SLOTS, 64, device=DEVICE)
+    keys = make_part(x, make_quantizer(64, 3, "prod", scale=rule))
+    values = make_part(x, make_quantizer(64, 8, scale=rule))
+    append(keys, values, begin=0, count=SLOTS, row=0)
+    for part in (keys, values):
+        for name, want in encode(part.quantizer, part.x).items():
+            assert torch.equal(part.out[name][:, :, :SLOTS], want)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-6, 1e6, 1e30])
+def test_any_unit(unit: float) -> None:
+    """Whatever the unit of the first block, as the statistics take it out."""
+    keys = make_part(states(64) * unit, make_quantizer(64, 4, "prod"))
+    values = make_part(states(64) * unit, make_quantizer(64, 3), power=0.0, center=False)
+    check(keys, values, begin=0, count=SLOTS, row=0)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-6, 1e-3, 1e3, 1e30])
+def test_vectors_of_another_size_than_the_first_block(unit: float) -> None:
+    """Codes stay right; scales leave float16 at 0 and at its largest number."""
+    statistics = ChannelStatistics(torch.ones(1, HEADS, 1, 1, device=DEVICE))
+    quantizer = make_quantizer(64, 4)
+    x = states(64) * unit
+    keys, values = (make_part(x, quantizer, statistics=statistics) for _ in range(2))
+    append(keys, values, begin=0, count=SLOTS, row=0)
+    check_valid(keys, 0, SLOTS, 0)
+    assert torch.isfinite(keys.out["scale"][:, :, :SLOTS]).all()
+    if unit == 1e30:
+        assert (keys.out["scale"][:, :, :SLOTS] == 65504).all()
+
+
+def test_offsets_much_larger_than_the_rest() -> None:
+    x = states(64) + 3e4 * torch.linspace(-1, 1, 64, device=DEVICE)
+    keys = make_part(x, make_quantizer(64, 4))
+    values = make_part(x, make_quantizer(64, 4, "prod"), center=False)
+    check(keys, values, begin=0, count=SLOTS, row=0)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_bad_tokens_harm_only_themselves(bad: float) -> None:
+    x = states(32)
+    clean = make_part(x, make_quantizer(32, 3, "prod"))
+    y = x.clone()
+    y[:, :, 7, 5] = bad
+    dirty = make_part(y, clean.quantizer, statistics=clean.statistics)
+    append(clean, dirty, begin=0, count=SLOTS, row=2)
+    assert dirty.out["scale"][:, :, 2 + 7].isnan().all()
+    others = [2 + i for i in range(SLOTS) if i != 7]
+    for name in clean.out:
+        assert torch.equal(clean.out[name][:, :, others], dirty.out[name][:, :, others])
+
+
+def test_what_is_supported() -> None:
+    assert supports(make_quantizer(64, 3))
+    assert supports(make_quantizer(576, 8, "prod"))
+    assert not supports(make_quantizer(20, 3))
+    assert not supports(make_quantizer(20, 3, "prod"))
+    assert not supports(RotorQuantMSE(64, 3))  # scales in float32
+
+
+COMPILED = {
+    "mse": (("mse", 4, "least_squares", True), ("mse", 3, "unbiased", False)),
+    "prod": (("prod", 3, "least_squares", True), ("mse", 8, "norm", False)),
+}
+
+
+@pytest.mark.skipif(not (TOOLS / "ptxas").exists(), reason="Triton came without ptxas")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_for_gpus(capability: int, tmp_path: Path) -> None:
+    """For head dim 128, and no more than a few registers are spilled to memory."""
+    environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path))
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.kernels.test_append_kernel", str(capability)]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    usage = run.stdout.splitlines()
+    assert len(usage) == len(COMPILED)
+    for line in usage:
+        stack = int(re.search(r"STACK:(\d+)", line).group(1))
+        assert stack <= 32, line
+
+
+def compile_for(capability: int) -> None:
+    """Compile without a GPU, and print what the binaries need."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class NoDriver:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    driver.set_active(NoDriver())
+    bounds = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    for pair in COMPILED.values():
+        parts = []
+        for kind, bits, scale, center in pair:
+            quantizer = make_quantizer(128, bits, kind, scale=scale)
+            part = make_part(states(128, torch.bfloat16), quantizer, center=center)
+            parts.append(replace(part, out={k: v.contiguous() for k, v in part.out.items()}))
+        arguments, options = kernel_arguments(bounds, *parts)
+        kernel = append_kernel.warmup(**arguments, **options, grid=(1, 1, 2))
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        print(next(line for line in usage.splitlines() if "STACK" in line))
+
+
+if __name__ == "__main__":
+    compile_for(int(sys.argv[1]))

@@ -1,0 +1,118 @@
+"""The look-up of centroids in kernels: PTX by emulation, the portable way by the interpreter."""
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from rotorquant_hf.kernels import lookup
+from rotorquant_hf.quant import LloydMaxCodebook
+from rotorquant_hf.quant.packing import pack, packed_bytes, planes
+from tests.helpers import ptx
+
+CPU = torch.device("cpu")
+
+
+def test_plane_widths_are_those_of_the_packing():
+    for bits in range(1, 9):
+        widths = tuple(int(lookup.plane_width(bits, i)) for i in range(3))
+        assert tuple(w for w in widths if w) == planes(bits)
+        assert int(lookup.slots(bits)) == 8 // planes(bits)[0]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_tables_hold_the_codebook(bits):
+    unit = lookup.table_unit(bits)
+    assert 2 <= unit < 4
+    exact = LloydMaxCodebook.for_dimension(1, bits).centroids
+    table = lookup.centroid_table(bits, torch.float32, CPU)
+    torch.testing.assert_close(table.double() * unit, exact, rtol=1e-7, atol=0)
+    half = lookup.centroid_table(bits, torch.float16, CPU).double()
+    # Round to nearest: half a unit of the 11th bit, at 4 bits of the 10th.
+    torch.testing.assert_close(half * unit, exact, rtol=2.0 ** (-10 if bits == 4 else -11), atol=0)
+    assert torch.equal(half, -half.flip(0))
+    assert half.abs().max() < 2  # bit 14 is free for the sign at 4 bits
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_unit_is_one_that_float16_likes(bits):
+    exact = LloydMaxCodebook.for_dimension(1, bits).centroids
+    half = lookup.centroid_table(bits, torch.float16, CPU).double() * lookup.table_unit(bits)
+    plain = (exact / 2).half().double() * 2
+    assert (half - exact).norm() < 0.5 * (plain - exact).norm()
+
+
+def _halves(words: list[int]) -> list[float]:
+    return np.array(words, dtype=np.uint32).view(np.float16).tolist()
+
+
+@pytest.mark.parametrize("d", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_ptx_finds_the_centroids_of_packed_codes(bits, d):
+    """Every slot of every column, on codes packed by `packing.pack`."""
+    generator = torch.Generator().manual_seed(bits * d)
+    table = lookup.centroid_table(bits, torch.float16, CPU)
+    words = [int(w) for w in lookup.ptx_words(bits, CPU)]
+    tables = [w for w in words for _ in range(4)]
+    slots = 8 // planes(bits)[0]
+    size = d // slots
+    seen = set()
+    for _ in range(8):
+        codes = torch.randint(0, 2**bits, (d,), generator=generator)
+        packed = pack(codes, bits).tolist()
+        for column in range(0, size, 4):
+            columns = range(column, column + 4)
+            first = sum(packed[j] << (8 * i) for i, j in enumerate(columns))
+            second = upper = first
+            if bits == 3:
+                bytes_ = [packed[size + j % (size // 2)] for j in columns]
+                second = sum(b << (8 * i) for i, b in enumerate(bytes_))
+                upper = sum((255 * (j >= size // 2)) << (8 * i) for i, j in enumerate(columns))
+            for k in range(slots):
+                assembly = str(lookup.ptx_centroids(bits, k))
+                found = _halves(ptx.run(assembly, [first, second, upper, *tables], 2))
+                wanted = codes[[j + k * size for j in columns]]
+                assert found == table[wanted].tolist()
+                seen.update((k, int(code)) for code in wanted)
+    assert len(seen) == slots * 2**bits
+
+
+def test_ptx_signs():
+    for word in (0, 0xFFFFFFFF, 0x12345678, 0x80FF01A5):
+        for k in range(8):
+            found = _halves(ptx.run(str(lookup.ptx_signs(k)), [word], 2))
+            assert found == [1.0 if word >> (8 * i + k) & 1 else -1.0 for i in range(4)]
+
+
+def test_ptx_per_thread_is_the_identity():
+    for word in (0, 1, 0x7FFFFFFF, 0xFFFFFFFF):
+        for lane in range(32):
+            assembly = lookup.PER_THREAD.value
+            assert ptx.run(assembly, [word], 1, lanemask_eq=1 << lane) == [word]
+
+
+@triton.jit
+def _unpack_kernel(p_codes, p_table, p_out, D: tl.constexpr, PAD: tl.constexpr, BITS: tl.constexpr):
+    S: tl.constexpr = D // lookup.slots(BITS)
+    o_s = tl.arange(0, PAD)
+    i = tl.program_id(0)
+    p_row = p_codes + i * (D * BITS // 8) + tl.zeros([1, 1], tl.int32)
+    tiles = lookup.load_planes(p_row, o_s, tl.full([1, 1], 1, tl.int1), S, BITS)
+    table = lookup.load_table(p_table, p_table, BITS, False)
+    for k in tl.static_range(lookup.slots(BITS)):
+        b_c = lookup.slot_centroids(tiles, o_s, table, S, BITS, k, False)
+        tl.store(p_out + i * D + k * S + o_s[None, :], b_c, mask=(o_s < S)[None, :])
+
+
+@pytest.mark.parametrize("d", [8, 64, 80, 96, 128, 576])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_portable_look_up(bits, d):
+    codes = torch.randint(0, 2**bits, (3, d))
+    packed = pack(codes, bits)
+    assert packed.shape[1] == packed_bytes(d, bits)
+    table = lookup.centroid_table(bits, torch.float32, CPU)
+    out = torch.full((3, d), torch.nan)
+    size = d * planes(bits)[0] // 8
+    _unpack_kernel[(3,)](packed, table, out, d, max(16, triton.next_power_of_2(size)), bits)
+    assert torch.equal(out, table[codes])

@@ -1,0 +1,263 @@
+"""Channel statistics: weights against a slow reference, round trips, dead and extreme channels."""
+
+import math
+
+import pytest
+import torch
+
+from rotorquant_hf.quant.channels import ChannelStatistics
+from tests.helpers.vectors import log_normal_channels
+
+LEAST_SHARE = 0.02
+
+powers = pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+layouts = pytest.mark.parametrize("layout", ["none", "half", "interleaved"])
+centering = pytest.mark.parametrize("center", [False, True], ids=["as-is", "centred"])
+
+
+def block(batch=2, heads=3, tokens=20, d=12, seed=0):
+    """Keys whose channels differ in size, differently in every head, and have a mean."""
+    rows = [log_normal_channels(tokens, d, seed + i) for i in range(batch * heads)]
+    x = torch.stack(rows).reshape(batch, heads, tokens, d)
+    return x + torch.linspace(-3, 3, d)
+
+
+def partner(c, d, layout):
+    """The other channel of the RoPE pair of channel c."""
+    if layout == "none" or d % 2:
+        return c
+    return (c + d // 2) % d if layout == "half" else c ^ 1
+
+
+def reference_weights(x, power, layout):
+    """Weights of one head's vectors (tokens, d), in plain Python; centring does not change them."""
+    tokens, d = x.shape
+    energy = [sum(v**2 for v in column) / tokens for column in x.double().T.tolist()]
+    floor = LEAST_SHARE**2 * sum(energy) / d
+    shared = [(energy[c] + energy[partner(c, d, layout)]) / 2 for c in range(d)]
+    raw = [max(e, floor) ** (power / 2) for e in shared]
+    size = math.sqrt(sum(e / w**2 for e, w in zip(energy, raw, strict=True)))
+    return [w * size for w in raw]
+
+
+@powers
+@layouts
+@centering
+@pytest.mark.parametrize("d", [12, 11], ids=["even", "odd"])
+def test_weights_are_those_of_a_slow_reference(power, layout, center, d):
+    x = block(d=d)
+    statistics = ChannelStatistics.of_block(x, power, center, layout)
+    assert statistics.weight.shape == (2, 3, 1, 1 if power == 0 else d)
+    assert statistics.weight.dtype == torch.float32
+    expected = [[reference_weights(head, power, layout) for head in row] for row in x]
+    weight = statistics.weight.expand(2, 3, 1, d).squeeze(2).double()
+    torch.testing.assert_close(weight, torch.tensor(expected).double(), rtol=1e-4, atol=0)
+
+
+@powers
+@layouts
+@centering
+def test_the_first_block_has_norm_one_in_the_quadratic_mean(power, layout, center):
+    x = block()
+    statistics = ChannelStatistics.of_block(x, power, center, layout)
+    energy = (x / statistics.weight).square().sum(dim=-1).mean(dim=-1)
+    torch.testing.assert_close(energy, torch.ones(2, 3), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("layout", "pairs"), [("half", (2, 6)), ("interleaved", (6, 2))])
+def test_the_channels_of_a_rope_pair_share_their_weight(layout, pairs):
+    weight = ChannelStatistics.of_block(block(), 0.5, rope_layout=layout).weight
+    paired = weight.unflatten(-1, pairs)
+    axis = -2 if layout == "half" else -1
+    first, second = paired.unbind(axis)
+    torch.testing.assert_close(first, second)
+    assert weight.unique().numel() >= 2 * 3 * 5  # and only they
+
+
+def test_without_a_rope_layout_each_channel_has_its_own_weight():
+    weight = ChannelStatistics.of_block(block(), 0.5).weight
+    ratio = weight.max() / weight.min()
+    assert weight.unique().numel() > 2 * 3 * 10
+    assert ratio > 5
+
+
+def test_full_power_makes_the_channels_even():
+    x = block() - torch.linspace(-3, 3, 12)  # log-normal channels, none below the least share
+    x = x / x.square().mean(dim=2, keepdim=True).sqrt() * torch.logspace(-0.5, 0.5, 12)
+    u = ChannelStatistics.of_block(x, 1.0).normalize(x)
+    torch.testing.assert_close(u.square().mean(dim=2), torch.full((2, 3, 12), 1 / 12))
+
+
+def test_heads_and_batch_rows_have_their_own_statistics():
+    x = block()
+    together = ChannelStatistics.of_block(x, 0.5, center=True)
+    alone = ChannelStatistics.of_block(x[1:, 2:], 0.5, center=True)
+    torch.testing.assert_close(together.weight[1:, 2:], alone.weight)
+    torch.testing.assert_close(together.mean[1:, 2:], alone.mean)
+
+
+@centering
+def test_a_long_block_counts_all_its_tokens(center):
+    tokens, d = 5001, 128
+    x = torch.randn(2, 2, tokens, d, generator=torch.Generator().manual_seed(0))
+    x[:, :, -1] *= 1000
+    statistics = ChannelStatistics.of_block(x, 0, center)
+    rms = x.double().square().mean(dim=2).sum(dim=-1).sqrt().float()
+    torch.testing.assert_close(statistics.weight[:, :, 0, 0], rms, rtol=1e-4, atol=0)
+    if center:
+        torch.testing.assert_close(
+            statistics.mean, x.double().mean(dim=2, keepdim=True).float(), rtol=1e-3, atol=1e-4
+        )
+
+
+# --- centring only where it pays ---
+
+
+def block_with_offsets(channels, d=12):
+    """Keys of unit channels, but 100 added to the given ones of the last head."""
+    x = torch.randn(2, 3, 40, d, generator=torch.Generator().manual_seed(3))
+    x[:, 2, :, channels] += 100
+    return x
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [("none", {1, 4}), ("half", {1, 4, 7, 10}), ("interleaved", {0, 1, 4, 5})],
+)
+@powers
+def test_auto_centres_offset_channels_with_their_rope_partners(layout, expected, power):
+    x = block_with_offsets([1, 4])
+    statistics = ChannelStatistics.of_block(x, power, "auto", layout)
+    assert not statistics.mean[:, :2].any()
+    for b in range(2):
+        assert set(statistics.mean[b, 2, 0].nonzero().flatten().tolist()) == expected
+        weight = reference_weights(x[b, 2], power, layout)
+        torch.testing.assert_close(
+            statistics.weight[b, 2, 0].expand(12), torch.tensor(weight), rtol=1e-4, atol=0
+        )
+    centred = sorted(expected)
+    torch.testing.assert_close(
+        statistics.mean[:, 2, 0, centred], x[:, 2].mean(dim=1)[:, centred], rtol=1e-5, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("case", ["ordinary", "large but not constant", "constant but not large"])
+@layouts
+def test_auto_centres_no_other_channels(case, layout):
+    x = block_with_offsets([])
+    if case == "large but not constant":
+        x[..., 1] = 20 * x[..., 1] + 100
+    elif case == "constant but not large":
+        x[..., 1] = 3
+    statistics = ChannelStatistics.of_block(x, 0.5, "auto", layout)
+    assert not statistics.mean.any()
+    plain = ChannelStatistics.of_block(x, 0.5, False, layout)
+    assert torch.equal(statistics.weight, plain.weight)
+
+
+# --- normalise and back ---
+
+
+@powers
+@layouts
+@centering
+def test_denormalize_undoes_normalize(power, layout, center):
+    x, later = block(), block(tokens=7, seed=50)
+    statistics = ChannelStatistics.of_block(x, power, center, layout)
+    for vectors in (x, later):
+        back = statistics.denormalize(statistics.normalize(vectors))
+        torch.testing.assert_close(back, vectors, rtol=1e-5, atol=1e-5)
+
+
+def test_normalize_subtracts_the_mean_and_divides_by_the_weight():
+    x, later = block(), block(tokens=7, seed=50)
+    statistics = ChannelStatistics.of_block(x, 0.5, center=True)
+    torch.testing.assert_close(statistics.mean, x.mean(dim=2, keepdim=True))
+    expected = (later - x.mean(dim=2, keepdim=True)) / statistics.weight
+    torch.testing.assert_close(statistics.normalize(later), expected)
+    assert statistics.normalize(later.bfloat16()).dtype == torch.float32
+
+
+def test_the_mean_is_taken_only_when_asked_for():
+    assert ChannelStatistics.of_block(block(), 0.5).mean is None
+
+
+def test_scores_and_weighted_sums_need_no_denormalised_vectors():
+    x, queries = block(), block(tokens=1, seed=50)
+    statistics = ChannelStatistics.of_block(x, 0.5, center=True)
+    u, p = statistics.normalize(x), torch.softmax(torch.randn(2, 3, 1, 20), dim=-1)
+    scores = (queries * statistics.weight) @ u.mT + queries @ statistics.mean.mT
+    torch.testing.assert_close(scores, queries @ x.mT, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(statistics.denormalize(p @ u), p @ x, rtol=1e-4, atol=1e-4)
+
+
+# --- hostile inputs ---
+
+
+@powers
+@layouts
+@centering
+def test_dead_channels_have_a_weight(power, layout, center):
+    x = block()
+    x[..., [0, 5]] = 0
+    statistics = ChannelStatistics.of_block(x, power, center, layout)
+    assert (statistics.weight > 0).all()
+    assert torch.isfinite(statistics.weight).all()
+    assert torch.isfinite(statistics.normalize(x)).all()
+    # A channel that wakes up is not blown up: its weight is that of a channel of 2% of the rms.
+    shares = [reference_weights(head, power, layout) for head in x[0]]
+    weight = statistics.weight[0, :, 0].expand(3, 12)
+    torch.testing.assert_close(weight, torch.tensor(shares), rtol=1e-4, atol=0)
+
+
+@powers
+@layouts
+@centering
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_block_of_zeros_has_finite_statistics(power, layout, center, tokens):
+    x = torch.zeros(2, 3, tokens, 12)
+    statistics = ChannelStatistics.of_block(x, power, center, layout)
+    assert (statistics.weight > 0).all()
+    assert torch.isfinite(statistics.weight).all()
+    assert torch.equal(statistics.normalize(x), x)
+    assert torch.equal(statistics.denormalize(x), x)
+    later = statistics.normalize(block())
+    assert torch.isfinite(later).all()
+
+
+@powers
+@layouts
+@centering
+@pytest.mark.parametrize("magnitude", [1e30, 1e-30])
+def test_magnitudes_far_from_one_change_only_the_unit(power, layout, center, magnitude):
+    x = block()
+    near = ChannelStatistics.of_block(x, power, center, layout)
+    far = ChannelStatistics.of_block(x * magnitude, power, center, layout)
+    assert torch.isfinite(far.weight).all()
+    torch.testing.assert_close(far.weight / magnitude, near.weight, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        far.normalize(x * magnitude), near.normalize(x), rtol=1e-3, atol=1e-4
+    )
+    back = far.denormalize(far.normalize(x * magnitude))
+    torch.testing.assert_close(back / magnitude, x, rtol=1e-4, atol=1e-4)
+
+
+# --- moving ---
+
+
+@centering
+def test_map_reaches_every_tensor_and_leaves_the_original(center):
+    statistics = ChannelStatistics.of_block(block(), 0.5, center)
+    second = statistics.map(lambda t: t[1:])
+    assert torch.equal(second.weight, statistics.weight[1:])
+    assert (second.mean is None) == (not center)
+    if center:
+        assert torch.equal(second.mean, statistics.mean[1:])
+    assert statistics.weight.shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("power", "center", "numbers"), [(0, False, 1), (0, True, 13), (0.5, False, 12), (1, True, 24)]
+)
+def test_bytes_are_counted(power, center, numbers):
+    assert ChannelStatistics.of_block(block(), power, center).nbytes == 2 * 3 * 4 * numbers
