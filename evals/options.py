@@ -18,8 +18,8 @@ T = TypeVar("T")
 def option(
     default: Any,
     text: str,
-    least: float | None = None,
-    most: float | None = None,
+    min: float | None = None,
+    max: float | None = None,
     choices: Iterable[str] = (),
 ) -> Any:
     """A field of an options class.
@@ -27,12 +27,12 @@ def option(
     Args:
         default: its value where none is given; a list is written as a tuple.
         text: what it means, for `--help`.
-        least, most: bounds of a number, or of each number of a tuple.
+        min, max: bounds of a number, or of each number of a tuple.
         choices: the strings there are.
     """
     return dataclasses.field(
         default=default,
-        metadata={"help": text, "least": least, "most": most, "choices": tuple(choices)},
+        metadata={"help": text, "min": min, "max": max, "choices": tuple(choices)},
     )
 
 
@@ -89,12 +89,12 @@ def _one(field: dataclasses.Field, kind: type, value: Any, where: str) -> Any:
         raise InputError(f"{where} is {value}; it takes a finite number")
     if kind is not Any and type(value) is not kind:
         raise InputError(f"{where} is {value!r}; it takes {_NAMES.get(kind, kind.__name__)}")
-    least, most = field.metadata.get("least"), field.metadata.get("most")
+    low, high = field.metadata.get("min"), field.metadata.get("max")
     choices = field.metadata.get("choices")
-    if least is not None and value < least:
-        raise InputError(f"{where} is {value}; choose {least} or more")
-    if most is not None and value > most:
-        raise InputError(f"{where} is {value}; choose {most} or less")
+    if low is not None and value < low:
+        raise InputError(f"{where} is {value}; choose {low} or more")
+    if high is not None and value > high:
+        raise InputError(f"{where} is {value}; choose {high} or less")
     if choices and value not in choices:
         raise InputError(f"{where} is {value!r}; choose one of {', '.join(choices)}")
     return value

@@ -40,9 +40,9 @@ class ModelOptions:
     tokenizer: str | None = option(None, "folder or name of the tokenizer (default: the model's)")
     revision: str | None = option(None, "revision on the Hub")
     trust_remote_code: bool = option(False, "run code that comes with the model")
-    outliers: float | None = option(None, "twin: factor on two key channel pairs per head", least=1)
+    outliers: float | None = option(None, "twin: factor on two key channel pairs per head", min=1)
     key_bias: float | None = option(None, "twin: bias on one key channel per head, before RoPE")
-    bias_pair: int = option(0, "twin: RoPE pair of that bias", least=0)
+    bias_pair: int = option(0, "twin: RoPE pair of that bias", min=0)
     key_offset: float = option(0.0, "twin: constant on four key channels, after RoPE")
 
     @property
@@ -59,7 +59,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedModel:
     """A loaded model.
 
     Attributes:
@@ -86,7 +86,7 @@ class Subject:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device
+        return next(self.model.get_input_embeddings().parameters()).device
 
     @property
     def devices(self) -> set[torch.device]:
@@ -108,7 +108,7 @@ class Subject:
         }
 
 
-def load(options: ModelOptions) -> Subject:
+def load(options: ModelOptions) -> LoadedModel:
     """Load a model with its tokenizer.
 
     Raises:
@@ -133,7 +133,7 @@ def load(options: ModelOptions) -> Subject:
         scale_key_channels(model, options.outliers)
     if options.key_bias is not None:
         add_key_bias(model, options.key_bias, options.bias_pair)
-    return Subject(model, tokenizer, options)
+    return LoadedModel(model, tokenizer, options)
 
 
 def load_model(
@@ -145,7 +145,7 @@ def load_model(
         InputError: if there is no such model, or it does not load.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(
             f"there is no model {name} that loads: name a folder with a model, or a model on the "

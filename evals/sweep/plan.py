@@ -26,8 +26,6 @@ from typing import Any
 
 import yaml
 
-from rotorquant_hf import RotorQuantConfig
-
 from ..caches.registry import KINDS, CacheSpec
 from ..errors import InputError, require
 from ..measurements.registry import MEASUREMENTS
@@ -209,7 +207,7 @@ def _jobs(
     if "text" in replaced and issubclass(measurement.options, TextOptions):
         values = {k: v for k, v in values.items() if k not in ("dataset", "dataset_config")}
         values["text"] = replaced["text"]
-    options = build(measurement.options, values, f"{where}: {measure}")
+    options: Any = build(measurement.options, values, f"{where}: {measure}")
     if isinstance(options, TextOptions):
         _check_text(options, f"{where}: {measure}")
     source = entry.get("models", spec.get("models"))
@@ -254,9 +252,8 @@ def _caches(values: Any, where: str) -> list[CacheSpec]:
             f"{where}: {value!r} is no cache: give a name, or a mapping with a key 'cache'",
         )
         options = {k: v for k, v in value.items() if k != "cache"}
-        kind = KINDS.get(value["cache"])
-        cls = type(kind.defaults) if kind else RotorQuantConfig
-        chosen = list(_grid(options, cls, where))
+        kind = KINDS.get(value["cache"], KINDS["rotorquant"])  # or the name of a preset of it
+        chosen = list(_grid(options, type(kind.defaults), where))
         require(
             len(chosen) == 1 or "label" not in options,
             f"{where}: label is {options.get('label')!r}, but the lists make {len(chosen)} caches: "

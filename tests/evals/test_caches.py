@@ -7,9 +7,10 @@ import torch
 from transformers import DynamicCache, cache_utils
 
 from evals.caches.registry import KINDS, CacheSpec
+from evals.caches.tensors import tensors_in
 from evals.errors import InputError, NotAvailableError
-from evals.probes.feeding import feed, next_pass
-from evals.probes.footprint import footprint, packed_tokens, reachable_bytes, tensors_in
+from evals.probes.chunked import feed, next_pass
+from evals.probes.footprint import footprint, quantised_tokens, reachable_bytes
 from rotorquant_hf import PRESETS, RotorQuantCache, RotorQuantConfig
 
 
@@ -29,18 +30,20 @@ def test_every_kind_is_read_and_counted(model, sampled, name) -> None:
     cache = fed(model, ids, CacheSpec.of(name))
     assert cache.get_seq_length() == 300
     counted = footprint(cache, model.dtype)
-    numbers = 300 * 8 * 2 * 64 * 2  # tokens, layers, kv heads, head dim, keys and values
-    assert counted.numbers == numbers
+    held, quantised = counted.elements
+    assert held == 300 * 8 * 2 * 64 * 2  # tokens, layers, kv heads, head dim, keys and values
     assert counted.total_bytes == sum(counted.parts.values())
+    # RotorQuant's caches share their tables, and report them.
+    assert counted.total_bytes == reachable_bytes(cache) + counted.parts.get("tables", 0)
     if name == "dynamic":
-        assert counted.total_bytes == 4 * numbers
-        assert (counted.packed_numbers, counted.packed_bits_per_number) == (0, None)
-        assert packed_tokens(cache) == (0, 0)
+        assert counted.total_bytes == 4 * held
+        assert (quantised, counted.packed_bits_per_number) == (0, None)
+        assert quantised_tokens(cache) == (0, 0)
     else:
-        assert 0.3 * numbers < counted.packed_numbers <= numbers
+        assert 0.3 * held < quantised <= held
         assert 3 < counted.packed_bits_per_number < 10
-        first, last = packed_tokens(cache)
-        assert (last - first) * 8 * 2 * 64 * 2 == counted.packed_numbers
+        first, last = quantised_tokens(cache)
+        assert (last - first) * 8 * 2 * 64 * 2 == quantised
 
 
 def test_bits_of_peers_are_those_of_their_formats(model, sampled) -> None:
@@ -115,7 +118,7 @@ def test_haar_and_hadamard_differ_from_the_default_by_rotation_and_scale_alone()
         (
             "rotorquants",
             {},
-            "rotorquants: there is no such cache; choose one of dynamic",
+            "rotorquants: unknown cache; choose one of dynamic",
         ),
         ("rotorquant", {"key_bit": 3}, "unknown option key_bit; there are key_bits"),
         ("rotorquant", {"preset": "k9v9"}, "preset is 'k9v9'; choose one of"),
