@@ -11,8 +11,7 @@ from transformers import DynamicCache
 from evals import verify
 from evals.__main__ import main
 from evals.caches.registry import CacheSpec
-from evals.errors import InputError, NotAvailableError
-from evals.failures import failure_of
+from evals.errors import InputError
 from evals.measurements import speed
 from evals.measurements.agreement import (
     AgreementMeasurement,
@@ -96,26 +95,6 @@ def test_agreement_is_that_of_the_texts(loaded, sample) -> None:
     assert lossy["lengths"] == expected
     assert lossy["mean_length"] < 12
     assert lossy["identical"] == sum(n == 12 for n in expected)
-
-
-def test_failures_free_what_their_frames_hold() -> None:
-    freed = []
-
-    class Big:
-        def __del__(self) -> None:
-            freed.append(True)
-
-    def fail() -> None:
-        big = Big()
-        raise MemoryError(f"no room for {type(big).__name__}\nsecond line")
-
-    try:
-        fail()
-    except MemoryError as error:
-        found = failure_of(error)
-        assert freed == [True]
-    assert found == ("failed", "MemoryError: no room for Big", False)
-    assert failure_of(NotAvailableError("no such thing")) == ("not run", "no such thing", False)
 
 
 def test_what_compresses_nothing_is_said(loaded) -> None:
