@@ -27,8 +27,8 @@ def option(
     Args:
         default: its value where none is given; a list is written as a tuple.
         text: what it means, for `--help`.
-        min, max: bounds of a number, or of each number of a tuple.
-        choices: the strings there are.
+        min, max: bounds of the value, or of each value of a tuple.
+        choices: the strings that are allowed.
     """
     return dataclasses.field(
         default=default,
@@ -45,15 +45,15 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         where: what the values belong to, for messages.
 
     Raises:
-        InputError: naming a key that there is not, or a value of a wrong type or out of range.
+        InputError: naming an unknown key, or a value of a wrong type or out of range.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     chosen = {}
     for name, value in values.items():
         if name not in fields:
-            there = f"there are {', '.join(fields)}" if fields else "it takes none"
-            raise InputError(f"{where}: unknown key {name!r}; {there}")
+            known = f"choose from {', '.join(fields)}" if fields else "it takes none"
+            raise InputError(f"{where}: unknown key {name!r}; {known}")
         chosen[name] = _checked(fields[name], hints[name], value, f"{where}: {name}")
     try:
         return cls(**chosen)

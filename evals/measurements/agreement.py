@@ -29,8 +29,8 @@ class AgreementOptions(TextOptions):
     new_tokens: int = option(100, "tokens to write after each prompt", min=1)
     sample: bool = option(
         False,
-        "draw the tokens, with the same random numbers for every cache, instead of taking the "
-        "likeliest: small models soon repeat themselves then, and any two caches agree on a loop",
+        "draw the tokens, from the same seed for every cache, instead of taking the likeliest: "
+        "greedy small models soon repeat themselves, and any two caches agree on a loop",
     )
 
 
@@ -68,10 +68,10 @@ class AgreementMeasurement:
     Args:
         loaded: the model.
         options: prompts and length.
-        seed: of the random numbers, where tokens are drawn.
+        seed: of the generator, where tokens are drawn.
 
     Raises:
-        InputError: for a text that is not there or too short.
+        InputError: for a text that is missing or too short.
     """
 
     def __init__(self, loaded: LoadedModel, options: AgreementOptions, seed: int = 0) -> None:

@@ -32,7 +32,7 @@ class LmEvalOptions:
     num_fewshot: int | None = option(None, "examples in a prompt (default: the task's)", min=0)
     batch_size: int = option(1, "rows of a forward pass", min=1)
     chunk: int = option(
-        CHUNK, "most tokens of a forward pass (the baseline is read in the same passes)", min=1
+        CHUNK, "maximum tokens of a forward pass (the baseline is read in the same passes)", min=1
     )
     include_path: str | None = option(
         None, "folder with more tasks (default: this project's own, evals/tasks)"
@@ -58,7 +58,7 @@ def measure(
 
     Raises:
         NotAvailableError: if lm-eval is not installed.
-        InputError: for a task that there is not.
+        InputError: for an unknown task.
     """
     try:
         from lm_eval import simple_evaluate
@@ -103,7 +103,7 @@ def _manager_of(options: LmEvalOptions) -> TaskManager:
     """The index of tasks that knows all that are asked for; lm-eval's own if they need it.
 
     Raises:
-        InputError: for a task that there is not.
+        InputError: for an unknown task.
     """
     folder = options.include_path or str(TASKS)
     require(Path(folder).is_dir(), f"include_path {folder} is not a folder")
@@ -113,9 +113,7 @@ def _manager_of(options: LmEvalOptions) -> TaskManager:
         missing = [task for task in options.tasks if not manager.match_tasks([task])]
         if not missing:
             return manager
-    raise InputError(
-        f"there is no task {missing[0]!r}; python -m evals.lm_eval ls tasks lists them"
-    )
+    raise InputError(f"unknown task {missing[0]!r}; python -m evals.lm_eval ls tasks lists them")
 
 
 @functools.lru_cache(maxsize=4)

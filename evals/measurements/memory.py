@@ -49,9 +49,9 @@ def measure(
 ) -> dict[str, Any]:
     """The memory of one cache at every batch and context, as plain values.
 
-    Peaks are bytes above what is in use before (the weights, and in decoding the cache): for a
-    prefill the cache and all that comes and goes with it, for decoding the growth of the cache and
-    all that comes and goes in a step.
+    Prefill peak: cache plus temporaries. Decode peak: cache growth plus temporaries of one step.
+    Both are bytes relative to the memory already allocated: the weights, and for decoding the
+    cache.
     """
     points: list[dict[str, Any]] = []
     failures: list[Failure] = []
@@ -66,8 +66,8 @@ def measure(
                 raise_if_fatal(failures[-1])
     if len(failures) == len(points):
         raise FailedError(failures[0])
-    packed = spec.is_baseline or any(point.get("packed_bits_per_number") for point in points)
-    return {"points": points, "warnings": [] if packed else [NOTHING_COMPRESSED]}
+    compressed = spec.is_baseline or any(point.get("packed_bits_per_number") for point in points)
+    return {"points": points, "warnings": [] if compressed else [NOTHING_COMPRESSED]}
 
 
 def _point(

@@ -51,7 +51,7 @@ class NeedleOptions(TextOptions):
     )
     trials: int = option(4, "questions for each length and depth", min=1)
     others: int = option(3, "other facts of the same form in the prose", min=0, max=12)
-    chunk: int = option(64, "most tokens of a forward pass", min=1)
+    chunk: int = option(64, "maximum tokens of a forward pass", min=1)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Prompt:
         span: first and last-but-one token of the fact asked for.
         question: token ids (1, m).
         answer: token ids.
-        candidates: first tokens of all answers that there are, the right one first.
+        candidates: first tokens of all possible answers, the right one first.
     """
 
     length: int
@@ -85,7 +85,7 @@ class NeedleMeasurement:
         seed: of the facts and their places.
 
     Raises:
-        InputError: for a text that is not there or too short.
+        InputError: for a text that is missing or too short.
     """
 
     def __init__(self, loaded: LoadedModel, options: NeedleOptions, seed: int = 0) -> None:

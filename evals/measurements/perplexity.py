@@ -30,7 +30,7 @@ _KEPT_BYTES = 2 << 30  # of the baseline's logits, in the host's memory
 class PerplexityOptions(TextOptions):
     """How `perplexity` is measured."""
 
-    chunk: int = option(64, "most tokens of a forward pass; 1 is true decoding", min=1)
+    chunk: int = option(64, "maximum tokens of a forward pass; 1 is true decoding", min=1)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Comparison:
             None for a single window.
         kl_mean: mean KL divergence of the next-token distributions to the reference's.
         kl_p99: its 99th percentile over the tokens.
-        top1_agreement: share of tokens whose most likely successor is the reference's.
+        top1_agreement: share of tokens whose likeliest successor is the reference's.
         bits_per_number: bits of the cache with the last token in, over the elements it stands
             for; everything counted. Mean over the windows.
         packed_bits_per_number: the same without the full-precision tokens: the limit for long
@@ -72,8 +72,8 @@ class Comparison:
 class Reference:
     """The logits that a cache's are compared with: those of the uncompressed cache.
 
-    They are made in the same passes as the cache's own, so that both round alike, and kept for
-    the next cache while they fit in `kept_bytes`.
+    They are computed in the same passes as the cache's own, so that both round alike, and kept
+    for the next cache while they fit in `kept_bytes`.
 
     Args:
         model: in evaluation mode.
@@ -150,7 +150,7 @@ def compare(
         windows: token ids (1, tokens) each.
         reference: of the same windows.
         make_cache: makes an empty cache; called once per window.
-        chunk: most tokens per forward pass; 1 is true decoding.
+        chunk: maximum tokens of a forward pass; 1 is true decoding.
         documents: what each window is of; windows of one document are not independent.
     """
     kl, agree, losses, bits = [], [], [], []
@@ -188,7 +188,7 @@ def compare(
         kl_p99=float(np.quantile(divergence.numpy(), 0.99)),
         top1_agreement=float(torch.cat(agree).double().mean()),
         bits_per_number=sum(total for total, _ in bits) / len(bits),
-        packed_bits_per_number=_mean([packed for _, packed in bits]),
+        packed_bits_per_number=_mean([quantised for _, quantised in bits]),
         compressed_share=quantised / seen,
         tokens=tokens,
     )
@@ -241,7 +241,7 @@ class PerplexityMeasurement:
         options: text and chunk.
 
     Raises:
-        InputError: for a text that is not there or too short.
+        InputError: for a text that is missing or too short.
     """
 
     def __init__(self, loaded: LoadedModel, options: PerplexityOptions) -> None:

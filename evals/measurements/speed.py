@@ -43,16 +43,16 @@ def measure(
     """The speed of every cache, side by side.
 
     In every repeat each cache in turn takes the prompt and decodes after it, so that a drift of
-    the machine meets all alike; the order turns round from one repeat to the next. The first
-    repeat warms up and is not counted. Figures are whole-model, on the host's clock, up to the
-    device's last result.
+    the machine affects all alike; every other repeat takes them in reverse order. The first repeat
+    warms up and is not counted. Figures are of the whole model, by the host's clock, until the
+    device is done.
 
     Returns:
         For every cache its figures as plain values, or why there are none.
     """
     found: list[list[dict[str, Any]]] = [[] for _ in specs]
     failures: list[list[Failure]] = [[] for _ in specs]
-    packed = [spec.is_baseline for spec in specs]
+    compressed = [spec.is_baseline for spec in specs]
     for batch in options.batch:
         for context in options.context:
             prompt = random_prompt(loaded, batch, context, seed)
@@ -64,21 +64,21 @@ def measure(
                     failures[i].append(samples)
                     found[i].append(place | {"error": samples.reason})
                 else:
-                    packed[i] |= any(sample.packed for sample in samples)
+                    compressed[i] |= any(sample.compressed for sample in samples)
                     found[i].append(place | _point(batch, context, samples, options.new_tokens))
     return [
         failed[0]
         if len(failed) == len(points)
         else {"points": points, "warnings": _warnings(spec, options, read)}
-        for spec, points, failed, read in zip(specs, found, failures, packed, strict=True)
+        for spec, points, failed, read in zip(specs, found, failures, compressed, strict=True)
     ]
 
 
-def _warnings(spec: CacheSpec, options: SpeedOptions, packed: bool) -> list[str]:
-    found = [] if packed else [NOTHING_COMPRESSED]
+def _warnings(spec: CacheSpec, options: SpeedOptions, compressed: bool) -> list[str]:
+    found = [] if compressed else [NOTHING_COMPRESSED]
     if options.new_tokens % spec.period:
         found.append(
-            f"new_tokens is {options.new_tokens}, no multiple of the {spec.period} tokens after "
+            f"new_tokens is {options.new_tokens}, not a multiple of the {spec.period} tokens after "
             f"which {spec.label} quantises again: decoding is charged too much or too little of it"
         )
     return found
@@ -89,7 +89,7 @@ class _Sample(NamedTuple):
 
     prefill: float
     step: float
-    packed: bool
+    compressed: bool
 
 
 def _interleaved(

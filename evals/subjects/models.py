@@ -74,7 +74,7 @@ class LoadedModel:
 
     @property
     def context(self) -> int | None:
-        """The most tokens that the model was made for, if its config says so."""
+        """The maximum tokens of the model, if its config says."""
         config = self.model.config.get_text_config(decoder=True)
         return getattr(config, "max_position_embeddings", None)
 
@@ -99,7 +99,7 @@ class LoadedModel:
         return offset_keys(cache, self.options.key_offset) if self.options.key_offset else cache
 
     def to_dict(self) -> dict[str, Any]:
-        """The options, with what was left open decided."""
+        """The options, with the values that were chosen for those left open."""
         return asdict(self.options) | {
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
@@ -112,7 +112,7 @@ def load(options: ModelOptions) -> LoadedModel:
     """Load a model with its tokenizer.
 
     Raises:
-        InputError: if the device, the model or the tokenizer is not to be had.
+        InputError: if the device cannot be used, or the model or tokenizer does not load.
     """
     spread = options.device == "auto"
     device = pick_device(None if spread else options.device)
@@ -142,14 +142,14 @@ def load_model(
     """A causal language model, ready to be measured.
 
     Raises:
-        InputError: if there is no such model, or it does not load.
+        InputError: if the model does not exist or does not load.
     """
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(
-            f"there is no model {name} that loads: name a folder with a model, or a model on the "
-            f"Hub when online ({_first_line(error)})"
+            f"could not load model {name}: name a folder with a model, or a model on the Hub when "
+            f"online ({_first_line(error)})"
         ) from error
     if "device_map" not in options:
         model = model.to(device)
@@ -160,14 +160,14 @@ def load_tokenizer(name: str, options: ModelOptions | None = None) -> PreTrained
     """The tokenizer in the folder of a model.
 
     Raises:
-        InputError: if there is none that loads.
+        InputError: if it does not exist or does not load.
     """
     try:
         return AutoTokenizer.from_pretrained(name, **(_hub(options) if options else {}))
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
-            f"there is no tokenizer {name} that loads: name a folder with a model, or a model on "
-            f"the Hub when online ({_first_line(error)})"
+            f"could not load tokenizer {name}: name a folder with a model, or a model on the Hub "
+            f"when online ({_first_line(error)})"
         ) from error
 
 

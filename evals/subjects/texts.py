@@ -184,7 +184,7 @@ def cut(
         tokenizer: the model's.
         documents: to cut.
         options: how much.
-        context: the most tokens that the model takes, or None.
+        context: maximum tokens of the model, or None.
         min_tokens: documents of so many tokens or fewer are left out.
 
     Returns:
@@ -199,7 +199,7 @@ def cut(
     tokens = [encode(tokenizer, document.text) for document in documents]
     longest = max(len(x) for x in tokens)
     names = ", ".join(document.name for document in documents)
-    require(longest > 0, f"there is no text in {names}: it is empty")
+    require(longest > 0, f"no text in {names}: the files are empty")
     require(
         longest > min_tokens and own > min_tokens,
         f"the text is shorter than a chunk: its longest document has {longest} tokens, a window "

@@ -65,7 +65,7 @@ def run(
     retry: bool = False,
     share: Share | None = None,
 ) -> dict[str, int]:
-    """Measure the rows of a plan that are not there yet.
+    """Measure the rows of a plan that have not been measured yet.
 
     Args:
         plan: what to measure.

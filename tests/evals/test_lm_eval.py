@@ -242,7 +242,7 @@ def test_measure(model, tokenizer, monkeypatch):
     monkeypatch.setattr(
         "evals.measurements.lm_eval._manager", lambda *args: _manager()
     )  # in a moment
-    with pytest.raises(InputError, match="no task 'rotorquant_fact'"):
+    with pytest.raises(InputError, match="unknown task 'rotorquant_fact'"):
         measure(loaded, CacheSpec.of("k2v2"), LmEvalOptions(tasks=("rotorquant_fact",)), 1)
 
 

@@ -117,7 +117,7 @@ def test_decoding_that_is_charged_unequally_is_said(loaded) -> None:
     options = SpeedOptions(context=(200,), new_tokens=32, repeats=1)
     found = [result["warnings"] for result in speed.measure(loaded, specs, options)]
     assert found[:2] == [[], []]
-    assert "no multiple of the 128 tokens" in found[2][0]
+    assert "not a multiple of the 128 tokens" in found[2][0]
     assert SpeedOptions().new_tokens % 128 == 0
 
 

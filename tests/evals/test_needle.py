@@ -87,7 +87,7 @@ def test_a_cache_that_loses_the_fact_fails(measurement) -> None:
     assert all(p["quantised"] for p in lossy["points"])
 
 
-def test_a_fact_in_the_exact_window_does_not_count_as_quantised(measurement, loaded) -> None:
+def test_a_fact_in_the_recent_window_does_not_count_as_quantised(measurement, loaded) -> None:
     options = {"residual_length": 100}
     for prompt in measurement.prompts:
         cache = loaded.new_cache(CacheSpec.of("k4v4", options))

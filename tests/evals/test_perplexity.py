@@ -257,7 +257,7 @@ def test_command_without_json_prints_names_and_values(capsys) -> None:
     ("argv", "says"),
     [
         (["--text", "absent.txt"], "absent.txt does not exist"),
-        (["--text", TEXT, "--model", "no/such/model"], "there is no tokenizer no/such/model"),
+        (["--text", TEXT, "--model", "no/such/model"], "could not load tokenizer no/such/model"),
         (
             ["--text", TEXT, "--cache", "dynamics"],
             "dynamics: unknown cache; choose",
