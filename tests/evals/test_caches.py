@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
-from transformers import DynamicCache, cache_utils
+from transformers import Cache, DynamicCache, cache_utils
 
-from evals.caches.registry import KINDS, CacheSpec
+from evals.caches.registry import KINDS, CacheSpec, kind_of, option_texts
 from evals.caches.tensors import tensors_in
 from evals.errors import InputError, NotAvailableError
 from evals.probes.chunked import feed, next_pass
 from evals.probes.footprint import footprint, quantised_tokens, reachable_bytes
+from evals.subjects.twins import offset_keys
 from rotorquant_hf import PRESETS, RotorQuantCache, RotorQuantConfig
 
 
@@ -169,3 +172,56 @@ def test_passes_end_where_tokens_are_quantised() -> None:
     cache.update(states[:, :, :3], states[:, :, :3], 0)
     assert next_pass(cache, 100, 1000) == 1
     assert next_pass(DynamicCache(), 100, 1000) == 100
+
+
+def test_the_kind_of_a_cache_is_that_of_its_nearest_known_class(model) -> None:
+    class Mine(RotorQuantCache):
+        pass
+
+    class Unknown(Cache):
+        pass
+
+    def of(name: str) -> Cache:
+        return CacheSpec.of(name).make(model.config)
+
+    assert kind_of(Mine()) is kind_of(of("haar")) is KINDS["rotorquant"]
+    assert kind_of(offset_keys(of("hqq"), 1.0)) is kind_of(of("quanto")) is KINDS["quanto"]
+    assert kind_of(of("dynamic")) is kind_of(Unknown([])) is KINDS["dynamic"]
+
+
+def test_an_unknown_cache_shows_what_it_stores_in_bytes(model, sampled) -> None:
+    """It is charged for it, and what it says of itself is not taken on trust."""
+    cache = DynamicCache(config=model.config)
+    feed(model, sampled[:, :40], cache, 40)
+    cache.layers[0].mine = [torch.zeros(1000, dtype=torch.int8), torch.zeros(9, dtype=torch.bool)]
+    counted = footprint(cache, model.dtype)
+    assert counted.parts == {"codes": 1000, "exact": 4 * counted.elements.held + 9}
+    assert counted.elements.quantised == 0
+    assert [x.numel() for x in kind_of(cache).codes(cache.layers[0])["states"]] == [1000]
+    assert kind_of(cache).codes(cache.layers[1]) == {}
+
+
+def test_every_option_is_named_once_with_its_meaning() -> None:
+    texts = option_texts()
+    rotorquant = {field.name: field.metadata["help"] for field in fields(RotorQuantConfig)}
+    assert {name: texts[name] for name in rotorquant} == rotorquant
+    assert set(texts) - set(rotorquant) == {"nbits", "axis_key", "axis_value", "q_group_size"}
+    assert texts["nbits"] == "bits per element (quanto, hqq)"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "period"),
+    [
+        ("dynamic", {}, 1),
+        ("k3v3", {"block_length": 16}, 16),
+        ("haar", {}, 32),
+        ("hqq", {}, 128),
+        ("quanto", {"residual_length": 64}, 64),
+        ("fp8", {}, 1),
+    ],
+)
+def test_a_cache_says_when_it_quantises_and_what_to_beware_of(name, options, period) -> None:
+    spec = CacheSpec.of(name, options)
+    assert spec.period == period
+    first_pass = [note for note in spec.notes if "quantises its whole first pass" in note]
+    assert len(first_pass) == len(spec.notes) == (name in ("hqq", "quanto", "fp8"))
