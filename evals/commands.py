@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from typing import Any
 
 import yaml
 
-from rotorquant_hf import PRESETS, RotorQuantConfig
+from rotorquant_hf import PRESETS
 
-from .caches.registry import KINDS, CacheSpec, QuantoOptions
+from .caches.registry import KINDS, CacheSpec, option_texts
 from .options import add_arguments, flag
 from .subjects.models import ModelOptions
 from .tables import markdown
@@ -33,7 +32,7 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
         help=f"{names}, or a preset: {', '.join(PRESETS)} (default rotorquant)",
     )
     group.add_argument("--preset", default=argparse.SUPPRESS, help="of rotorquant", metavar="NAME")
-    for name, text in _cache_fields().items():
+    for name, text in option_texts().items():
         many = {"nargs": "+"} if name == "exact_layers" else {}
         group.add_argument(
             flag(name),
@@ -51,14 +50,6 @@ def _value(text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no value") from error
-
-
-def _cache_fields() -> dict[str, str]:
-    found = {}
-    for cls, suffix in ((RotorQuantConfig, ""), (QuantoOptions, " (quanto, hqq)")):
-        for field in dataclasses.fields(cls):
-            found.setdefault(field.name, field.metadata["help"] + suffix)
-    return found
 
 
 def cache_of(args: argparse.Namespace) -> CacheSpec:

@@ -14,6 +14,8 @@ import transformers
 
 import rotorquant_hf
 
+_Device = torch.device  # `Versions` has a field of the name `torch`
+
 
 def device_of(name: str) -> torch.device:
     """A device by name, with its index."""
@@ -40,7 +42,7 @@ class Versions:
     command: str
 
     @classmethod
-    def of(cls, device: torch.device, module: str, argv: Sequence[str] | None) -> Versions:
+    def of(cls, device: _Device, module: str, argv: Sequence[str] | None) -> Versions:
         """Those of this process, whose command is `python -m module argv...`."""
         arguments = sys.argv[1:] if argv is None else argv
         return cls(

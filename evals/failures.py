@@ -1,4 +1,9 @@
-"""Measurements that come to nothing: recorded with their reason, and their memory freed."""
+"""Measurements that come to nothing: their reason kept, their memory freed, the device tried.
+
+Two ways in: `failure_of` makes an error the `Failure` of a row, `guarded` reports the error of a
+block and goes on. Both let go of what the failed frames hold and then call `recover`, which alone
+says whether the device still works.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,8 @@ import torch
 
 from .environment import on_gpu
 from .errors import NotAvailableError
+
+_SPARE = 64 << 20  # bytes that must be free for the device to be tried
 
 
 class Failure(NamedTuple):
@@ -36,42 +43,35 @@ class FailedError(RuntimeError):
         self.failure = failure
 
 
+class DeviceLost(FailedError):
+    """The device, or this process's hold on it, is broken: only a new process helps."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(Failure("failed", reason, fatal=True))
+
+
 def failure_of(error: BaseException) -> Failure:
-    """What an error means for a row; the tensors that its frames hold are let go."""
+    """What an error means for a row; its memory is freed."""
     if isinstance(error, FailedError):
         return error.failure
     release(error)
-    fatal = not _freed()
-    if isinstance(error, NotAvailableError):
-        return Failure("not run", str(error), fatal)
-    return Failure("failed", describe(error), fatal)
-
-
-def _freed() -> bool:
-    """Give back what is not used any more; False if the device does not answer."""
-    gc.collect()
-    if not torch.cuda.is_available():
-        return True
+    absent = isinstance(error, NotAvailableError)
+    status, reason = ("not run", str(error)) if absent else ("failed", describe(error))
     try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError:  # after a failed assertion on the device all calls fail
-        return False
-    return True
+        recover(torch.device("cuda" if torch.cuda.is_available() else "cpu"), reason)
+    except DeviceLost:
+        return Failure(status, reason, fatal=True)
+    return Failure(status, reason)
 
 
 def raise_if_fatal(failure: Failure) -> None:
     """Go no further on a device that is broken.
 
     Raises:
-        FailedError: if it is.
+        DeviceLost: if it is.
     """
     if failure.fatal:
-        raise FailedError(failure)
-
-
-class DeviceLost(RuntimeError):
-    """The device, or this process's hold on it, is broken: only a new process helps."""
+        raise DeviceLost(failure.reason)
 
 
 @contextmanager
@@ -111,16 +111,17 @@ def release(error: BaseException | None) -> None:
 
 
 def recover(device: torch.device, reason: str) -> None:
-    """Free what a failure left, and see whether the device still works.
+    """Free what a failure left, and see whether the device still computes and captures graphs.
 
     Raises:
         DeviceLost: if not.
     """
     if not on_gpu(device):
+        gc.collect()
         return
     try:
-        torch.cuda.synchronize(device)
-        if free_memory(device) < 64 << 20:
+        torch.cuda.synchronize(device)  # after a failed assertion on the device all calls fail
+        if free_memory(device) < _SPARE:
             return  # what fills the memory is still in use; it was no fault of the device
         x = torch.ones(1024, device=device)
         graph = torch.cuda.CUDAGraph()

@@ -18,8 +18,8 @@ T = TypeVar("T")
 def option(
     default: Any,
     text: str,
-    least: float | None = None,
-    most: float | None = None,
+    min: float | None = None,
+    max: float | None = None,
     choices: Iterable[str] = (),
 ) -> Any:
     """A field of an options class.
@@ -27,12 +27,12 @@ def option(
     Args:
         default: its value where none is given; a list is written as a tuple.
         text: what it means, for `--help`.
-        least, most: bounds of a number, or of each number of a tuple.
-        choices: the strings there are.
+        min, max: bounds of the value, or of each value of a tuple.
+        choices: the strings that are allowed.
     """
     return dataclasses.field(
         default=default,
-        metadata={"help": text, "least": least, "most": most, "choices": tuple(choices)},
+        metadata={"help": text, "min": min, "max": max, "choices": tuple(choices)},
     )
 
 
@@ -45,15 +45,15 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         where: what the values belong to, for messages.
 
     Raises:
-        InputError: naming a key that there is not, or a value of a wrong type or out of range.
+        InputError: naming an unknown key, or a value of a wrong type or out of range.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     chosen = {}
     for name, value in values.items():
         if name not in fields:
-            there = f"there are {', '.join(fields)}" if fields else "it takes none"
-            raise InputError(f"{where}: unknown key {name!r}; {there}")
+            known = f"choose from {', '.join(fields)}" if fields else "it takes none"
+            raise InputError(f"{where}: unknown key {name!r}; {known}")
         chosen[name] = _checked(fields[name], hints[name], value, f"{where}: {name}")
     try:
         return cls(**chosen)
@@ -89,12 +89,12 @@ def _one(field: dataclasses.Field, kind: type, value: Any, where: str) -> Any:
         raise InputError(f"{where} is {value}; it takes a finite number")
     if kind is not Any and type(value) is not kind:
         raise InputError(f"{where} is {value!r}; it takes {_NAMES.get(kind, kind.__name__)}")
-    least, most = field.metadata.get("least"), field.metadata.get("most")
+    low, high = field.metadata.get("min"), field.metadata.get("max")
     choices = field.metadata.get("choices")
-    if least is not None and value < least:
-        raise InputError(f"{where} is {value}; choose {least} or more")
-    if most is not None and value > most:
-        raise InputError(f"{where} is {value}; choose {most} or less")
+    if low is not None and value < low:
+        raise InputError(f"{where} is {value}; choose {low} or more")
+    if high is not None and value > high:
+        raise InputError(f"{where} is {value}; choose {high} or less")
     if choices and value not in choices:
         raise InputError(f"{where} is {value!r}; choose one of {', '.join(choices)}")
     return value

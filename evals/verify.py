@@ -16,7 +16,7 @@ from .caches.registry import CacheSpec
 from .failures import failure_of
 from .measurements.perplexity import PerplexityMeasurement, PerplexityOptions
 from .options import option
-from .subjects.models import Subject
+from .subjects.models import LoadedModel
 from .tables import markdown
 
 PRESETS = ("k8v8", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2")
@@ -27,21 +27,21 @@ SAMPLES = Path(__file__).parent.parent / "examples" / "sampled"
 class VerifyOptions(PerplexityOptions):
     """How `verify` measures, and what it takes for safe."""
 
-    max_tokens: int = option(8192, "tokens to read in all", least=2)
+    max_tokens: int = option(8192, "tokens to read in all", min=2)
     place: str = option(
         "spread",
         "'start': the first windows of each text; 'spread': evenly over it",
         choices=("start", "spread"),
     )
     presets: tuple[str, ...] = option(PRESETS, "presets to measure", choices=PRESETS)
-    most_kl: float = option(0.005, "largest mean KL divergence, nats per token", least=0)
-    most_kl_p99: float = option(0.05, "largest 99th percentile of it", least=0)
+    most_kl: float = option(0.005, "largest mean KL divergence, nats per token", min=0)
+    most_kl_p99: float = option(0.05, "largest 99th percentile of it", min=0)
     least_top1: float = option(0.98, "smallest share of tokens with the same likeliest successor")
     most_delta: float = option(
         0.01, "largest rise of perplexity, as a part of it, at the upper end of its 95% interval"
     )
     least_packed: float = option(
-        0.3, "smallest share of what is read that must be read quantised", least=0, most=1
+        0.3, "smallest share of what is read that must be read quantised", min=0, max=1
     )
 
 
@@ -54,7 +54,7 @@ class Verdict:
     reasons: list[str]
 
 
-def verdicts(subject: Subject, options: VerifyOptions) -> Iterator[Verdict]:
+def verdicts(subject: LoadedModel, options: VerifyOptions) -> Iterator[Verdict]:
     """Measure the presets, one after the other."""
     measurement = PerplexityMeasurement(subject, options)
     for preset in options.presets:
@@ -128,7 +128,7 @@ def _cells(verdict: Verdict) -> list[str]:
     ]
 
 
-def conclusion(found: list[Verdict], subject: Subject) -> str:
+def conclusion(found: list[Verdict], subject: LoadedModel) -> str:
     """What to use, with the line of code; or that nothing is safe."""
     best = recommended(found)
     if best is None:

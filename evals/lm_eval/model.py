@@ -1,7 +1,7 @@
 """The model `rotorquant` of lm-eval: an `HFLM` whose requests all read a key-value cache.
 
 `HFLM` scores with one forward pass and no cache, which shows no compression whatever the cache.
-Here a batch goes through a new cache in passes (`probes/feeding.py`), so that log-likelihoods,
+Here a batch goes through a new cache in passes (`probes/chunked.py`), so that log-likelihoods,
 rolling ones and multiple choices read older tokens as they are stored. `generate_until` gives
 `generate` a new cache: the prompt's own pass reads exactly, as it does for every user of
 `generate`; the tokens decoded after it read the codes.
@@ -28,8 +28,8 @@ from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
 from ..caches.registry import CacheSpec
 from ..errors import InputError
-from ..probes.feeding import passes
-from ..probes.footprint import packed_numbers
+from ..probes.chunked import passes
+from ..probes.footprint import elements_of
 from .model_args import cache_of, check_names, chunk_of, refused
 from .reads import DecodingReads, Pass, Reads, nothing_compressed
 
@@ -113,7 +113,7 @@ class RotorQuantLM(HFLM):
                     if not start:  # filled in place: twice the logits may not fit
                         logits = found.new_empty(rows, length, found.shape[-1])
                     logits[:, start:end] = found
-                held, packed = packed_numbers(cache)
+                held, packed = elements_of(cache)
                 self._passes.append(Pass(start, end, before // rows, held // rows))
                 before = packed
         return logits

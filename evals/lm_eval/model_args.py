@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rotorquant_hf import RotorQuantConfig
-
-from ..caches.registry import CacheSpec, QuantoOptions
+from ..caches.registry import CacheSpec, option_texts
 from ..errors import InputError, require
 
 CHUNK = 64  # tokens of a pass through a compressed cache, unless told otherwise
 _WHERE = "--model_args"
 _LIKE = 0.8  # of difflib's ratio: from here on a name is taken for a slip of the pen
 
-CACHE_OPTIONS = (
-    "preset",
-    "label",
-    *dict.fromkeys(
-        field.name
-        for options in (RotorQuantConfig, QuantoOptions)
-        for field in dataclasses.fields(options)
-    ),
-)
+CACHE_OPTIONS = ("preset", "label", *option_texts())
 
 
 def cache_of(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import Cache, LogitsProcessor
 
-from ..probes.footprint import packed_numbers
+from ..probes.footprint import elements_of
 
 
 class Pass(NamedTuple):
@@ -67,7 +67,7 @@ class DecodingReads(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Count one step, of all rows, and return `scores` as they are."""
-        held, packed = packed_numbers(self.cache)
+        held, packed = elements_of(self.cache)
         self.reads.add(self.before, held)
         self.before = packed
         return scores

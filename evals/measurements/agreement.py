@@ -10,26 +10,27 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from ..caches.registry import CacheSpec
+from ..caches.registry import BASELINE, CacheSpec
 from ..errors import require
 from ..options import option
-from ..probes.footprint import packed_numbers
+from ..probes.footprint import elements_of
 from ..probes.integrity import NOTHING_COMPRESSED
-from ..subjects.models import Subject
+from ..subjects.models import LoadedModel
 from ..subjects.texts import TextOptions, cut
+from .base import Measurement, one_by_one
 
 
 @dataclass(frozen=True)
 class AgreementOptions(TextOptions):
     """How `agreement` is measured."""
 
-    max_tokens: int = option(4096, "tokens of all prompts together", least=2)
-    window: int = option(512, "tokens of a prompt", least=2)
-    new_tokens: int = option(100, "tokens to write after each prompt", least=1)
+    max_tokens: int = option(4096, "tokens of all prompts together", min=2)
+    window: int = option(512, "tokens of a prompt", min=2)
+    new_tokens: int = option(100, "tokens to write after each prompt", min=1)
     sample: bool = option(
         False,
-        "draw the tokens, with the same random numbers for every cache, instead of taking the "
-        "likeliest: small models soon repeat themselves then, and any two caches agree on a loop",
+        "draw the tokens, from the same seed for every cache, instead of taking the likeliest: "
+        "greedy small models soon repeat themselves, and any two caches agree on a loop",
     )
 
 
@@ -44,7 +45,7 @@ def continuation(
 ) -> list[int]:
     """`new_tokens` token ids that a model writes after a prompt (1, tokens), end of text or not."""
     torch.manual_seed(seed)
-    ids = model.generate(
+    ids = model.generate(  # type: ignore[operator]  # of GenerationMixin, which causal models are
         prompt,
         attention_mask=torch.ones_like(prompt),
         past_key_values=cache,
@@ -65,34 +66,34 @@ class AgreementMeasurement:
     """Length of agreement with the baseline's text, over some prompts.
 
     Args:
-        subject: the model.
+        loaded: the model.
         options: prompts and length.
-        seed: of the random numbers, where tokens are drawn.
+        seed: of the generator, where tokens are drawn.
 
     Raises:
-        InputError: for a text that is not there or too short.
+        InputError: for a text that is missing or too short.
     """
 
-    def __init__(self, subject: Subject, options: AgreementOptions, seed: int = 0) -> None:
-        self.subject, self.options, self.seed = subject, options, seed
-        room = None if subject.context is None else subject.context - options.new_tokens
+    def __init__(self, loaded: LoadedModel, options: AgreementOptions, seed: int = 0) -> None:
+        self.loaded, self.options, self.seed = loaded, options, seed
+        room = None if loaded.context is None else loaded.context - options.new_tokens
         require(
             room is None or room > 1,
-            f"new_tokens is {options.new_tokens}, but the model takes {subject.context} in all",
+            f"new_tokens is {options.new_tokens}, but the model takes {loaded.context} in all",
         )
-        windows, _ = cut(subject.tokenizer, options.documents(), options, room, least=1)
-        self.prompts = [window.ids.to(subject.device) for window in windows]
-        baseline = CacheSpec.of("dynamic")
+        windows, _ = cut(loaded.tokenizer, options.documents(), options, room, min_tokens=1)
+        self.prompts = [window.ids.to(loaded.device) for window in windows]
+        baseline = CacheSpec.of(BASELINE)
         self.expected = [self._write(baseline, prompt)[0] for prompt in self.prompts]
 
     def _write(self, spec: CacheSpec, prompt: Tensor) -> tuple[list[int], float]:
         """The tokens, and the share of the cache that is quantised in the end."""
-        options, cache = self.options, self.subject.new_cache(spec)
+        options, cache = self.options, self.loaded.new_cache(spec)
         written = continuation(
-            self.subject.model, prompt, cache, options.new_tokens, options.sample, self.seed
+            self.loaded.model, prompt, cache, options.new_tokens, options.sample, self.seed
         )
-        numbers, packed = packed_numbers(cache)
-        return written, packed / numbers
+        held, quantised = elements_of(cache)
+        return written, quantised / held
 
     def run(self, spec: CacheSpec) -> dict[str, Any]:
         """The figures of one cache, as plain values."""
@@ -114,3 +115,14 @@ class AgreementMeasurement:
             "compressed_share": share,
             "warnings": [] if share or spec.is_baseline else [NOTHING_COMPRESSED],
         }
+
+
+AGREEMENT = Measurement(
+    name="agreement",
+    text="how many tokens of text agree with the uncompressed cache's",
+    meaning="Tokens written before the text first differs from the uncompressed cache's.",
+    options=AgreementOptions,
+    prepare=lambda loaded, options, seed: one_by_one(
+        AgreementMeasurement(loaded, options, seed).run
+    ),
+)

@@ -12,7 +12,8 @@ from ..errors import InputError, NotAvailableError, require
 from ..lm_eval.model_args import CHUNK
 from ..lm_eval.tasks import TASKS, data_folder
 from ..options import option
-from ..subjects.models import Subject
+from ..subjects.models import LoadedModel
+from .base import Measurement, one_by_one
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -27,11 +28,11 @@ class LmEvalOptions:
     tasks: tuple[str, ...] = option(
         ("rotorquant_facts", "rotorquant_rhymes", "rotorquant_recall"), "names of tasks or groups"
     )
-    limit: int | None = option(None, "documents of each task (default: all)", least=1)
-    num_fewshot: int | None = option(None, "examples in a prompt (default: the task's)", least=0)
-    batch_size: int = option(1, "rows of a forward pass", least=1)
+    limit: int | None = option(None, "documents of each task (default: all)", min=1)
+    num_fewshot: int | None = option(None, "examples in a prompt (default: the task's)", min=0)
+    batch_size: int = option(1, "rows of a forward pass", min=1)
     chunk: int = option(
-        CHUNK, "most tokens of a forward pass (the baseline is read in the same passes)", least=1
+        CHUNK, "maximum tokens of a forward pass (the baseline is read in the same passes)", min=1
     )
     include_path: str | None = option(
         None, "folder with more tasks (default: this project's own, evals/tasks)"
@@ -40,12 +41,12 @@ class LmEvalOptions:
 
 
 def measure(
-    subject: Subject, spec: CacheSpec, options: LmEvalOptions, seed: int = 1234
+    loaded: LoadedModel, spec: CacheSpec, options: LmEvalOptions, seed: int = 1234
 ) -> dict[str, Any]:
     """Scores of one cache, as plain values.
 
     Args:
-        subject: the model.
+        loaded: the model.
         spec: the cache.
         options: tasks and how they are run.
         seed: of lm-eval's generators, the one that draws few-shot examples included.
@@ -57,7 +58,7 @@ def measure(
 
     Raises:
         NotAvailableError: if lm-eval is not installed.
-        InputError: for a task that there is not.
+        InputError: for an unknown task.
     """
     try:
         from lm_eval import simple_evaluate
@@ -68,11 +69,11 @@ def measure(
             f"lm-eval is not installed: pip install 'rotorquant-hf[eval]' ({error})"
         ) from error
     lm = RotorQuantLM(
-        subject.model,
+        loaded.model,
         cache=spec,
         chunk=options.chunk,
-        make_cache=lambda: subject.new_cache(spec),
-        tokenizer=subject.tokenizer,
+        make_cache=lambda: loaded.new_cache(spec),
+        tokenizer=loaded.tokenizer,
         batch_size=options.batch_size,
     )
     with data_folder(options.data):
@@ -102,7 +103,7 @@ def _manager_of(options: LmEvalOptions) -> TaskManager:
     """The index of tasks that knows all that are asked for; lm-eval's own if they need it.
 
     Raises:
-        InputError: for a task that there is not.
+        InputError: for an unknown task.
     """
     folder = options.include_path or str(TASKS)
     require(Path(folder).is_dir(), f"include_path {folder} is not a folder")
@@ -112,9 +113,7 @@ def _manager_of(options: LmEvalOptions) -> TaskManager:
         missing = [task for task in options.tasks if not manager.match_tasks([task])]
         if not missing:
             return manager
-    raise InputError(
-        f"there is no task {missing[0]!r}; python -m evals.lm_eval ls tasks lists them"
-    )
+    raise InputError(f"unknown task {missing[0]!r}; python -m evals.lm_eval ls tasks lists them")
 
 
 @functools.lru_cache(maxsize=4)
@@ -131,3 +130,14 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
         for name, value in row.items()
         if "," in name
     }
+
+
+LM_EVAL = Measurement(
+    name="lm_eval",
+    text="scores of lm-eval's tasks, all requests read through the cache",
+    meaning="Scores of lm-eval's tasks; a difference within the standard errors says nothing.",
+    options=LmEvalOptions,
+    prepare=lambda loaded, options, seed: one_by_one(
+        lambda spec: measure(loaded, spec, options, seed)
+    ),
+)

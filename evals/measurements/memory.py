@@ -12,27 +12,28 @@ from transformers import Cache, PreTrainedModel
 from ..caches.registry import CacheSpec
 from ..failures import FailedError, Failure, failure_of, raise_if_fatal
 from ..options import option
-from ..probes.feeding import fill
+from ..probes.chunked import fill
 from ..probes.footprint import footprint, peak_bytes, reachable_bytes
 from ..probes.integrity import NOTHING_COMPRESSED
-from ..subjects.models import Subject
+from ..subjects.models import LoadedModel
+from .base import Measurement, one_by_one
 
 
 @dataclass(frozen=True)
 class MemoryOptions:
     """How `memory` is measured."""
 
-    context: tuple[int, ...] = option((512, 1024, 2048), "prompt lengths, tokens", least=1)
-    batch: tuple[int, ...] = option((1,), "rows of the batch", least=1)
-    new_tokens: int = option(8, "tokens to decode after the prompt", least=1)
+    context: tuple[int, ...] = option((512, 1024, 2048), "prompt lengths, tokens", min=1)
+    batch: tuple[int, ...] = option((1,), "rows of the batch", min=1)
+    new_tokens: int = option(8, "tokens to decode after the prompt", min=1)
 
 
-def random_prompt(subject: Subject, batch: int, tokens: int, seed: int) -> Tensor:
+def random_prompt(loaded: LoadedModel, batch: int, tokens: int, seed: int) -> Tensor:
     """Random token ids (batch, tokens): memory and time do not depend on which they are."""
     generator = torch.Generator().manual_seed(seed)
-    size = subject.model.config.get_text_config(decoder=True).vocab_size
+    size = loaded.model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(0, size, (batch, tokens), generator=generator)
-    return ids.to(subject.device)
+    return ids.to(loaded.device)
 
 
 @torch.no_grad()
@@ -44,13 +45,13 @@ def decode(model: PreTrainedModel, token: Tensor, cache: Cache, steps: int) -> T
 
 
 def measure(
-    subject: Subject, spec: CacheSpec, options: MemoryOptions, seed: int = 0
+    loaded: LoadedModel, spec: CacheSpec, options: MemoryOptions, seed: int = 0
 ) -> dict[str, Any]:
     """The memory of one cache at every batch and context, as plain values.
 
-    Peaks are bytes above what is in use before (the weights, and in decoding the cache): for a
-    prefill the cache and all that comes and goes with it, for decoding the growth of the cache and
-    all that comes and goes in a step.
+    Prefill peak: cache plus temporaries. Decode peak: cache growth plus temporaries of one step.
+    Both are bytes relative to the memory already allocated: the weights, and for decoding the
+    cache.
     """
     points: list[dict[str, Any]] = []
     failures: list[Failure] = []
@@ -58,34 +59,34 @@ def measure(
         for context in options.context:
             place = {"batch": batch, "context": context}
             try:
-                points.append(place | _point(subject, spec, batch, context, options, seed))
+                points.append(place | _point(loaded, spec, batch, context, options, seed))
             except Exception as error:
                 failures.append(failure_of(error))
                 points.append(place | {"error": failures[-1].reason})
                 raise_if_fatal(failures[-1])
     if len(failures) == len(points):
         raise FailedError(failures[0])
-    packed = spec.is_baseline or any(point.get("packed_bits_per_number") for point in points)
-    return {"points": points, "warnings": [] if packed else [NOTHING_COMPRESSED]}
+    compressed = spec.is_baseline or any(point.get("packed_bits_per_number") for point in points)
+    return {"points": points, "warnings": [] if compressed else [NOTHING_COMPRESSED]}
 
 
 def _point(
-    subject: Subject,
+    loaded: LoadedModel,
     spec: CacheSpec,
     batch: int,
     context: int,
     options: MemoryOptions,
     seed: int,
 ) -> dict[str, Any]:
-    model, ids = subject.model, random_prompt(subject, batch, context, seed)
+    model, ids = loaded.model, random_prompt(loaded, batch, context, seed)
     # Tables, compiled kernels and workspaces are made once, not by every prompt.
-    fill(model, ids[:, :32], subject.new_cache(spec))
-    cache = subject.new_cache(spec)
+    fill(model, ids[:, :32], loaded.new_cache(spec))
+    cache = loaded.new_cache(spec)
     token = torch.zeros_like(ids[:, :1])
-    devices = subject.devices
+    devices = loaded.devices
     prefill = peak_bytes(lambda: token.copy_(fill(model, ids, cache).argmax(-1, True)), devices)
     decoding = peak_bytes(lambda: decode(model, token, cache, options.new_tokens), devices)
-    counted = footprint(cache, subject.dtype)
+    counted = footprint(cache, loaded.dtype)
     return {
         "cache_bytes": counted.total_bytes,
         "reachable_bytes": reachable_bytes(cache),
@@ -95,3 +96,14 @@ def _point(
         "peak_decode_bytes": decoding,
         "parts": counted.parts,
     }
+
+
+MEMORY = Measurement(
+    name="memory",
+    text="bytes of a cache by part, and peaks of prefill and decoding, against context and batch",
+    meaning="What compression saves: bytes of the cache, and peaks of the memory in use.",
+    options=MemoryOptions,
+    prepare=lambda loaded, options, seed: one_by_one(
+        lambda spec: measure(loaded, spec, options, seed)
+    ),
+)

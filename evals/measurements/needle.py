@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from ..caches.registry import CacheSpec
+from ..caches.registry import BASELINE, CacheSpec
 from ..errors import require
 from ..options import option
-from ..probes.feeding import feed, read
-from ..probes.footprint import packed_tokens
-from ..subjects.models import Subject
+from ..probes.chunked import feed, read
+from ..probes.footprint import quantised_tokens
+from ..subjects.models import LoadedModel
 from ..subjects.texts import TextOptions, beginning, encode
+from .base import Measurement, one_by_one
 
 QUESTION = " The secret word of the {subject} is"
 
@@ -44,13 +45,13 @@ ANSWERS = (
 class NeedleOptions(TextOptions):
     """How `needle` is measured."""
 
-    length: tuple[int, ...] = option((512, 1024), "tokens of prose, facts and question", least=64)
+    length: tuple[int, ...] = option((512, 1024), "tokens of prose, facts and question", min=64)
     depth: tuple[float, ...] = option(
-        (0.1, 0.3, 0.5, 0.7, 0.9), "place of the fact: 0 first, 1 last", least=0, most=1
+        (0.1, 0.3, 0.5, 0.7, 0.9), "place of the fact: 0 first, 1 last", min=0, max=1
     )
-    trials: int = option(4, "questions for each length and depth", least=1)
-    others: int = option(3, "other facts of the same form in the prose", least=0, most=12)
-    chunk: int = option(64, "most tokens of a forward pass", least=1)
+    trials: int = option(4, "questions for each length and depth", min=1)
+    others: int = option(3, "other facts of the same form in the prose", min=0, max=12)
+    chunk: int = option(64, "maximum tokens of a forward pass", min=1)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Prompt:
         span: first and last-but-one token of the fact asked for.
         question: token ids (1, m).
         answer: token ids.
-        candidates: first tokens of all answers that there are, the right one first.
+        candidates: first tokens of all possible answers, the right one first.
     """
 
     length: int
@@ -79,24 +80,24 @@ class NeedleMeasurement:
     """Retrieval by caches of one model.
 
     Args:
-        subject: the model.
+        loaded: the model.
         options: prose and grid.
         seed: of the facts and their places.
 
     Raises:
-        InputError: for a text that is not there or too short.
+        InputError: for a text that is missing or too short.
     """
 
-    def __init__(self, subject: Subject, options: NeedleOptions, seed: int = 0) -> None:
-        self.subject, self.options = subject, options
-        self.maker = _Maker(subject, options, seed)
+    def __init__(self, loaded: LoadedModel, options: NeedleOptions, seed: int = 0) -> None:
+        self.loaded, self.options = loaded, options
+        self.maker = _Maker(loaded, options, seed)
         self.prompts = [
             self.maker.prompt(length, depth)
             for length in options.length
             for depth in options.depth
             for _ in range(options.trials)
         ]
-        self.baseline = self._passes(CacheSpec.of("dynamic"))
+        self.baseline = self._passes(CacheSpec.of(BASELINE))
 
     def run(self, spec: CacheSpec) -> dict[str, Any]:
         """The figures of one cache, as plain values."""
@@ -128,12 +129,12 @@ class NeedleMeasurement:
 
     def _passes(self, spec: CacheSpec) -> list[tuple[bool, bool, bool]]:
         """Of every prompt: the answer was written, was the likeliest, was stored quantised."""
-        return [self._ask(prompt, self.subject.new_cache(spec)) for prompt in self.prompts]
+        return [self._ask(prompt, self.loaded.new_cache(spec)) for prompt in self.prompts]
 
     def _ask(self, prompt: Prompt, cache: Cache) -> tuple[bool, bool, bool]:
-        model = self.subject.model
+        model = self.loaded.model
         feed(model, prompt.context, cache, self.options.chunk)
-        first, last = packed_tokens(cache)
+        first, last = quantised_tokens(cache)
         stored = first <= prompt.span[0] and prompt.span[1] <= last
         logits = read(model, prompt.question, cache)[-1]
         scores = logits[prompt.candidates]
@@ -167,9 +168,9 @@ class NeedleMeasurement:
 class _Maker:
     """Draws prompts."""
 
-    def __init__(self, subject: Subject, options: NeedleOptions, seed: int) -> None:
+    def __init__(self, loaded: LoadedModel, options: NeedleOptions, seed: int) -> None:
         self.options, self.random = options, random.Random(seed)
-        self.tokenizer, self.device = subject.tokenizer, subject.device
+        self.tokenizer, self.device = loaded.tokenizer, loaded.device
         self.begin = beginning(self.tokenizer)
         texts = [encode(self.tokenizer, document.text) for document in options.documents()]
         self.texts = [tokens for tokens in texts if len(tokens) >= max(options.length)]
@@ -187,8 +188,8 @@ class _Maker:
         )
         longest = max(options.length)
         require(
-            subject.context is None or longest <= subject.context,
-            f"length is {longest}, but the model takes {subject.context} tokens",
+            loaded.context is None or longest <= loaded.context,
+            f"length is {longest}, but the model takes {loaded.context} tokens",
         )
 
     def _distinct(self) -> dict[str, list[int]]:
@@ -244,3 +245,12 @@ class _Maker:
         if whole[: len(before)] == before:
             return whole[len(before) :]
         return encode(self.tokenizer, text).tolist()
+
+
+NEEDLE = Measurement(
+    name="needle",
+    text="whether a fact that was stored quantised is still found",
+    meaning="Share of the facts hidden in prose that the model still names.",
+    options=NeedleOptions,
+    prepare=lambda loaded, options, seed: one_by_one(NeedleMeasurement(loaded, options, seed).run),
+)

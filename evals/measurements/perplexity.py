@@ -12,19 +12,17 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from ..caches.registry import CacheSpec
+from ..caches.base import Elements
+from ..caches.registry import BASELINE, CacheSpec
 from ..options import option
-from ..probes.feeding import passes, read
-from ..probes.footprint import footprint, packed_numbers
-from ..probes.half_size import half_footprint, states_of
+from ..probes.chunked import passes, read
+from ..probes.footprint import elements_of, footprint
+from ..probes.half_size import half_footprint, layer_shapes
 from ..probes.integrity import warnings_of
-from ..subjects.models import Subject
+from ..subjects.models import LoadedModel
 from ..subjects.texts import TextOptions, cut
+from .base import Measurement, one_by_one
 
-_FIRST_PASS = (
-    "this cache quantises its whole first pass, and fp8 takes its scale from it: the figures "
-    "depend on chunk"
-)
 _KEPT_BYTES = 2 << 30  # of the baseline's logits, in the host's memory
 
 
@@ -32,7 +30,7 @@ _KEPT_BYTES = 2 << 30  # of the baseline's logits, in the host's memory
 class PerplexityOptions(TextOptions):
     """How `perplexity` is measured."""
 
-    chunk: int = option(64, "most tokens of a forward pass; 1 is true decoding", least=1)
+    chunk: int = option(64, "maximum tokens of a forward pass; 1 is true decoding", min=1)
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,11 @@ class Comparison:
             None for a single window.
         kl_mean: mean KL divergence of the next-token distributions to the reference's.
         kl_p99: its 99th percentile over the tokens.
-        top1_agreement: share of tokens whose most likely successor is the reference's.
-        bits_per_number: bytes of the cache with the last token in, over the numbers it stands
+        top1_agreement: share of tokens whose likeliest successor is the reference's.
+        bits_per_number: bits of the cache with the last token in, over the elements it stands
             for; everything counted. Mean over the windows.
-        packed_bits_per_number: the same without the exact tokens: what long texts come near to.
-            None where a window is too short to pack any.
+        packed_bits_per_number: the same without the full-precision tokens: the limit for long
+            texts. None where a window is too short to quantise any.
         compressed_share: share of the keys and values read that were read quantised. (Of layers
             with a sliding window an upper bound: what leaves it during a pass is counted.)
         tokens: predicted tokens.
@@ -74,8 +72,8 @@ class Comparison:
 class Reference:
     """The logits that a cache's are compared with: those of the uncompressed cache.
 
-    They are made in the same passes as the cache's own, so that both round alike, and kept for
-    the next cache while they fit in `kept_bytes`.
+    They are computed in the same passes as the cache's own, so that both round alike, and kept
+    for the next cache while they fit in `kept_bytes`.
 
     Args:
         model: in evaluation mode.
@@ -152,22 +150,22 @@ def compare(
         windows: token ids (1, tokens) each.
         reference: of the same windows.
         make_cache: makes an empty cache; called once per window.
-        chunk: most tokens per forward pass; 1 is true decoding.
+        chunk: maximum tokens of a forward pass; 1 is true decoding.
         documents: what each window is of; windows of one document are not independent.
     """
     kl, agree, losses, bits = [], [], [], []
-    packed = seen = 0.0
+    quantised = seen = 0.0
     for index, ids in enumerate(windows):
-        cache, stored = make_cache(), (0, 0)
+        cache, stored = make_cache(), Elements(0, 0)
         loss = torch.zeros(2, dtype=torch.float64)
         for start, end in passes(cache, chunk, ids.shape[1]):
             n = end - start
             actual = read(model, ids[:, start:end], cache).double().log_softmax(-1)
-            # The pass read what was packed before it; the rest, and itself, exactly.
-            held, stored = stored, packed_numbers(cache)
-            packed += n * held[1]
+            # The pass read quantised what was so before it; the rest, itself included, was not.
+            before, stored = stored, elements_of(cache)
+            quantised += n * before.quantised
             # Token i of the pass sees i - 1 more than its first.
-            seen += n * (held[0] + stored[0] + (stored[0] - held[0]) / n) / 2
+            seen += n * (before.held + stored.held + (stored.held - before.held) / n) / 2
             expected = reference.logits(index, start, end).double().log_softmax(-1)
             kl.append((expected.exp() * (expected - actual)).sum(-1).cpu())
             agree.append((expected.argmax(-1) == actual.argmax(-1)).cpu())
@@ -190,8 +188,8 @@ def compare(
         kl_p99=float(np.quantile(divergence.numpy(), 0.99)),
         top1_agreement=float(torch.cat(agree).double().mean()),
         bits_per_number=sum(total for total, _ in bits) / len(bits),
-        packed_bits_per_number=_mean([packed for _, packed in bits]),
-        compressed_share=packed / seen,
+        packed_bits_per_number=_mean([quantised for _, quantised in bits]),
+        compressed_share=quantised / seen,
         tokens=tokens,
     )
 
@@ -239,23 +237,23 @@ class PerplexityMeasurement:
     """Perplexity and divergence of caches on one text.
 
     Args:
-        subject: the model.
+        loaded: the model.
         options: text and chunk.
 
     Raises:
-        InputError: for a text that is not there or too short.
+        InputError: for a text that is missing or too short.
     """
 
-    def __init__(self, subject: Subject, options: PerplexityOptions) -> None:
-        self.subject, self.options = subject, options
+    def __init__(self, loaded: LoadedModel, options: PerplexityOptions) -> None:
+        self.loaded, self.options = loaded, options
         documents = options.documents()
         self.windows, self.left_out = cut(
-            subject.tokenizer, documents, options, subject.context, options.chunk
+            loaded.tokenizer, documents, options, loaded.context, options.chunk
         )
-        self.ids = [window.ids.to(subject.device) for window in self.windows]
-        self.states = states_of(subject.model, self.ids[0][:, :1])
-        baseline = CacheSpec.of("dynamic")
-        self.reference = Reference(subject.model, self.ids, lambda: subject.new_cache(baseline))
+        self.ids = [window.ids.to(loaded.device) for window in self.windows]
+        self.shapes = layer_shapes(loaded.model, self.ids[0][:, :1])
+        baseline = CacheSpec.of(BASELINE)
+        self.reference = Reference(loaded.model, self.ids, lambda: loaded.new_cache(baseline))
 
     def run(self, spec: CacheSpec) -> dict[str, Any]:
         """The figures of one cache, as plain values.
@@ -263,11 +261,11 @@ class PerplexityMeasurement:
         For the baseline itself the reference is one pass without a cache: its divergence is the
         rounding noise of the model's dtype.
         """
-        model = self.subject.model
+        model = self.loaded.model
         reference = SinglePass(model, self.ids) if spec.is_baseline else self.reference
 
         def make_cache() -> Cache:
-            return self.subject.new_cache(spec)
+            return self.loaded.new_cache(spec)
 
         make_cache()  # an unavailable cache says so before any work
         names = [window.name for window in self.windows]
@@ -280,8 +278,8 @@ class PerplexityMeasurement:
             bits = (result.bits_per_number, result.packed_bits_per_number)
         else:
             longest = max(ids.shape[1] for ids in self.ids)
-            chunk, device = self.options.chunk, self.subject.device
-            half = half_footprint(self.states, make_cache, longest, chunk, device)
+            chunk, device = self.options.chunk, self.loaded.device
+            half = half_footprint(self.shapes, make_cache, longest, chunk, device)
             bits = (half.bits_per_number, half.packed_bits_per_number)
         return asdict(result) | {
             "bits_per_number_16bit": bits[0],
@@ -294,5 +292,17 @@ class PerplexityMeasurement:
             "interval_over": "documents" if len(set(names)) > 1 else "windows of one document",
             "documents_left_out": self.left_out,
             "warnings": warnings,
-            "notes": [_FIRST_PASS] if spec.kind in ("quanto", "hqq", "fp8") else [],
+            "notes": list(spec.notes),
         }
+
+
+PERPLEXITY = Measurement(
+    name="perplexity",
+    text="perplexity of a text read through a cache, and divergence from the uncompressed one",
+    meaning=(
+        "What compression costs: KL divergence from the uncompressed cache, nats per token, and "
+        "the change of perplexity, against the bits of an element."
+    ),
+    options=PerplexityOptions,
+    prepare=lambda loaded, options, seed: one_by_one(PerplexityMeasurement(loaded, options).run),
+)

@@ -13,11 +13,12 @@ import torch
 from ..caches.registry import CacheSpec
 from ..failures import Failure, failure_of, raise_if_fatal
 from ..options import option
-from ..probes.feeding import fill
-from ..probes.footprint import packed_numbers
+from ..probes.chunked import fill
+from ..probes.footprint import elements_of
 from ..probes.integrity import NOTHING_COMPRESSED
-from ..subjects.models import Subject
+from ..subjects.models import LoadedModel
 from ..timing import Timing
+from .base import Measurement
 from .memory import decode, random_prompt
 
 
@@ -25,61 +26,60 @@ from .memory import decode, random_prompt
 class SpeedOptions:
     """How `speed` is measured."""
 
-    context: tuple[int, ...] = option((512, 1024, 2048), "prompt lengths, tokens", least=1)
-    batch: tuple[int, ...] = option((1,), "rows of the batch", least=1)
+    context: tuple[int, ...] = option((512, 1024, 2048), "prompt lengths, tokens", min=1)
+    batch: tuple[int, ...] = option((1,), "rows of the batch", min=1)
     new_tokens: int = option(
         128,
         "tokens to decode after each prompt: a multiple of those after which a cache quantises "
         "again (32 for rotorquant, 128 for quanto and hqq), so that each is charged its share",
-        least=1,
+        min=1,
     )
-    repeats: int = option(5, "times to prefill and decode with each cache", least=1)
+    repeats: int = option(5, "times to prefill and decode with each cache", min=1)
 
 
 def measure(
-    subject: Subject, specs: Sequence[CacheSpec], options: SpeedOptions, seed: int = 0
+    loaded: LoadedModel, specs: Sequence[CacheSpec], options: SpeedOptions, seed: int = 0
 ) -> list[dict[str, Any] | Failure]:
     """The speed of every cache, side by side.
 
     In every repeat each cache in turn takes the prompt and decodes after it, so that a drift of
-    the machine meets all alike; the order turns round from one repeat to the next. The first
-    repeat warms up and is not counted. Figures are whole-model, on the host's clock, up to the
-    device's last result.
+    the machine affects all alike; every other repeat takes them in reverse order. The first repeat
+    warms up and is not counted. Figures are of the whole model, by the host's clock, until the
+    device is done.
 
     Returns:
         For every cache its figures as plain values, or why there are none.
     """
     found: list[list[dict[str, Any]]] = [[] for _ in specs]
     failures: list[list[Failure]] = [[] for _ in specs]
-    packed = [spec.is_baseline for spec in specs]
+    compressed = [spec.is_baseline for spec in specs]
     for batch in options.batch:
         for context in options.context:
-            prompt = random_prompt(subject, batch, context, seed)
+            prompt = random_prompt(loaded, batch, context, seed)
             place = {"batch": batch, "context": context}
-            timed = _interleaved(subject, specs, prompt, options)
+            timed = _interleaved(loaded, specs, prompt, options)
             for i, samples in enumerate(timed):
                 if isinstance(samples, Failure):
                     raise_if_fatal(samples)
                     failures[i].append(samples)
                     found[i].append(place | {"error": samples.reason})
                 else:
-                    packed[i] |= any(sample.packed for sample in samples)
+                    compressed[i] |= any(sample.compressed for sample in samples)
                     found[i].append(place | _point(batch, context, samples, options.new_tokens))
     return [
         failed[0]
         if len(failed) == len(points)
         else {"points": points, "warnings": _warnings(spec, options, read)}
-        for spec, points, failed, read in zip(specs, found, failures, packed, strict=True)
+        for spec, points, failed, read in zip(specs, found, failures, compressed, strict=True)
     ]
 
 
-def _warnings(spec: CacheSpec, options: SpeedOptions, packed: bool) -> list[str]:
-    period = getattr(spec.options, "block_length", getattr(spec.options, "residual_length", 1))
-    found = [] if packed else [NOTHING_COMPRESSED]
-    if options.new_tokens % period:
+def _warnings(spec: CacheSpec, options: SpeedOptions, compressed: bool) -> list[str]:
+    found = [] if compressed else [NOTHING_COMPRESSED]
+    if options.new_tokens % spec.period:
         found.append(
-            f"new_tokens is {options.new_tokens}, no multiple of the {period} tokens after which "
-            f"{spec.label} quantises again: decoding is charged too much or too little of it"
+            f"new_tokens is {options.new_tokens}, not a multiple of the {spec.period} tokens after "
+            f"which {spec.label} quantises again: decoding is charged too much or too little of it"
         )
     return found
 
@@ -89,11 +89,11 @@ class _Sample(NamedTuple):
 
     prefill: float
     step: float
-    packed: bool
+    compressed: bool
 
 
 def _interleaved(
-    subject: Subject, specs: Sequence[CacheSpec], prompt: torch.Tensor, options: SpeedOptions
+    loaded: LoadedModel, specs: Sequence[CacheSpec], prompt: torch.Tensor, options: SpeedOptions
 ) -> list[list[_Sample] | Failure]:
     """Samples of every cache, or why there are none."""
     samples: list[list[_Sample] | Failure] = [[] for _ in specs]
@@ -104,7 +104,7 @@ def _interleaved(
             if isinstance(kept, Failure):
                 continue
             try:
-                sample = _sample(subject, specs[i], prompt, options.new_tokens)
+                sample = _sample(loaded, specs[i], prompt, options.new_tokens)
             except Exception as error:
                 samples[i] = failure_of(error)
                 continue
@@ -113,8 +113,8 @@ def _interleaved(
     return samples
 
 
-def _sample(subject: Subject, spec: CacheSpec, prompt: torch.Tensor, new_tokens: int) -> _Sample:
-    model, cache = subject.model, subject.new_cache(spec)
+def _sample(loaded: LoadedModel, spec: CacheSpec, prompt: torch.Tensor, new_tokens: int) -> _Sample:
+    model, cache = loaded.model, loaded.new_cache(spec)
     gc.collect()
 
     def prefill() -> torch.Tensor:
@@ -124,7 +124,7 @@ def _sample(subject: Subject, spec: CacheSpec, prompt: torch.Tensor, new_tokens:
     # The step after a prompt sets decoding up (a ring, a first quantised block): not a usual one.
     token = decode(model, token, cache, 1)
     rest, _ = _timed(lambda: decode(model, token, cache, new_tokens), prompt.device)
-    return _Sample(first, rest / new_tokens, packed_numbers(cache)[1] > 0)
+    return _Sample(first, rest / new_tokens, elements_of(cache).quantised > 0)
 
 
 def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
@@ -154,3 +154,13 @@ def _point(batch: int, context: int, samples: list[_Sample], new_tokens: int) ->
         "new_tokens": new_tokens,
         "samples": len(samples),
     }
+
+
+SPEED = Measurement(
+    name="speed",
+    text="prefill and decoding speed of the whole model against context, caches side by side",
+    meaning="Tokens per second of the whole model; comparable within one run only.",
+    options=SpeedOptions,
+    prepare=lambda loaded, options, seed: lambda specs: measure(loaded, specs, options, seed),
+    together=True,
+)

@@ -1,25 +1,25 @@
 """What a cache takes of a 16-bit model, when the model measured is in float32.
 
-In float32 the exact tokens of every cache, and the scales of quanto and HQQ, take twice what they
-take in the dtype that models are served in; codes do not. So as many tokens go into a new cache
-once more, in bfloat16; random ones, as the size does not depend on them.
+In float32 the full-precision tokens of every cache, and the scales of quanto and HQQ, take twice
+what they take in the dtype that models are served in; codes do not. So as many random tokens go
+into a second cache, in bfloat16: the size does not depend on their values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from .feeding import passes, read
+from .chunked import passes, read
 from .footprint import Footprint, footprint
 
 
-class States(NamedTuple):
-    """What one layer hands its cache: its index, kv heads, key and value dim."""
+class LayerShape(NamedTuple):
+    """Shape of the states that one layer hands its cache."""
 
     layer: int
     heads: int
@@ -31,23 +31,28 @@ class _Recording(DynamicCache):
     """Notes the shapes of what it is given."""
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         self.__dict__.setdefault("seen", []).append(
-            States(layer_idx, key_states.shape[1], key_states.shape[3], value_states.shape[3])
+            LayerShape(layer_idx, key_states.shape[1], key_states.shape[3], value_states.shape[3])
         )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
-def states_of(model: PreTrainedModel, token: Tensor) -> list[States]:
-    """What the layers of a model hand to a cache, seen in a pass over one token id (1, 1)."""
+def layer_shapes(model: PreTrainedModel, token: Tensor) -> list[LayerShape]:
+    """Shapes of what the layers of a model hand to a cache, from a pass over a token id (1, 1)."""
     cache = _Recording(config=model.config)
     read(model, token, cache)
     return cache.__dict__.get("seen", [])
 
 
 def half_footprint(
-    states: list[States],
+    shapes: list[LayerShape],
     make_cache: Callable[[], Cache],
     tokens: int,
     chunk: int,
@@ -56,7 +61,7 @@ def half_footprint(
     """Count a cache of a text of some tokens, in bfloat16.
 
     Args:
-        states: of the model's layers.
+        shapes: of the model's layers.
         make_cache: makes an empty cache.
         tokens: of the text.
         chunk: tokens per pass.
@@ -65,7 +70,7 @@ def half_footprint(
     cache = make_cache()
     generator = torch.Generator(device).manual_seed(0)
     for start, end in passes(cache, chunk, tokens):
-        for layer, heads, key_dim, value_dim in states:
+        for layer, heads, key_dim, value_dim in shapes:
             keys, values = (
                 torch.randn(
                     1, heads, end - start, dim, device=device, generator=generator

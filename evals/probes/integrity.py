@@ -1,24 +1,23 @@
-"""Is the cache read, and is anything compressed? What a measurement must know of its subject.
+"""Is the cache read, and is anything compressed? Else its figures say nothing.
 
-A cache that keeps exact copies beside its codes shows no loss and saves nothing; one that packs
-nothing shows no loss either. So the stored codes are scrambled, of the keys and of the values of
-one layer after the other, and the model must notice each.
+A cache that keeps full-precision copies beside its codes shows no loss and saves nothing; one that
+quantises nothing shows no loss either. So the stored codes are scrambled, of the keys and of the
+values of one layer after the other, and the model must notice each.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import QuantizedLayer
 
-from rotorquant_hf.layers.full import RotorQuantLayer
-
-from .feeding import feed, read
-from .footprint import codes_of, footprint, reachable_bytes
+from ..caches.registry import kind_of
+from .chunked import feed, read
+from .footprint import footprint, reachable_bytes
 
 _SLACK = 1.01  # of the bytes that a cache reports; small state is not in every report
 _PROBE = 8  # tokens that read the scrambled codes
@@ -40,15 +39,16 @@ def warnings_of(
     text, rest = ids[:, :-probe], ids[:, -probe:]
     feed(model, text, cache, chunk)
     counted, reachable = footprint(cache, model.dtype), reachable_bytes(cache)
+    held, quantised = counted.elements
     tokens, found = text.shape[1], []
     if cache.get_seq_length() != tokens:
         found.append(
             f"the cache holds {cache.get_seq_length()} tokens, but {tokens} went through the "
             "model: it is not used"
         )
-    if not counted.packed_numbers:
-        found.append(_nothing_packed(cache, tokens))
-    elif not any(codes_of(layer) for layer in cache.layers):
+    if not quantised:
+        found.append(_nothing_quantised(cache, tokens))
+    elif not any(kind_of(cache).codes(layer) for layer in cache.layers):
         found.append("the cache says that tokens are quantised, but stores no codes")
     else:
         unread = list(_unread(model, text, rest, make_cache, chunk, cache))
@@ -58,11 +58,11 @@ def warnings_of(
                 f"stored codes are not read ({', '.join(unread[:4])}{more}): the model gives the "
                 "same logits when they are scrambled, so these figures flatter the cache"
             )
-    exact = counted.numbers * model.dtype.itemsize
-    if counted.packed_numbers and counted.total_bytes >= exact:
+    uncompressed = held * model.dtype.itemsize
+    if quantised and counted.total_bytes >= uncompressed:
         found.append(
             f"nothing is saved: the cache takes {counted.total_bytes:,} bytes, uncompressed it "
-            f"would take {exact:,}"
+            f"would take {uncompressed:,}"
         )
     if reachable > _SLACK * counted.total_bytes:
         found.append(
@@ -72,15 +72,15 @@ def warnings_of(
 
 
 NOTHING_COMPRESSED = (
-    "nothing was compressed: all tokens were in the exact window; measure longer contexts"
+    "nothing was compressed: all tokens were in the full-precision window; measure longer contexts"
 )
 
 
-def _nothing_packed(cache: Cache, tokens: int) -> str:
-    if any(isinstance(layer, RotorQuantLayer | QuantizedLayer) for layer in cache.layers):
+def _nothing_quantised(cache: Cache, tokens: int) -> str:
+    if kind_of(cache).tokens_until_change(cache) < sys.maxsize:
         return (
-            f"nothing is compressed after {tokens} tokens: the exact window holds them all; "
-            "measure longer texts"
+            f"nothing is compressed after {tokens} tokens: the full-precision window holds them "
+            "all; measure longer texts"
         )
     return f"nothing is compressed after {tokens} tokens: the cache has no compressed layer"
 
@@ -93,21 +93,21 @@ def _unread(
     chunk: int,
     cache: Cache,
 ) -> Iterator[str]:
-    """Layers and parts whose codes may be anything; `cache` holds `text`."""
+    """Layers and parts whose codes do not change the logits; `cache` holds `text`."""
 
     def filled() -> Cache:
         try:
             return copy.deepcopy(cache)
-        except Exception:  # whatever its tensors say to being copied
+        except Exception:  # deepcopy may be unsupported
             again = make_cache()
             feed(model, text, again, chunk)
             return again
 
-    expected = read(model, rest, filled())
+    kind, expected = kind_of(cache), read(model, rest, filled())
     for index, layer in enumerate(cache.layers):
-        for part in codes_of(layer):
+        for part in kind.codes(layer):
             probed = filled()
-            for codes in codes_of(probed.layers[index])[part]:
+            for codes in kind.codes(probed.layers[index])[part]:
                 codes.view(torch.uint8).bitwise_xor_(0x55)
             if torch.equal(expected, read(model, rest, probed)):
                 yield f"{part} of layer {index}"

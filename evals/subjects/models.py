@@ -40,9 +40,9 @@ class ModelOptions:
     tokenizer: str | None = option(None, "folder or name of the tokenizer (default: the model's)")
     revision: str | None = option(None, "revision on the Hub")
     trust_remote_code: bool = option(False, "run code that comes with the model")
-    outliers: float | None = option(None, "twin: factor on two key channel pairs per head", least=1)
+    outliers: float | None = option(None, "twin: factor on two key channel pairs per head", min=1)
     key_bias: float | None = option(None, "twin: bias on one key channel per head, before RoPE")
-    bias_pair: int = option(0, "twin: RoPE pair of that bias", least=0)
+    bias_pair: int = option(0, "twin: RoPE pair of that bias", min=0)
     key_offset: float = option(0.0, "twin: constant on four key channels, after RoPE")
 
     @property
@@ -59,7 +59,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedModel:
     """A loaded model.
 
     Attributes:
@@ -74,7 +74,7 @@ class Subject:
 
     @property
     def context(self) -> int | None:
-        """The most tokens that the model was made for, if its config says so."""
+        """The maximum tokens of the model, if its config says."""
         config = self.model.config.get_text_config(decoder=True)
         return getattr(config, "max_position_embeddings", None)
 
@@ -86,7 +86,7 @@ class Subject:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device
+        return next(self.model.get_input_embeddings().parameters()).device
 
     @property
     def devices(self) -> set[torch.device]:
@@ -99,7 +99,7 @@ class Subject:
         return offset_keys(cache, self.options.key_offset) if self.options.key_offset else cache
 
     def to_dict(self) -> dict[str, Any]:
-        """The options, with what was left open decided."""
+        """The options, with the values that were chosen for those left open."""
         return asdict(self.options) | {
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
@@ -108,11 +108,11 @@ class Subject:
         }
 
 
-def load(options: ModelOptions) -> Subject:
+def load(options: ModelOptions) -> LoadedModel:
     """Load a model with its tokenizer.
 
     Raises:
-        InputError: if the device, the model or the tokenizer is not to be had.
+        InputError: if the device cannot be used, or the model or tokenizer does not load.
     """
     spread = options.device == "auto"
     device = pick_device(None if spread else options.device)
@@ -133,7 +133,7 @@ def load(options: ModelOptions) -> Subject:
         scale_key_channels(model, options.outliers)
     if options.key_bias is not None:
         add_key_bias(model, options.key_bias, options.bias_pair)
-    return Subject(model, tokenizer, options)
+    return LoadedModel(model, tokenizer, options)
 
 
 def load_model(
@@ -142,14 +142,14 @@ def load_model(
     """A causal language model, ready to be measured.
 
     Raises:
-        InputError: if there is no such model, or it does not load.
+        InputError: if the model does not exist or does not load.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(
-            f"there is no model {name} that loads: name a folder with a model, or a model on the "
-            f"Hub when online ({_first_line(error)})"
+            f"could not load model {name}: name a folder with a model, or a model on the Hub when "
+            f"online ({_first_line(error)})"
         ) from error
     if "device_map" not in options:
         model = model.to(device)
@@ -160,14 +160,14 @@ def load_tokenizer(name: str, options: ModelOptions | None = None) -> PreTrained
     """The tokenizer in the folder of a model.
 
     Raises:
-        InputError: if there is none that loads.
+        InputError: if it does not exist or does not load.
     """
     try:
         return AutoTokenizer.from_pretrained(name, **(_hub(options) if options else {}))
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
-            f"there is no tokenizer {name} that loads: name a folder with a model, or a model on "
-            f"the Hub when online ({_first_line(error)})"
+            f"could not load tokenizer {name}: name a folder with a model, or a model on the Hub "
+            f"when online ({_first_line(error)})"
         ) from error
 
 

@@ -51,9 +51,9 @@ class TextOptions:
     dataset_config: str | None = option(None, "its configuration, such as wikitext-2-raw-v1")
     split: str = option("test", "its split")
     column: str = option("text", "its column")
-    max_tokens: int = option(8192, "tokens to read in all", least=2)
+    max_tokens: int = option(8192, "tokens to read in all", min=2)
     window: int = option(
-        2048, "tokens of a document, read with a new cache; at most the model's context", least=2
+        2048, "tokens of a document, read with a new cache; at most the model's context", min=2
     )
     place: str = option(
         "start",
@@ -173,19 +173,19 @@ def cut(
     documents: Sequence[Document],
     options: TextOptions,
     context: int | None,
-    least: int,
+    min_tokens: int,
 ) -> tuple[list[Window], int]:
     """Windows of the documents, `max_tokens` in all; they do not overlap.
 
     Every document gives a window before one gives its second. A document shorter than a window
-    is taken whole, if it has more than `least` tokens.
+    is taken whole, if it has more than `min_tokens`.
 
     Args:
         tokenizer: the model's.
         documents: to cut.
         options: how much.
-        context: the most tokens that the model takes, or None.
-        least: documents of so many tokens or fewer are left out.
+        context: maximum tokens of the model, or None.
+        min_tokens: documents of so many tokens or fewer are left out.
 
     Returns:
         The windows, and how many documents were left out as too short.
@@ -199,13 +199,14 @@ def cut(
     tokens = [encode(tokenizer, document.text) for document in documents]
     longest = max(len(x) for x in tokens)
     names = ", ".join(document.name for document in documents)
-    require(longest > 0, f"there is no text in {names}: it is empty")
+    require(longest > 0, f"no text in {names}: the files are empty")
     require(
-        longest > least and own > least,
+        longest > min_tokens and own > min_tokens,
         f"the text is shorter than a chunk: its longest document has {longest} tokens, a window "
-        f"has {own}, and a chunk has {least}; give more text, a larger window or a smaller chunk",
+        f"has {own}, and a chunk has {min_tokens}; give more text, a larger window or a smaller "
+        "chunk",
     )
-    fitting = [i for i, x in enumerate(tokens) if len(x) > least]
+    fitting = [i for i, x in enumerate(tokens) if len(x) > min_tokens]
     counts = dict.fromkeys(fitting, 0)
     budget, lengths = options.max_tokens, {i: min(own, len(tokens[i])) for i in fitting}
     while budget > 0:

@@ -61,7 +61,7 @@ def _attention(model: PreTrainedModel) -> list[Any]:
     """
     modules = [module for module in model.modules() if hasattr(module, "k_proj")]
     if not modules or not all(hasattr(m, "q_proj") and hasattr(m, "head_dim") for m in modules):
-        raise InputError(f"{type(model).__name__} is not made like Llama: it has no twins")
+        raise InputError(f"{type(model).__name__} is not built like Llama: it has no twins")
     return modules
 
 

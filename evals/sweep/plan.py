@@ -26,8 +26,6 @@ from typing import Any
 
 import yaml
 
-from rotorquant_hf import RotorQuantConfig
-
 from ..caches.registry import KINDS, CacheSpec
 from ..errors import InputError, require
 from ..measurements.registry import MEASUREMENTS
@@ -45,7 +43,7 @@ class Row:
     Attributes:
         model, cache: of what.
         measure, options: what.
-        seed: of the random numbers.
+        seed: of the generators.
     """
 
     model: ModelOptions
@@ -131,14 +129,14 @@ def read_plan(path: Path, replaced: Mapping[str, Any] | None = None) -> Plan:
         replaced: `models` or `text`, instead of the file's, from the command line.
 
     Raises:
-        InputError: if there is no such file, or it has an unknown key or a bad value; the message
-            names it.
+        InputError: if the file is missing, or has an unknown key or a bad value; the message names
+            it.
     """
-    require(path.is_file(), f"there is no file {path}" + (": it is a folder" * path.is_dir()))
+    require(path.is_file(), f"no file {path}" + (": it is a folder" * path.is_dir()))
     try:
         spec = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML: {error}") from error
+        raise InputError(f"{path} is not YAML: {error}") from error
     return plan_of(spec, str(path), path.stem, replaced or {})
 
 
@@ -158,7 +156,7 @@ def plan_of(spec: Any, where: str, name: str, replaced: Mapping[str, Any]) -> Pl
     jobs.sort(key=lambda job: order[job.rows[0].model])  # a model is loaded once
     rows = [row for job in jobs for row in job.rows]
     ids = [row.id for row in rows]
-    require(len(set(ids)) == len(ids), f"{where}: a row is there twice: {_twice(jobs)}")
+    require(len(set(ids)) == len(ids), f"{where}: a row occurs twice: {_twice(jobs)}")
     sources = {name: _weights_digest(Path(name)) for name in {row.model.model for row in rows}}
     for options in {row.options for row in rows if isinstance(row.options, TextOptions)}:
         if options.text is not None:
@@ -198,18 +196,18 @@ def _jobs(
     where = f"{where}: measurements"
     if isinstance(entry, str):
         entry = {"measure": entry}
-    require(isinstance(entry, dict), f"{where}: {entry!r} is no mapping with a key 'measure'")
+    require(isinstance(entry, dict), f"{where}: {entry!r} is not a mapping with a key 'measure'")
     measure = entry.get("measure")
     require(
         isinstance(measure, str) and measure in MEASUREMENTS,
-        f"{where}: there is no measurement {measure!r}; choose one of {', '.join(MEASUREMENTS)}",
+        f"{where}: unknown measurement {measure!r}; choose one of {', '.join(MEASUREMENTS)}",
     )
     measurement = MEASUREMENTS[measure]
     values = {k: v for k, v in entry.items() if k not in ("measure", "models", "caches")}
     if "text" in replaced and issubclass(measurement.options, TextOptions):
         values = {k: v for k, v in values.items() if k not in ("dataset", "dataset_config")}
         values["text"] = replaced["text"]
-    options = build(measurement.options, values, f"{where}: {measure}")
+    options: Any = build(measurement.options, values, f"{where}: {measure}")
     if isinstance(options, TextOptions):
         _check_text(options, f"{where}: {measure}")
     source = entry.get("models", spec.get("models"))
@@ -236,7 +234,9 @@ def _models(values: Any, where: str) -> list[ModelOptions]:
     found = []
     for value in _list(values, where):
         value = {"model": value} if isinstance(value, str) else value
-        require(isinstance(value, dict), f"{where}: {value!r} is no model: give a name or mapping")
+        require(
+            isinstance(value, dict), f"{where}: {value!r} is not a model: give a name or mapping"
+        )
         found += [
             build(ModelOptions, chosen, where) for chosen in _grid(value, ModelOptions, where)
         ]
@@ -251,12 +251,11 @@ def _caches(values: Any, where: str) -> list[CacheSpec]:
             continue
         require(
             isinstance(value, dict) and isinstance(value.get("cache"), str),
-            f"{where}: {value!r} is no cache: give a name, or a mapping with a key 'cache'",
+            f"{where}: {value!r} is not a cache: give a name, or a mapping with a key 'cache'",
         )
         options = {k: v for k, v in value.items() if k != "cache"}
-        kind = KINDS.get(value["cache"])
-        cls = type(kind.defaults) if kind else RotorQuantConfig
-        chosen = list(_grid(options, cls, where))
+        kind = KINDS.get(value["cache"], KINDS["rotorquant"])  # or the name of a preset of it
+        chosen = list(_grid(options, type(kind.defaults), where))
         require(
             len(chosen) == 1 or "label" not in options,
             f"{where}: label is {options.get('label')!r}, but the lists make {len(chosen)} caches: "
@@ -286,13 +285,13 @@ def _list(values: Any, where: str) -> list[Any]:
 
 
 def _check_keys(spec: Any, keys: tuple[str, ...], where: str) -> None:
-    require(isinstance(spec, dict), f"{where} is no mapping with the keys {', '.join(keys)}")
+    require(isinstance(spec, dict), f"{where} is not a mapping with the keys {', '.join(keys)}")
     for key in spec:
-        require(key in keys, f"{where}: unknown key {key!r}; there are {', '.join(keys)}")
+        require(key in keys, f"{where}: unknown key {key!r}; choose from {', '.join(keys)}")
 
 
 def summary(plan: Plan, done: Mapping[str, Any]) -> str:
-    """The plan as a table: what is measured on what, and which rows there are already."""
+    """The plan as a table: what is measured on what, and which rows are measured already."""
     lines = [f"{plan.name}: {len(plan.rows)} rows, fingerprint {plan.fingerprint}"]
     for row in plan.rows:
         state = done.get(row.id, "to do")

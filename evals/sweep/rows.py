@@ -1,7 +1,7 @@
 """Results of sweeps: JSON lines, a header and then a row a line, written as they come.
 
 A file belongs to one sweep, one version of the software and one device: rows that cannot be
-compared never stand in it together. Several processes write a file each, into one folder.
+compared never share a file. Several processes write a file each, into one folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ResultsFile:
     """A results file open for writing; locked, so that no other process writes it too.
 
     Args:
-        path: the file; made if there is none, continued if it is of the same sweep.
+        path: the file; created if missing, continued if it is of the same sweep.
         header: what the sweep is: `name`, `fingerprint`, `versions` and `config`.
 
     Raises:
@@ -110,7 +110,7 @@ def check_same(
 
 
 def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not have: NaN and infinity."""
+    """The same with None for what JSON does not have: NaN and infinity."""
     if isinstance(value, Mapping):
         return {name: finite(x) for name, x in value.items()}
     if isinstance(value, list | tuple):
@@ -126,14 +126,14 @@ def read_results(
     Of a row that was measured again the figures stand; of several, the latest.
 
     Raises:
-        InputError: if there is no such file, or one is damaged or of another schema.
+        InputError: if a file is missing, damaged or of another schema.
     """
     headers: list[dict[str, Any]] = []
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for path in map(Path, paths):
         files = sorted(path.glob("rows*.jsonl")) if path.is_dir() else [path]
         if not files or not all(file.is_file() for file in files):
-            raise InputError(f"there are no results in {path}: name a folder or file of a sweep")
+            raise InputError(f"no results in {path}: name a folder or file of a sweep")
         for file in files:
             try:
                 content = file.read_text(encoding="utf-8")
@@ -167,7 +167,9 @@ def _parse(content: str, path: Path) -> list[dict[str, Any]]:
     for number, entry in enumerate(entries, 1):
         kind = "sweep" if number == 1 else "row"
         if not isinstance(entry, dict) or entry.get("kind") != kind:
-            raise InputError(f"{path} is no results file of a sweep (line {number}): name another")
+            raise InputError(
+                f"{path} is not a results file of a sweep (line {number}): name another"
+            )
         if entry.get("schema") != SCHEMA:
             raise InputError(
                 f"{path} is of another version of this program: its schema is "

@@ -25,8 +25,9 @@ from tqdm import tqdm
 from ..environment import Versions
 from ..errors import NotAvailableError
 from ..failures import Failure, failure_of
-from ..measurements.registry import MEASUREMENTS, Run
-from ..subjects.models import ModelOptions, Subject, load, pick_device
+from ..measurements.base import Run
+from ..measurements.registry import MEASUREMENTS
+from ..subjects.models import LoadedModel, ModelOptions, load, pick_device
 from .plan import Job, Plan, Row, digest
 from .rows import ResultsFile, check_same, read_results
 
@@ -64,7 +65,7 @@ def run(
     retry: bool = False,
     share: Share | None = None,
 ) -> dict[str, int]:
-    """Measure the rows of a plan that are not there yet.
+    """Measure the rows of a plan that have not been measured yet.
 
     Args:
         plan: what to measure.
@@ -123,7 +124,7 @@ class _Runner:
     ) -> None:
         self.file, self.sweep, self.versions = file, sweep, versions
         self.device, self.share = device, share
-        self.subject: tuple[ModelOptions, Subject] | None = None
+        self.loaded: tuple[ModelOptions, LoadedModel] | None = None
         self.prepared: tuple[str, Run | Failure] | None = None
 
     def measure(self, jobs: list[Job], known: dict[str, str]) -> dict[str, int]:
@@ -176,31 +177,31 @@ class _Runner:
 
     def _prepare(self, row: Row) -> Run | Failure:
         try:
-            if self.subject is None or self.subject[0] != row.model:
-                self.subject = None
+            if self.loaded is None or self.loaded[0] != row.model:
+                self.loaded = None
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()  # device_map="auto" plans by the memory that is free
                 options = row.model
                 if options.device is None:
                     options = replace(options, device=str(self.device))
-                self.subject = (row.model, load(options))
-            return MEASUREMENTS[row.measure].prepare(self.subject[1], row.options, row.seed)
+                self.loaded = (row.model, load(options))
+            return MEASUREMENTS[row.measure].prepare(self.loaded[1], row.options, row.seed)
         except Exception as error:
             return failure_of(error)
 
     def _row(self, row: Row, result: dict[str, Any] | Failure, seconds: float) -> dict[str, Any]:
-        failed = isinstance(result, Failure)
+        failure = result if isinstance(result, Failure) else None
         described = row.to_dict()
-        if self.subject is not None:
-            described["model"] = self.subject[1].to_dict() | {"label": row.model.label}
+        if self.loaded is not None:
+            described["model"] = self.loaded[1].to_dict() | {"label": row.model.label}
         return {
             "id": row.id,
             "sweep": self.sweep,
-            "status": result.status if failed else "ok",
+            "status": failure.status if failure else "ok",
             **described,
-            "result": None if failed else result,
-            "error": result.reason if failed else None,
+            "result": None if failure else result,
+            "error": failure.reason if failure else None,
             "seconds": round(seconds, 3),
             "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "versions": self.versions,

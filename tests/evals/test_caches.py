@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
-from transformers import DynamicCache, cache_utils
+from transformers import Cache, DynamicCache, cache_utils
 
-from evals.caches.registry import KINDS, CacheSpec
+from evals.caches.registry import KINDS, CacheSpec, kind_of, option_texts
+from evals.caches.tensors import tensors_in
 from evals.errors import InputError, NotAvailableError
-from evals.probes.feeding import feed, next_pass
-from evals.probes.footprint import footprint, packed_tokens, reachable_bytes, tensors_in
+from evals.probes.chunked import feed, next_pass
+from evals.probes.footprint import footprint, quantised_tokens, reachable_bytes
+from evals.subjects.twins import offset_keys
 from rotorquant_hf import PRESETS, RotorQuantCache, RotorQuantConfig
 
 
@@ -29,18 +33,20 @@ def test_every_kind_is_read_and_counted(model, sampled, name) -> None:
     cache = fed(model, ids, CacheSpec.of(name))
     assert cache.get_seq_length() == 300
     counted = footprint(cache, model.dtype)
-    numbers = 300 * 8 * 2 * 64 * 2  # tokens, layers, kv heads, head dim, keys and values
-    assert counted.numbers == numbers
+    held, quantised = counted.elements
+    assert held == 300 * 8 * 2 * 64 * 2  # tokens, layers, kv heads, head dim, keys and values
     assert counted.total_bytes == sum(counted.parts.values())
+    # RotorQuant's caches share their tables, and report them.
+    assert counted.total_bytes == reachable_bytes(cache) + counted.parts.get("tables", 0)
     if name == "dynamic":
-        assert counted.total_bytes == 4 * numbers
-        assert (counted.packed_numbers, counted.packed_bits_per_number) == (0, None)
-        assert packed_tokens(cache) == (0, 0)
+        assert counted.total_bytes == 4 * held
+        assert (quantised, counted.packed_bits_per_number) == (0, None)
+        assert quantised_tokens(cache) == (0, 0)
     else:
-        assert 0.3 * numbers < counted.packed_numbers <= numbers
+        assert 0.3 * held < quantised <= held
         assert 3 < counted.packed_bits_per_number < 10
-        first, last = packed_tokens(cache)
-        assert (last - first) * 8 * 2 * 64 * 2 == counted.packed_numbers
+        first, last = quantised_tokens(cache)
+        assert (last - first) * 8 * 2 * 64 * 2 == quantised
 
 
 def test_bits_of_peers_are_those_of_their_formats(model, sampled) -> None:
@@ -115,7 +121,7 @@ def test_haar_and_hadamard_differ_from_the_default_by_rotation_and_scale_alone()
         (
             "rotorquants",
             {},
-            "rotorquants: there is no such cache; choose one of dynamic",
+            "rotorquants: unknown cache; choose one of dynamic",
         ),
         ("rotorquant", {"key_bit": 3}, "unknown option key_bit; there are key_bits"),
         ("rotorquant", {"preset": "k9v9"}, "preset is 'k9v9'; choose one of"),
@@ -166,3 +172,56 @@ def test_passes_end_where_tokens_are_quantised() -> None:
     cache.update(states[:, :, :3], states[:, :, :3], 0)
     assert next_pass(cache, 100, 1000) == 1
     assert next_pass(DynamicCache(), 100, 1000) == 100
+
+
+def test_the_kind_of_a_cache_is_that_of_its_nearest_known_class(model) -> None:
+    class Mine(RotorQuantCache):
+        pass
+
+    class Unknown(Cache):
+        pass
+
+    def of(name: str) -> Cache:
+        return CacheSpec.of(name).make(model.config)
+
+    assert kind_of(Mine()) is kind_of(of("haar")) is KINDS["rotorquant"]
+    assert kind_of(offset_keys(of("hqq"), 1.0)) is kind_of(of("quanto")) is KINDS["quanto"]
+    assert kind_of(of("dynamic")) is kind_of(Unknown([])) is KINDS["dynamic"]
+
+
+def test_an_unknown_cache_shows_what_it_stores_in_bytes(model, sampled) -> None:
+    """It is charged for it, and what it says of itself is not taken on trust."""
+    cache = DynamicCache(config=model.config)
+    feed(model, sampled[:, :40], cache, 40)
+    cache.layers[0].mine = [torch.zeros(1000, dtype=torch.int8), torch.zeros(9, dtype=torch.bool)]
+    counted = footprint(cache, model.dtype)
+    assert counted.parts == {"codes": 1000, "exact": 4 * counted.elements.held + 9}
+    assert counted.elements.quantised == 0
+    assert [x.numel() for x in kind_of(cache).codes(cache.layers[0])["states"]] == [1000]
+    assert kind_of(cache).codes(cache.layers[1]) == {}
+
+
+def test_every_option_is_named_once_with_its_meaning() -> None:
+    texts = option_texts()
+    rotorquant = {field.name: field.metadata["help"] for field in fields(RotorQuantConfig)}
+    assert {name: texts[name] for name in rotorquant} == rotorquant
+    assert set(texts) - set(rotorquant) == {"nbits", "axis_key", "axis_value", "q_group_size"}
+    assert texts["nbits"] == "bits per element (quanto, hqq)"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "period"),
+    [
+        ("dynamic", {}, 1),
+        ("k3v3", {"block_length": 16}, 16),
+        ("haar", {}, 32),
+        ("hqq", {}, 128),
+        ("quanto", {"residual_length": 64}, 64),
+        ("fp8", {}, 1),
+    ],
+)
+def test_a_cache_says_when_it_quantises_and_what_to_beware_of(name, options, period) -> None:
+    spec = CacheSpec.of(name, options)
+    assert spec.period == period
+    first_pass = [note for note in spec.notes if "quantises its whole first pass" in note]
+    assert len(first_pass) == len(spec.notes) == (name in ("hqq", "quanto", "fp8"))

@@ -23,7 +23,7 @@ from evals.lm_eval.__main__ import main
 from evals.lm_eval.model import RotorQuantLM
 from evals.lm_eval.tasks import DATA_VARIABLE, TASKS
 from evals.measurements.lm_eval import LmEvalOptions, measure
-from evals.subjects.models import ModelOptions, Subject
+from evals.subjects.models import LoadedModel, ModelOptions
 from tests.conftest import MODEL, ROOT
 
 OWN = ["rotorquant_facts", "rotorquant_rhymes", "rotorquant_recall"]
@@ -200,7 +200,7 @@ def test_batch_size_auto(lm, stock):
         ({"nonsense": 3}, "'nonsense'"),
         ({"key_bits": 99}, "key_bits is 99"),
         ({"chunk": 0}, "chunk is 0"),
-        ({"cache": "k9v9"}, "k9v9: there is no such cache"),
+        ({"cache": "k9v9"}, "k9v9: unknown cache"),
         ({"cache": "quanto", "key_bits": 3}, "'key_bits'"),
         ({"preset": "k9v9"}, "preset is 'k9v9'"),
         ({"backend": "seq2seq"}, "--model hf"),
@@ -228,9 +228,9 @@ def test_arguments_of_the_command_line():
 
 
 def test_measure(model, tokenizer, monkeypatch):
-    subject = Subject(model, tokenizer, ModelOptions(model=str(MODEL)))
+    loaded = LoadedModel(model, tokenizer, ModelOptions(model=str(MODEL)))
     options = LmEvalOptions(tasks=("rotorquant_facts", "rotorquant_rhymes"), limit=2)
-    found = measure(subject, CacheSpec.of("k2v2", {"residual_length": 16}), options, 1)
+    found = measure(loaded, CacheSpec.of("k2v2", {"residual_length": 16}), options, 1)
     assert json.loads(json.dumps(found)) == found
     facts = found["scores"]["rotorquant_facts"]
     assert set(facts) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
@@ -242,29 +242,29 @@ def test_measure(model, tokenizer, monkeypatch):
     monkeypatch.setattr(
         "evals.measurements.lm_eval._manager", lambda *args: _manager()
     )  # in a moment
-    with pytest.raises(InputError, match="no task 'rotorquant_fact'"):
-        measure(subject, CacheSpec.of("k2v2"), LmEvalOptions(tasks=("rotorquant_fact",)), 1)
+    with pytest.raises(InputError, match="unknown task 'rotorquant_fact'"):
+        measure(loaded, CacheSpec.of("k2v2"), LmEvalOptions(tasks=("rotorquant_fact",)), 1)
 
 
 def test_measure_uses_the_caches_of_the_subject(model, tokenizer):
     """Twins wrap their caches; one that compresses nothing is found out."""
 
-    class Uncompressed(Subject):
+    class Uncompressed(LoadedModel):
         def new_cache(self, spec):
             return DynamicCache(config=self.model.config)
 
-    subject = Uncompressed(model, tokenizer, ModelOptions())
+    loaded = Uncompressed(model, tokenizer, ModelOptions())
     options = LmEvalOptions(tasks=("rotorquant_facts",), limit=1)
-    found = measure(subject, CacheSpec.of("k2v2", {"residual_length": 16}), options, 1)
+    found = measure(loaded, CacheSpec.of("k2v2", {"residual_length": 16}), options, 1)
     assert found["compressed_share"] == 0
     assert "nothing was read compressed" in found["warnings"][0]
 
 
 def test_measure_without_lm_eval(model, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    subject = Subject(model, tokenizer, ModelOptions())
+    loaded = LoadedModel(model, tokenizer, ModelOptions())
     with pytest.raises(NotAvailableError, match="pip install"):
-        measure(subject, CacheSpec.of("k2v2"), LmEvalOptions(), 1)
+        measure(loaded, CacheSpec.of("k2v2"), LmEvalOptions(), 1)
 
 
 _CHOICES = [

@@ -12,9 +12,9 @@ from evals.__main__ import main
 from evals.caches.registry import CacheSpec
 from evals.errors import InputError
 from evals.measurements.needle import ANSWERS, QUESTION, SUBJECTS, NeedleMeasurement, NeedleOptions
-from evals.probes.feeding import feed
-from evals.probes.footprint import packed_tokens
-from evals.subjects.models import ModelOptions, Subject
+from evals.probes.chunked import feed
+from evals.probes.footprint import quantised_tokens
+from evals.subjects.models import LoadedModel, ModelOptions
 from tests.conftest import ROOT
 
 RECALL = ROOT / "examples" / "recall-1m"
@@ -22,17 +22,17 @@ TEXT = str(ROOT / "examples" / "sampled")
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
+def loaded() -> LoadedModel:
     """The shipped model that finds facts in its context."""
     model = AutoModelForCausalLM.from_pretrained(RECALL, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(RECALL)
-    return Subject(model, tokenizer, ModelOptions(model=str(RECALL)))
+    return LoadedModel(model, tokenizer, ModelOptions(model=str(RECALL)))
 
 
 @pytest.fixture(scope="module")
-def measurement(subject) -> NeedleMeasurement:
+def measurement(loaded) -> NeedleMeasurement:
     options = NeedleOptions(text=(TEXT,), length=(256, 480), depth=(0.1, 0.3, 0.6), trials=3)
-    return NeedleMeasurement(subject, options)
+    return NeedleMeasurement(loaded, options)
 
 
 def test_prompts_hide_the_fact_and_do_not_tell_it(measurement, tokenizer) -> None:
@@ -56,10 +56,10 @@ def test_prompts_hide_the_fact_and_do_not_tell_it(measurement, tokenizer) -> Non
         assert prompt.candidates[0] == prompt.answer[0]
 
 
-def test_prompts_follow_the_seed(subject, measurement) -> None:
+def test_prompts_follow_the_seed(loaded, measurement) -> None:
     options = measurement.options
-    same = NeedleMeasurement(subject, options).prompts
-    other = NeedleMeasurement(subject, options, seed=1).prompts
+    same = NeedleMeasurement(loaded, options).prompts
+    other = NeedleMeasurement(loaded, options, seed=1).prompts
     for a, b in zip(measurement.prompts, same, strict=True):
         assert torch.equal(a.context, b.context)
         assert a.answer == b.answer
@@ -87,12 +87,12 @@ def test_a_cache_that_loses_the_fact_fails(measurement) -> None:
     assert all(p["quantised"] for p in lossy["points"])
 
 
-def test_a_fact_in_the_exact_window_does_not_count_as_quantised(measurement, subject) -> None:
+def test_a_fact_in_the_recent_window_does_not_count_as_quantised(measurement, loaded) -> None:
     options = {"residual_length": 100}
     for prompt in measurement.prompts:
-        cache = subject.new_cache(CacheSpec.of("k4v4", options))
-        feed(subject.model, prompt.context, cache, 64)
-        first, last = packed_tokens(cache)
+        cache = loaded.new_cache(CacheSpec.of("k4v4", options))
+        feed(loaded.model, prompt.context, cache, 64)
+        first, last = quantised_tokens(cache)
         assert first == 4
         exact = cache.layers[0].window_length
         assert last == prompt.context.shape[1] - exact
@@ -104,22 +104,22 @@ def test_a_fact_in_the_exact_window_does_not_count_as_quantised(measurement, sub
 def test_a_model_that_finds_nothing_is_said_to(model, tokenizer) -> None:
     """The shipped prose model cannot: then the test says nothing of a cache."""
     options = NeedleOptions(text=(TEXT,), length=(200,), depth=(0.5,), trials=3)
-    blind = Subject(model, tokenizer, ModelOptions())
+    blind = LoadedModel(model, tokenizer, ModelOptions())
     result = NeedleMeasurement(blind, options).run(CacheSpec.of("k4v4"))
     assert result["baseline_accuracy"] < 0.5
     assert "the model itself finds only" in result["warnings"][0]
 
 
-def test_bad_lengths_are_refused(subject) -> None:
+def test_bad_lengths_are_refused(loaded) -> None:
     for options, says in (
         ({"length": (100_000,)}, "the longest text has"),
         ({"length": (64,), "others": 12}, "too short for 13 facts and a question"),
     ):
         with pytest.raises(InputError, match=says):
-            NeedleMeasurement(subject, NeedleOptions(text=(TEXT,), **options))
+            NeedleMeasurement(loaded, NeedleOptions(text=(TEXT,), **options))
 
 
-def test_an_answer_of_several_tokens_must_be_right_to_its_end(measurement, subject) -> None:
+def test_an_answer_of_several_tokens_must_be_right_to_its_end(measurement, loaded) -> None:
     (prompt, *_) = [p for p in measurement.prompts if len(p.answer) > 1] or measurement.prompts[:1]
     passed, chosen, stored = measurement._ask(prompt, DynamicCache())
     assert not stored

@@ -25,8 +25,8 @@ from evals.measurements.perplexity import (
     interval,
     single_pass,
 )
-from evals.probes.half_size import half_footprint, states_of
-from evals.subjects.models import ModelOptions, Subject
+from evals.probes.half_size import half_footprint, layer_shapes
+from evals.subjects.models import LoadedModel, ModelOptions
 from evals.subjects.twins import add_key_bias, offset_keys, scale_key_channels
 from rotorquant_hf import RotorQuantCache
 from tests.conftest import MODEL, ROOT
@@ -158,12 +158,12 @@ def test_bits_in_16_bits_are_those_of_a_16_bit_model(model, sampled) -> None:
     """Counted beside a float32 model as on the model in bfloat16 itself."""
     half = copy.deepcopy(model).bfloat16()
     ids = sampled[:, :300]
-    states = states_of(model, ids[:, :1])
-    assert len(states) == 8
+    shapes = layer_shapes(model, ids[:, :1])
+    assert len(shapes) == 8
     for name in ("dynamic", "k3v3", "k4v4", "haar", "quanto", "hqq"):
         spec = CacheSpec.of(name)
         make_cache = partial(spec.make, model.config)
-        counted = half_footprint(states, make_cache, 300, 64, model.device)
+        counted = half_footprint(shapes, make_cache, 300, 64, model.device)
         own = compare(half, [ids], SinglePass(half, [ids]), make_cache, 64)
         assert counted.bits_per_number == own.bits_per_number
         assert counted.packed_bits_per_number == own.packed_bits_per_number
@@ -257,10 +257,10 @@ def test_command_without_json_prints_names_and_values(capsys) -> None:
     ("argv", "says"),
     [
         (["--text", "absent.txt"], "absent.txt does not exist"),
-        (["--text", TEXT, "--model", "no/such/model"], "there is no tokenizer no/such/model"),
+        (["--text", TEXT, "--model", "no/such/model"], "could not load tokenizer no/such/model"),
         (
             ["--text", TEXT, "--cache", "dynamics"],
-            "dynamics: there is no such cache; choose",
+            "dynamics: unknown cache; choose",
         ),
         (["--text", TEXT, "--key-bits", "9"], "key_bits is 9; choose"),
         (["--text", TEXT, "--cache", "fp8", "--key-bits", "3"], "unknown key 'key_bits'"),
@@ -283,11 +283,11 @@ def test_a_sliding_window_model_is_measured(sampled) -> None:
     from tests.helpers.models import build
 
     sliding = copy.deepcopy(build("gemma3"))
-    subject = Subject(sliding, None, ModelOptions())
+    loaded = LoadedModel(sliding, None, ModelOptions())
     ids = torch.arange(3, 203).unsqueeze(0) % sliding.config.vocab_size
     spec = CacheSpec.of("k4v4", {"residual_length": 8, "block_length": 4})
     one, many = (
-        compare(sliding, [ids], SinglePass(sliding, [ids]), lambda: subject.new_cache(spec), chunk)
+        compare(sliding, [ids], SinglePass(sliding, [ids]), lambda: loaded.new_cache(spec), chunk)
         for chunk in (1, 50)
     )
     assert one.compressed_share > 0.1
@@ -297,8 +297,8 @@ def test_a_sliding_window_model_is_measured(sampled) -> None:
 def test_the_baseline_row_states_the_rounding_noise(model, tokenizer) -> None:
     options = PerplexityOptions(text=(TEXT,), max_tokens=300, window=150)
     half = copy.deepcopy(model).bfloat16()
-    subject = Subject(half, tokenizer, ModelOptions(model=str(MODEL)))
-    measurement = PerplexityMeasurement(subject, options)
+    loaded = LoadedModel(half, tokenizer, ModelOptions(model=str(MODEL)))
+    measurement = PerplexityMeasurement(loaded, options)
     noise = measurement.run(CacheSpec.of("dynamic"))
     assert 0 <= noise["kl_mean"] < 1e-3
     assert noise["bits_per_number"] == 16

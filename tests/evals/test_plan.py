@@ -113,19 +113,19 @@ def test_models_and_text_can_be_replaced(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"cachez": []}, "sweep.yaml: unknown key 'cachez'; there are name, seed, models"),
+        ({"cachez": []}, "sweep.yaml: unknown key 'cachez'; choose from name, seed, models"),
         ({"seed": -1}, "seed is -1"),
         ({"name": 3}, "name is 3"),
         ({"models": None}, "perplexity: models is missing"),
         ({"models": "examples/books-7m"}, "models is 'examples/books-7m'; give a list"),
-        ({"models": [3]}, "3 is no model"),
+        ({"models": [3]}, "3 is not a model"),
         ({"models": [{"model": "a", "dtyp": "x"}]}, "unknown key 'dtyp'"),
         ({"models": [{"model": "a", "dtype": "int8"}]}, "dtype is 'int8'; choose one of auto"),
         ({"caches": []}, "caches is []; give a list"),
-        ({"caches": ["k3v9"]}, "k3v9: there is no such cache"),
-        ({"caches": [{"key_bits": 3}]}, "is no cache: give a name, or a mapping"),
+        ({"caches": ["k3v9"]}, "k3v9: unknown cache"),
+        ({"caches": [{"key_bits": 3}]}, "is not a cache: give a name, or a mapping"),
         ({"caches": [{"cache": "k3v3", "bits": 3}]}, "unknown option bits"),
-        ({"caches": [{"cache": "nothing", "bits": 3}]}, "nothing: there is no such cache"),
+        ({"caches": [{"cache": "nothing", "bits": 3}]}, "nothing: unknown cache"),
         ({"caches": [{"cache": "rotorquant", "key_bits": [3, 12]}]}, "key_bits is 12"),
         ({"caches": [{"cache": "k3v3", "seed": [1, 2], "label": "x"}]}, "label is 'x'"),
         ({"caches": ["dynamic", {"cache": "k3v3", "key_bits": []}]}, "key_bits is empty"),
@@ -134,11 +134,11 @@ def test_models_and_text_can_be_replaced(tmp_path) -> None:
         ({"caches": [{"cache": "quanto", "nbits": 3}]}, "nbits is 3; choose one of 2, 4"),
         ({"caches": [{"cache": "hqq", "axis_key": 7}]}, "axis_key is 7; choose one of 0, 1"),
         ({"caches": [{"cache": "rotorquant", "preset": None}]}, "preset is None; it takes a name"),
-        ({"measurements": [{"measure": ["speed"]}]}, "there is no measurement ['speed']"),
-        ({"caches": ["k3v3", "k3v3"]}, "a row is there twice: perplexity of k3v3 on books-7m"),
+        ({"measurements": [{"measure": ["speed"]}]}, "unknown measurement ['speed']"),
+        ({"caches": ["k3v3", "k3v3"]}, "a row occurs twice: perplexity of k3v3 on books-7m"),
         ({"measurements": None}, "measurements is missing"),
-        ({"measurements": ["perplexities"]}, "there is no measurement 'perplexities'"),
-        ({"measurements": [["perplexity"]]}, "is no mapping with a key 'measure'"),
+        ({"measurements": ["perplexities"]}, "unknown measurement 'perplexities'"),
+        ({"measurements": [["perplexity"]]}, "is not a mapping with a key 'measure'"),
         ({"measurements": [{"measure": "speed", "chunk": 3}]}, "speed: unknown key 'chunk'"),
         ({"measurements": [{"measure": "speed", "repeats": 0}]}, "repeats is 0; choose 1 or more"),
         ({"measurements": [{"measure": "speed", "repeats": "5"}]}, "it takes a whole number"),
@@ -158,10 +158,14 @@ def test_what_is_wrong_is_named(changes, says) -> None:
 
 
 def test_files_that_are_no_plans_are_refused(tmp_path) -> None:
-    with pytest.raises(InputError, match=r"there is no file .*absent\.yaml"):
+    with pytest.raises(InputError, match=r"no file .*absent\.yaml"):
         read_plan(tmp_path / "absent.yaml")
     path = tmp_path / "bad.yaml"
-    for content, says in (("a: [", "is no YAML"), ("[1, 2]", "is no mapping"), ("", "no mapping")):
+    for content, says in (
+        ("a: [", "is not YAML"),
+        ("[1, 2]", "is not a mapping"),
+        ("", "not a mapping"),
+    ):
         path.write_text(content)
         with pytest.raises(InputError, match=says):
             read_plan(path)

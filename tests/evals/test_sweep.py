@@ -153,7 +153,7 @@ def test_two_processes_do_not_write_one_file(config, tmp_path) -> None:
         (lambda head: head["versions"].update(rotorquant_hf="0.0.1"), "begun with rotorquant_hf"),
         (lambda head: head["versions"].update(torch="1.0"), "begun with torch 1.0"),
         (lambda head: head["versions"].update(device="abacus"), "begun with device abacus"),
-        (lambda head: head.update(kind="row"), "is no results file of a sweep"),
+        (lambda head: head.update(kind="row"), "is not a results file of a sweep"),
     ],
 )
 def test_results_of_other_versions_are_refused(config, tmp_path, capsys, change, says) -> None:
@@ -211,7 +211,7 @@ def test_damaged_files_are_named(tmp_path) -> None:
     path.write_text('{"kind": "sweep", "schema": 1}\nnot json\n')
     with pytest.raises(InputError, match=r"rows\.jsonl is damaged in line 2"):
         read_results([path])
-    with pytest.raises(InputError, match="there are no results in"):
+    with pytest.raises(InputError, match="no results in"):
         read_results([tmp_path / "absent"])
 
 

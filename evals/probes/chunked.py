@@ -1,29 +1,27 @@
-"""Feeding a text through a cache, as decoding would.
+"""A text read through a cache in chunks, with the result of token-by-token decoding.
 
-A forward pass over a whole text shows no loss: a prompt's own attention is exact. Here a text goes
-through the cache in passes of at most `chunk` tokens, each of which reads what is stored of the
-tokens before it. A pass ends where the cache is about to quantise tokens, so that it reads just
-what passes over one token at a time would read: the length of a chunk is a matter of speed. (fp8,
-quanto and HQQ quantise their whole first pass, and fp8 takes its scale from it: there a longer
-chunk is another prompt.)
+One forward pass over a whole text shows no loss: a prompt's own attention is in full precision.
+Here a text goes through the cache in passes of at most `chunk` tokens, each of which reads the
+tokens before it as they are stored. A pass ends where the cache is about to quantise tokens, so
+that its tokens read just what they would read one at a time: the length of a chunk is a matter of
+speed. (fp8, quanto and HQQ quantise their whole first pass, and fp8 takes its scale from it: with
+them another chunk gives other figures.)
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import QuantizedLayer
 
-from rotorquant_hf import RotorQuantCache
+from ..caches.registry import kind_of
 
 
 def next_pass(cache: Cache, chunk: int, left: int) -> int:
     """Tokens of the next pass: `chunk`, or those left, or those until the cache quantises."""
-    return max(1, min(chunk, left, _until_change(cache)))
+    return max(1, min(chunk, left, kind_of(cache).tokens_until_change(cache)))
 
 
 def passes(cache: Cache, chunk: int, tokens: int) -> Iterator[tuple[int, int]]:
@@ -36,17 +34,6 @@ def passes(cache: Cache, chunk: int, tokens: int) -> Iterator[tuple[int, int]]:
         end = start + next_pass(cache, chunk, tokens - start)
         yield start, end
         start = end
-
-
-def _until_change(cache: Cache) -> int:
-    if isinstance(cache, RotorQuantCache):
-        return cache.tokens_until_packing()
-    quantized = [x for x in cache.layers if isinstance(x, QuantizedLayer) and x.is_initialized]
-    return min((x.residual_length - _window(x) for x in quantized), default=sys.maxsize)
-
-
-def _window(layer: QuantizedLayer) -> int:
-    return layer.keys.shape[-2] if layer.keys.dim() == 4 else 0
 
 
 @torch.no_grad()

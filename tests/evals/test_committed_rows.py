@@ -1,0 +1,65 @@
+"""Committed results belong to the sweeps that their configs give today: they would still resume."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from evals.errors import InputError
+from evals.sweep.plan import Plan, plan_of, read_plan
+from evals.sweep.rows import read_results
+from evals.sweep.runner import check_out, statuses
+from tests.conftest import ROOT
+
+RESULTS = [path for path in sorted((ROOT / "evals" / "results").iterdir()) if path.is_dir()]
+
+
+@pytest.fixture(params=RESULTS, ids=lambda path: path.name)
+def committed(request, tmp_path, monkeypatch) -> tuple[Path, dict, list[dict], Plan]:
+    """A results folder with its header and rows, and the plan that its config gives today.
+
+    The books that were read are not committed: a text of their name takes their place, so the
+    digest of the text is the recorded one.
+    """
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (header,), rows = read_results([request.param])
+    for name in header["config"]["text"]:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "book.txt").write_text("a book", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / "configs" / f"{header['name']}.yaml"
+    plan = read_plan(config, {"text": header["config"]["text"]})
+    texts = {name: header["config"]["sources"][name] for name in header["config"]["text"]}
+    return request.param, header, rows, replace(plan, sources=plan.sources | texts)
+
+
+def test_ids_and_fingerprint_are_those_of_the_config(committed) -> None:
+    _, header, rows, plan = committed
+    assert {row["id"] for row in rows} == {row.id for row in plan.rows}
+    assert len(rows) == len(plan.rows)
+    assert plan.fingerprint == header["fingerprint"]
+    by_id = {row.id: row.to_dict() for row in plan.rows}
+    for row in rows:
+        planned = by_id[row["id"]]
+        for part in ("cache", "measurement", "options", "seed"):
+            assert row[part] == planned[part]
+
+
+def test_the_recorded_config_gives_the_same_plan(committed) -> None:
+    _, header, rows, _ = committed
+    config = {name: value for name, value in header["config"].items() if name != "sources"}
+    text = config.pop("text")
+    plan = plan_of(config, "the header", header["name"], {"text": text})
+    assert {row["id"] for row in rows} == {row.id for row in plan.rows}
+
+
+def test_the_same_sweep_would_go_on(committed) -> None:
+    """Nothing of it is left to measure; another sweep is refused."""
+    folder, header, rows, plan = committed
+    check_out(plan, folder, header["versions"])
+    assert statuses(plan, folder) == {row["id"]: row["status"] for row in rows}
+    with pytest.raises(InputError, match="with other settings, text or model"):
+        check_out(replace(plan, name="another"), folder, header["versions"])
