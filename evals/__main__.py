@@ -1,4 +1,4 @@
-"""The harness's command line: `python -m evals COMMAND --help`."""
+"""The harness's command line: `rotorquant COMMAND --help`, or `python -m evals` in a clone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from . import commands, verify
 from .caches.registry import KINDS, CacheSpec
 from .errors import InputError, NotAvailableError
 from .failures import Failure
+from .lm_eval.__main__ import main as lm_eval
 from .measurements.registry import MEASUREMENTS
 from .options import add_arguments, from_arguments
+from .places import called
+from .requirements import install, missing, packages_of, require_packages
 from .subjects.models import ModelOptions, load, pick_device
 from .sweep import plan, rows
 from .sweep import runner as sweep
@@ -30,7 +33,9 @@ def run_measurement(args: argparse.Namespace) -> int:
     specs = [commands.cache_of(args)]
     if measurement.together:
         specs = [CacheSpec.of(name) for name in args.beside] + specs
-    subject = load(from_arguments(ModelOptions, args))
+    model = from_arguments(ModelOptions, args)
+    require_packages(args.measurement, packages_of(model, options, *specs))
+    subject = load(model)
     results = measurement.prepare(subject, options, args.data_seed)(specs)
     for spec, result in zip(specs, results, strict=True):
         if isinstance(result, Failure):
@@ -49,6 +54,8 @@ def run_sweep(args: argparse.Namespace) -> int:
         replaced["text"] = args.text
     planned = plan.read_plan(args.config, replaced)
     out = args.out or Path("results") / planned.name
+    if lacking := _lacking(planned):
+        print(lacking, file=sys.stderr)
     if args.dry_run:
         sweep.check_out(planned, out, sweep.versions_of(pick_device(None), args.argv))
         print(plan.summary(planned, sweep.statuses(planned, out)))
@@ -60,6 +67,19 @@ def run_sweep(args: argparse.Namespace) -> int:
     print(f"{part}{shown} of {len(planned.rows)} rows; in {out / share.file}")
     # A launcher would end the other processes when one of them reports a failure.
     return 1 if counts.get("failed") and share.processes == 1 else 0
+
+
+def _lacking(planned: plan.Plan) -> str:
+    """One line on the rows that will not be run for want of packages; empty if all will be."""
+    needs = [packages_of(row.model, row.options, row.cache) for row in planned.rows]
+    absent = missing(dict.fromkeys(name for names in needs for name in names))
+    if not absent:
+        return ""
+    rows = sum(not set(absent).isdisjoint(names) for names in needs)
+    return (
+        f"note: {rows} of {len(needs)} rows will not be run, as {', '.join(absent)} "
+        f"{'is' if len(absent) == 1 else 'are'} not installed: {install(absent)}, then --retry"
+    )
 
 
 def run_report(args: argparse.Namespace) -> int:
@@ -97,6 +117,12 @@ def _text_or_samples(args: argparse.Namespace) -> dict[str, tuple[str, ...]]:
     return {} if "text" in args or "dataset" in args else {"text": (str(verify.SAMPLES),)}
 
 
+def run_lm_eval(args: argparse.Namespace) -> int:
+    """lm-eval's own command line with the model `rotorquant`: lm-eval has no hook for plugins."""
+    lm_eval(args.arguments)
+    return 0
+
+
 def list_caches(args: argparse.Namespace) -> int:
     """Print the caches that can be measured."""
     for name, kind in KINDS.items():
@@ -108,6 +134,8 @@ def list_caches(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["lm-eval"]:  # argparse would take lm-eval's options for its own
+        return lm_eval(arguments[1:])
     args = parser().parse_args(arguments)
     args.argv = arguments
     transformers_logging.disable_progress_bar()
@@ -130,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    top = argparse.ArgumentParser(prog="python -m evals", description=__doc__)
+    top = argparse.ArgumentParser(prog=called(), description="Quality, memory and speed of caches.")
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str = ""):
@@ -168,6 +196,9 @@ def parser() -> argparse.ArgumentParser:
     p = command("verify", run_verify)
     commands.add_model(p)
     add_arguments(p, verify.VerifyOptions, "measurement")
+
+    p = command("lm-eval", run_lm_eval)
+    p.add_argument("arguments", nargs=argparse.REMAINDER, help="see lm-eval --help")
 
     command("caches", list_caches)
     return top

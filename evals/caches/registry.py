@@ -140,6 +140,12 @@ class CacheSpec:
         """Whether this is the uncompressed cache that others are compared with."""
         return self.kind == BASELINE
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What it takes beyond the base install."""
+        package = KINDS[self.kind].package
+        return (package,) if package else ()
+
     def to_dict(self) -> dict[str, Any]:
         """Kind, label and all options as plain values."""
         return {"kind": self.kind, "label": self.label, "options": _plain(self.options)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import require
 
 TASKS = Path(__file__).resolve().parents[1] / "tasks"
-DATA_VARIABLE = "ROTORQUANT_TASK_DATA"  # read by evals/tasks/local/files.py
+DATA_VARIABLE = "ROTORQUANT_TASK_DATA"  # read by tasks/local/files.py
 
 
 def check_folder(folder: str | Path) -> str:

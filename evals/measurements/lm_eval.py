@@ -12,6 +12,8 @@ from ..errors import InputError, NotAvailableError, require
 from ..lm_eval.model_args import CHUNK
 from ..lm_eval.tasks import TASKS, data_folder
 from ..options import option
+from ..places import called
+from ..requirements import install
 from ..subjects.models import Subject
 
 if TYPE_CHECKING:
@@ -37,6 +39,11 @@ class LmEvalOptions:
         None, "folder with more tasks (default: this project's own, evals/tasks)"
     )
     data: str | None = option(None, "folder with the JSON files of the *_local tasks")
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What it takes beyond the base install."""
+        return ("lm-eval",)
 
 
 def measure(
@@ -65,7 +72,7 @@ def measure(
         from ..lm_eval.model import RotorQuantLM
     except ImportError as error:
         raise NotAvailableError(
-            f"lm-eval is not installed: pip install 'rotorquant-hf[eval]' ({error})"
+            f"lm-eval does not load ({error}): {install(['lm-eval'])}"
         ) from error
     lm = RotorQuantLM(
         subject.model,
@@ -112,9 +119,7 @@ def _manager_of(options: LmEvalOptions) -> TaskManager:
         missing = [task for task in options.tasks if not manager.match_tasks([task])]
         if not missing:
             return manager
-    raise InputError(
-        f"there is no task {missing[0]!r}; python -m evals.lm_eval ls tasks lists them"
-    )
+    raise InputError(f"there is no task {missing[0]!r}; `{called()} lm-eval ls tasks` lists them")
 
 
 @functools.lru_cache(maxsize=4)

@@ -34,6 +34,11 @@ class PerplexityOptions(TextOptions):
 
     chunk: int = option(64, "most tokens of a forward pass; 1 is true decoding", least=1)
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What it takes beyond the base install: scipy for intervals."""
+        return (*super().packages, "scipy")
+
 
 @dataclass(frozen=True)
 class Comparison:

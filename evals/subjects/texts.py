@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, require
 from ..options import option
+from ..places import shipped
 
 
 class Document(NamedTuple):
@@ -61,6 +62,11 @@ class TextOptions:
         choices=("start", "spread"),
     )
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What it takes beyond the base install."""
+        return ("datasets",) if self.dataset is not None else ()
+
     def documents(self) -> list[Document]:
         """The documents they name.
 
@@ -74,7 +80,7 @@ class TextOptions:
             else "both --text and --dataset are given: choose one",
         )
         if self.text is not None:
-            return read_texts([Path(path) for path in self.text], self.exclude or ())
+            return read_texts([Path(shipped(path)) for path in self.text], self.exclude or ())
         assert self.dataset is not None
         rows = read_dataset(self.dataset, self.dataset_config, self.split, self.column)
         # Rows of WikiText and the like are lines of one text.
