@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -22,6 +23,7 @@ from .options import add_arguments, from_arguments
 from .places import called
 from .requirements import install, missing, packages_of, require_packages
 from .subjects.models import ModelOptions, load, pick_device
+from .subjects.texts import TooShortError
 from .sweep import plan, rows
 from .sweep import runner as sweep
 
@@ -29,7 +31,7 @@ from .sweep import runner as sweep
 def run_measurement(args: argparse.Namespace) -> int:
     """Measure one cache (speed: several, side by side) on one model."""
     measurement = MEASUREMENTS[args.measurement]
-    options = from_arguments(measurement.options, args)
+    options: Any = from_arguments(measurement.options, args)
     specs = [commands.cache_of(args)]
     if measurement.together:
         specs = [CacheSpec.of(name) for name in args.beside] + specs
@@ -96,25 +98,35 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Say which preset is safe on a model; exit status 1 if none is."""
-    options = from_arguments(verify.VerifyOptions, args, **_text_or_samples(args))
-    subject = load(from_arguments(ModelOptions, args))
+    """Say which preset is safe: exit status 0 one is, 1 none, 2 bad input, 3 too little evidence.
+
+    Without --text or --dataset it reads this project's samples.
+    """
+    for old, new in verify.OLD_FLAGS.items():
+        if any(argument.split("=")[0] == old for argument in args.argv):
+            print(f"DeprecationWarning: {old} is now {new}", file=sys.stderr)
+    own_text = "text" in args or "dataset" in args
+    text = {} if own_text else {"text": (verify.SAMPLES,)}
+    options = from_arguments(verify.VerifyOptions, args, **text)
+    model = from_arguments(ModelOptions, args)
+    require_packages("verify", packages_of(model, options))
+    subject = load(model)
     found = []
-    for verdict in verify.verdicts(subject, options):
-        found.append(verdict)
-        print(f"{verdict.preset}: {'; '.join(verdict.reasons) or 'safe'}", file=sys.stderr)
+    try:
+        for verdict in verify.verdicts(subject, options):
+            found.append(verdict)
+            print(f"{verdict.preset}: {verdict}", file=sys.stderr)
+    except TooShortError as error:
+        print(verify.too_short(error, options))
+        return verify.STATUS[verify.NOT_ENOUGH]
     print(verify.table(found))
-    if "text" not in args and "dataset" not in args:
+    if not own_text:
         print(
             "\nThe text is this project's samples, written by a small model: measure on text like "
             "yours with --text FILE."
         )
     print(f"\n{verify.conclusion(found, subject)}")
-    return 0 if verify.recommended(found) else 1
-
-
-def _text_or_samples(args: argparse.Namespace) -> dict[str, tuple[str, ...]]:
-    return {} if "text" in args or "dataset" in args else {"text": (str(verify.SAMPLES),)}
+    return verify.STATUS[verify.outcome(found)]
 
 
 def run_lm_eval(args: argparse.Namespace) -> int:
@@ -161,8 +173,10 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog=called(), description="Quality, memory and speed of caches.")
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str = ""):
-        text = text or (run.__doc__ or "").strip()
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str = ""
+    ) -> argparse.ArgumentParser:
+        text = text or (run.__doc__ or "").split("\n")[0]
         added = subparsers.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
         return added
@@ -196,6 +210,11 @@ def parser() -> argparse.ArgumentParser:
     p = command("verify", run_verify)
     commands.add_model(p)
     add_arguments(p, verify.VerifyOptions, "measurement")
+    for old, new in verify.OLD_FLAGS.items():
+        name = new.removeprefix("--").replace("-", "_")
+        p.add_argument(
+            old, dest=name, type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
 
     p = command("lm-eval", run_lm_eval)
     p.add_argument("arguments", nargs=argparse.REMAINDER, help="see lm-eval --help")

@@ -34,7 +34,7 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--preset", default=argparse.SUPPRESS, help="of rotorquant", metavar="NAME")
     for name, text in _cache_fields().items():
-        many = {"nargs": "+"} if name == "exact_layers" else {}
+        many: dict[str, Any] = {"nargs": "+"} if name == "exact_layers" else {}
         group.add_argument(
             flag(name),
             dest=f"cache.{name}",
@@ -54,7 +54,7 @@ def _value(text: str) -> Any:
 
 
 def _cache_fields() -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for cls, suffix in ((RotorQuantConfig, ""), (QuantoOptions, " (quanto, hqq)")):
         for field in dataclasses.fields(cls):
             found.setdefault(field.name, field.metadata["help"] + suffix)

@@ -21,6 +21,10 @@ from ..options import option
 from ..places import shipped
 
 
+class TooShortError(InputError):
+    """A text with too few tokens to be measured on."""
+
+
 class Document(NamedTuple):
     """One text: its file name, or what it is of a data set, and its characters."""
 
@@ -197,7 +201,7 @@ def cut(
         The windows, and how many documents were left out as too short.
 
     Raises:
-        InputError: if no document is long enough.
+        InputError: if there is no text; TooShortError: if no document is long enough.
     """
     length = min(options.window, options.max_tokens, context or options.window)
     begin = beginning(tokenizer)
@@ -206,11 +210,12 @@ def cut(
     longest = max(len(x) for x in tokens)
     names = ", ".join(document.name for document in documents)
     require(longest > 0, f"there is no text in {names}: it is empty")
-    require(
-        longest > least and own > least,
-        f"the text is shorter than a chunk: its longest document has {longest} tokens, a window "
-        f"has {own}, and a chunk has {least}; give more text, a larger window or a smaller chunk",
-    )
+    if min(longest, own) <= least:
+        raise TooShortError(
+            f"the text is shorter than a chunk: its longest document has {longest} tokens, a "
+            f"window has {own}, and a chunk has {least}; give more text, a larger window or a "
+            "smaller chunk"
+        )
     fitting = [i for i, x in enumerate(tokens) if len(x) > least]
     counts = dict.fromkeys(fitting, 0)
     budget, lengths = options.max_tokens, {i: min(own, len(tokens[i])) for i in fitting}
