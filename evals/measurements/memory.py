@@ -14,6 +14,7 @@ from ..failures import FailedError, Failure, failure_of, raise_if_fatal
 from ..options import option
 from ..probes.feeding import fill
 from ..probes.footprint import footprint, peak_bytes, reachable_bytes
+from ..probes.half_size import half_decoded_footprint, states_of
 from ..probes.integrity import NOTHING_COMPRESSED
 from ..subjects.models import Subject
 
@@ -50,7 +51,8 @@ def measure(
 
     Peaks are bytes above what is in use before (the weights, and in decoding the cache): for a
     prefill the cache and all that comes and goes with it, for decoding the growth of the cache and
-    all that comes and goes in a step.
+    all that comes and goes in a step. `*_16bit` is what the cache takes of a 16-bit model, where
+    the model measured is in float32.
     """
     points: list[dict[str, Any]] = []
     failures: list[Failure] = []
@@ -85,10 +87,20 @@ def _point(
     devices = subject.devices
     prefill = peak_bytes(lambda: token.copy_(fill(model, ids, cache).argmax(-1, True)), devices)
     decoding = peak_bytes(lambda: decode(model, token, cache, options.new_tokens), devices)
-    counted = footprint(cache, subject.dtype)
+    counted, reachable = footprint(cache, subject.dtype), reachable_bytes(cache)
+    half = counted
+    if model.dtype.itemsize != 2:
+        del cache  # its memory goes before another is filled
+        states = states_of(model, ids[:1, :1])
+        half = half_decoded_footprint(
+            states, lambda: subject.new_cache(spec), context, options.new_tokens, batch, ids.device
+        )
     return {
+        "cache_bytes_16bit": half.total_bytes,
+        "bits_per_number_16bit": half.bits_per_number,
+        "packed_bits_per_number_16bit": half.packed_bits_per_number,
         "cache_bytes": counted.total_bytes,
-        "reachable_bytes": reachable_bytes(cache),
+        "reachable_bytes": reachable,
         "bits_per_number": counted.bits_per_number,
         "packed_bits_per_number": counted.packed_bits_per_number,
         "peak_prefill_bytes": prefill,

@@ -7,7 +7,7 @@ once more, in bfloat16; random ones, as the size does not depend on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -63,15 +63,39 @@ def half_footprint(
         device: of the model.
     """
     cache = make_cache()
+    return _filled(cache, states, passes(cache, chunk, tokens), 1, device)
+
+
+def half_decoded_footprint(
+    states: list[States],
+    make_cache: Callable[[], Cache],
+    prompt: int,
+    new_tokens: int,
+    batch: int,
+    device: torch.device,
+) -> Footprint:
+    """As `half_footprint`, of rows whose prompt is one pass and whose new tokens one pass each."""
+    decoded = [(i, i + 1) for i in range(prompt, prompt + new_tokens)]
+    return _filled(make_cache(), states, [(0, prompt), *decoded], batch, device)
+
+
+@torch.no_grad()
+def _filled(
+    cache: Cache,
+    states: list[States],
+    steps: Iterable[tuple[int, int]],
+    batch: int,
+    device: torch.device,
+) -> Footprint:
+    """Count a cache after random keys and values (batch, heads, end - start, dim) of every step."""
     generator = torch.Generator(device).manual_seed(0)
-    for start, end in passes(cache, chunk, tokens):
+    for start, end in steps:
         for layer, heads, key_dim, value_dim in states:
             keys, values = (
                 torch.randn(
-                    1, heads, end - start, dim, device=device, generator=generator
+                    batch, heads, end - start, dim, device=device, generator=generator
                 ).bfloat16()
                 for dim in (key_dim, value_dim)
             )
-            with torch.no_grad():
-                cache.update(keys, values, layer)
+            cache.update(keys, values, layer)
     return footprint(cache, torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -68,6 +69,22 @@ def test_memory_of_a_compressed_cache_is_its_own_count(subject) -> None:
     plain = measure(subject, CacheSpec.of("dynamic"), options)["points"][0]
     assert point["cache_bytes"] < 0.25 * plain["cache_bytes"]
     assert point["peak_prefill_bytes"] < plain["peak_prefill_bytes"]
+
+
+def test_memory_in_16_bits_is_that_of_a_16_bit_model(subject) -> None:
+    """Counted beside a float32 model as on the model in bfloat16, and first."""
+    options = MemoryOptions(context=(180,), batch=(2,), new_tokens=2)
+    half = Subject(copy.deepcopy(subject.model).bfloat16(), subject.tokenizer, subject.options)
+    names = ["cache_bytes", "bits_per_number", "packed_bits_per_number"]
+    for name in ("k3v3", "quanto"):
+        spec = CacheSpec.of(name)
+        (point,) = measure(subject, spec, options)["points"]
+        (own,) = measure(half, spec, options)["points"]
+        for figure in names:
+            assert point[f"{figure}_16bit"] == own[figure] == own[f"{figure}_16bit"], (name, figure)
+        assert list(point)[2:5] == [f"{figure}_16bit" for figure in names]
+    (plain,) = measure(subject, CacheSpec.of("dynamic"), options)["points"]
+    assert (plain["bits_per_number_16bit"], plain["bits_per_number"]) == (16, 32)
 
 
 def test_agreement_length() -> None:
