@@ -3,7 +3,7 @@
 `HFLM` scores with one forward pass and no cache, which shows no compression whatever the cache.
 Here a batch goes through a new cache in passes (`probes/feeding.py`), so that log-likelihoods,
 rolling ones and multiple choices read older tokens as they are stored. `generate_until` gives
-`generate` a new cache: the prompt's own pass reads exactly, as it does for every user of
+`generate` a new cache: the prompt's own pass reads in full precision, as it does for every user of
 `generate`; the tokens decoded after it read the codes.
 
 Batches are padded on the right for scoring: no token reads what comes after it, so neither logits
@@ -31,7 +31,14 @@ from ..errors import InputError
 from ..probes.feeding import passes
 from ..probes.footprint import packed_numbers
 from .model_args import cache_of, check_names, chunk_of, refused
-from .reads import DecodingReads, Pass, Reads, nothing_compressed
+from .reads import (
+    DecodingReads,
+    Pass,
+    Reads,
+    nothing_compressed,
+    tokens_before_codes,
+    too_short,
+)
 
 _log = logging.getLogger("lm_eval.models.rotorquant")  # shown as lm-eval's own messages are
 
@@ -68,6 +75,7 @@ class RotorQuantLM(HFLM):
         self._handed_on = [name for name in kwargs if name not in known]
         self.reads: dict[str, Reads] = {}
         self.warnings: list[str] = []
+        self._foreseen: set[tuple[str, str]] = set()  # kinds and tasks warned of before their run
         self._reads, self._passes = Reads(), list[Pass]()
         super().__init__(pretrained, **kwargs)
         self._make_cache = make_cache or (lambda: self.spec.make(self.model.config))
@@ -173,6 +181,7 @@ class RotorQuantLM(HFLM):
         names = [request.task_name or "requests" for request in requests]
         if self.world_size > 1 or self.chunk is None:
             names = [", ".join(dict.fromkeys(names))] * len(names)
+        self._foresee(kind, names, requests)
         found = [None] * len(requests)
         for name in dict.fromkeys(names):
             places = [i for i, other in enumerate(names) if other == name]
@@ -183,15 +192,47 @@ class RotorQuantLM(HFLM):
                 found[i] = response
         return found
 
+    def _foresee(self, kind: str, names: list[str], requests: list) -> None:
+        """Warn, before any work, of tasks with no request long enough to read anything quantised.
+
+        An estimate: `generate_until` may stop long before its last token.
+        """
+        if self.spec.is_baseline or self.chunk is None:
+            return
+        needed, short = tokens_before_codes(self._make_cache(), self.chunk), {}
+        for name in dict.fromkeys(names):
+            of_task = [x for x, other in zip(requests, names, strict=True) if other == name]
+            longest = self._longest(kind, of_task, needed)
+            if longest <= needed:
+                short[name] = longest
+        self._foreseen |= {(kind, name) for name in short}
+        if short and self.rank == 0:
+            _log.warning(too_short(kind, short, needed, self.spec))
+
+    def _longest(self, kind: str, requests: list, enough: int) -> int:
+        """Tokens fed by the longest request of all processes, or by one of more than `enough`."""
+        longest = 0
+        for request in requests:
+            text, *rest = request.args
+            if kind == "generate_until":
+                tokens = rest[0].get("max_gen_toks", self.max_gen_toks)
+            else:
+                tokens = -1 if rest and text else 0  # the last token of a continuation is not fed
+                text = "".join((text, *rest))
+            longest = max(longest, tokens + len(self.tok_encode(text)))
+            if longest > enough:
+                break
+        return int(self.all_gather(torch.tensor([longest], device=self.device)).max())
+
     def _note(self, kind: str, tasks: str, packed: int, held: int) -> None:
-        """Count what was read, and warn if nothing of it was compressed."""
+        """Count what was read, and warn if nothing of it was compressed, as was not foreseen."""
         self.reads.setdefault(tasks, Reads()).add(packed, held)
         if packed or not held or self.spec.is_baseline:
             return
         text = nothing_compressed(kind, tasks, self.spec.label)
         if text not in self.warnings:
             self.warnings.append(text)
-        if self.rank == 0:
+        if self.rank == 0 and (kind, tasks) not in self._foreseen:
             _log.warning(text)
 
     def _over_all_processes(self, reads: Reads) -> tuple[int, int]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 from transformers import Cache, LogitsProcessor
 
+from rotorquant_hf import RotorQuantConfig
+
+from ..caches.registry import CacheSpec
+from ..probes.feeding import next_pass
 from ..probes.footprint import packed_numbers
 
 
@@ -73,16 +79,54 @@ class DecodingReads(LogitsProcessor):
         return scores
 
 
+def tokens_before_codes(cache: Cache, chunk: int) -> int:
+    """Tokens that an empty cache takes before the next one reads anything quantised.
+
+    Caches that do not say when they quantise do it with their first pass.
+    """
+    first = next_pass(cache, sys.maxsize, sys.maxsize)
+    return first if first < sys.maxsize else chunk
+
+
+def too_short(requests: str, longest: Mapping[str, int], needed: int, spec: CacheSpec) -> str:
+    """The warning, before any work, for requests too short to read anything quantised.
+
+    Args:
+        requests: their kind, as lm-eval names it.
+        longest: tokens of the longest request of each task, generated ones included.
+        needed: tokens after which this cache is read quantised.
+        spec: the cache.
+    """
+    tasks = ", ".join(f"{task}: {tokens} tokens" for task, tokens in longest.items())
+    options = spec.options
+    parts = (
+        f" (num_sink_tokens {options.num_sink_tokens} + residual_length {options.residual_length} "
+        f"+ block_length {options.block_length})"
+        if isinstance(options, RotorQuantConfig)
+        else ""
+    )
+    return (
+        f"these {requests} requests are too short to read anything compressed (the longest of "
+        f"{tasks}): {spec.label} keeps the first {needed} tokens{parts} in full precision, so the "
+        f"scores will say nothing about it. {_REMEDY}"
+    )
+
+
+_REMEDY = (
+    "Make prompts longer with num_fewshot, or the window shorter with residual_length (such as "
+    "residual_length=32)"
+)
+
+
 def nothing_compressed(requests: str, tasks: str, cache: str) -> str:
     """The warning for requests that no compressed key or value took part in."""
     why = (
-        "texts this short stay in the cache's exact window (a prompt is read exactly by "
-        "generate: only decoding reads codes)"
+        "texts this short stay in the cache's full-precision window (generate reads a prompt in "
+        "full precision: only decoding reads codes)"
         if requests == "generate_until"
-        else "prompts this short stay in the cache's exact window"
+        else "prompts this short stay in the cache's full-precision window"
     )
     return (
         f"nothing was read compressed: {requests} requests ({tasks}) scored without one quantised "
-        f"key or value, so these figures say nothing about {cache}; {why}. Make prompts longer "
-        "with num_fewshot, or the window shorter with residual_length (such as residual_length=32)"
+        f"key or value, so these figures say nothing about {cache}; {why}. {_REMEDY}"
     )
