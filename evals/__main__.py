@@ -48,7 +48,7 @@ def run_measurement(args: argparse.Namespace) -> int:
 
 
 def run_sweep(args: argparse.Namespace) -> int:
-    """Measure every row of a plan; go on where an earlier run stopped."""
+    """Measure every row of a plan; continue where an earlier run stopped."""
     replaced = {}
     if args.model:
         replaced["models"] = args.model
@@ -67,12 +67,12 @@ def run_sweep(args: argparse.Namespace) -> int:
     shown = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "no rows"
     part = f"process {share.rank + 1} of {share.processes}: " if share.processes > 1 else ""
     print(f"{part}{shown} of {len(planned.rows)} rows; in {out / share.file}")
-    # A launcher would end the other processes when one of them reports a failure.
+    # A launcher ends the other processes when one of them reports a failure.
     return 1 if counts.get("failed") and share.processes == 1 else 0
 
 
 def _lacking(planned: plan.Plan) -> str:
-    """One line on the rows that will not be run for want of packages; empty if all will be."""
+    """One line on the rows whose packages are missing; empty if there are none."""
     needs = [packages_of(row.model, row.options, row.cache) for row in planned.rows]
     absent = missing(dict.fromkeys(name for names in needs for name in names))
     if not absent:
@@ -85,7 +85,7 @@ def _lacking(planned: plan.Plan) -> str:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    """Write the report of some sweeps: a page, Markdown tables, CSV."""
+    """Write the report of one or more sweeps: an HTML page, Markdown tables, CSV."""
     from .report import write
 
     headers, found = rows.read_results(args.results)
@@ -98,9 +98,10 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Say which preset is safe: exit status 0 one is, 1 none, 2 bad input, 3 too little evidence.
+    """Say which preset of rotorquant is safe on a model.
 
-    Without --text or --dataset it reads this project's samples.
+    Without --text or --dataset it reads this project's samples. Exit status: 0 if a preset is safe,
+    1 if none is, 2 for bad input or a missing package, 3 if there is not enough evidence.
     """
     for old, new in verify.OLD_FLAGS.items():
         if any(argument.split("=")[0] == old for argument in args.argv):
@@ -130,7 +131,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def run_lm_eval(args: argparse.Namespace) -> int:
-    """lm-eval's own command line with the model `rotorquant`: lm-eval has no hook for plugins."""
+    """Run lm-eval's own command line with the model `rotorquant`: it has no hook for plugins."""
     lm_eval(args.arguments)
     return 0
 
@@ -146,7 +147,7 @@ def list_caches(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if arguments[:1] == ["lm-eval"]:  # argparse would take lm-eval's options for its own
+    if arguments[:1] == ["lm-eval"]:  # argparse cannot pass options on
         return lm_eval(arguments[1:])
     args = parser().parse_args(arguments)
     args.argv = arguments
@@ -156,12 +157,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (InputError, NotAvailableError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except KeyboardInterrupt:
         goes_on = args.run is run_sweep
-        more = "; the same command goes on where it stopped" if goes_on else ""
+        more = "; the same command continues from here" if goes_on else ""
         print(f"stopped{more}", file=sys.stderr)
         raise SystemExit(130) from None
     if status:
@@ -176,8 +177,8 @@ def parser() -> argparse.ArgumentParser:
     def command(
         name: str, run: Callable[[argparse.Namespace], int], text: str = ""
     ) -> argparse.ArgumentParser:
-        text = text or (run.__doc__ or "").split("\n")[0]
-        added = subparsers.add_parser(name, help=text, description=text)
+        text = text or run.__doc__ or ""
+        added = subparsers.add_parser(name, help=text.split("\n")[0], description=text)
         added.set_defaults(run=run)
         return added
 
@@ -189,18 +190,25 @@ def parser() -> argparse.ArgumentParser:
         add_arguments(p, measurement.options, "measurement")
         if measurement.together:
             p.add_argument(
-                "--beside", nargs="*", default=["dynamic"], help="caches to compare with"
+                "--beside",
+                nargs="*",
+                default=["dynamic"],
+                help="caches to compare with (default dynamic)",
             )
-        p.add_argument("--data-seed", type=int, default=0, help="of prompts drawn (default 0)")
-        p.add_argument("--json", action="store_true", help="print a line of JSON a cache, last")
+        p.add_argument("--data-seed", type=int, default=0, help="of random prompts (default 0)")
+        p.add_argument("--json", action="store_true", help="print one line of JSON per cache")
 
     p = command("sweep", run_sweep)
     p.add_argument("config", type=Path, help="YAML, see configs/")
     p.add_argument("--out", type=Path, help="folder of the results (default: results/NAME)")
     p.add_argument("--model", nargs="+", help="models instead of the file's")
     p.add_argument("--text", nargs="+", help="text instead of the file's")
-    p.add_argument("--dry-run", action="store_true", help="print the plan, and what is done of it")
-    p.add_argument("--retry", action="store_true", help="measure again what failed or was not run")
+    p.add_argument(
+        "--dry-run", action="store_true", help="print the plan and the state of its rows"
+    )
+    p.add_argument(
+        "--retry", action="store_true", help="measure rows that failed or were not run again"
+    )
 
     p = command("report", run_report)
     p.add_argument("results", nargs="+", type=Path, help="folders or files of sweeps")

@@ -18,12 +18,12 @@ from ..probes.footprint import packed_numbers
 
 
 class Pass(NamedTuple):
-    """One forward pass over the tokens start..end-1 of a batch; numbers are those of one row.
+    """One forward pass over the tokens start..end-1 of a batch; counts are those of one row.
 
     Attributes:
         start, end: tokens.
-        packed: key and value numbers that it read quantised: those quantised before it.
-        held: all that it read, its own included.
+        packed: key and value elements that it read quantised: those quantised before it.
+        held: all elements that it read, its own included.
     """
 
     start: int
@@ -34,7 +34,7 @@ class Pass(NamedTuple):
 
 @dataclass
 class Reads:
-    """Key and value numbers read by the tokens whose logits count, padding left out.
+    """Key and value elements read by the tokens whose logits count, without padding.
 
     Attributes:
         packed: read quantised.
@@ -50,7 +50,7 @@ class Reads:
         return self.packed / self.held if self.held else None
 
     def add(self, packed: int, held: int) -> None:
-        """Count some numbers."""
+        """Count some elements."""
         self.packed += packed
         self.held += held
 
@@ -63,16 +63,16 @@ class Reads:
 
 
 class DecodingReads(LogitsProcessor):
-    """Counts what every step of `generate` reads; changes no score.
+    """Counts what every step of `generate` reads; leaves the scores unchanged.
 
-    The first step is the prompt's own pass, which reads exactly.
+    The first step is the prompt's own pass, which reads in full precision.
     """
 
     def __init__(self, cache: Cache, reads: Reads) -> None:
         self.cache, self.reads, self.before = cache, reads, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Count one step, of all rows, and return `scores` as they are."""
+        """Count one step of all rows and return `scores` unchanged."""
         held, packed = packed_numbers(self.cache)
         self.reads.add(self.before, held)
         self.before = packed
@@ -80,9 +80,9 @@ class DecodingReads(LogitsProcessor):
 
 
 def tokens_before_codes(cache: Cache, chunk: int) -> int:
-    """Tokens that an empty cache takes before the next one reads anything quantised.
+    """Tokens that an empty cache takes before a later token reads anything quantised.
 
-    Caches that do not say when they quantise do it with their first pass.
+    A cache that does not tell when it quantises is taken to do so with its first pass.
     """
     first = next_pass(cache, sys.maxsize, sys.maxsize)
     return first if first < sys.maxsize else chunk
@@ -119,7 +119,7 @@ _REMEDY = (
 
 
 def nothing_compressed(requests: str, tasks: str, cache: str) -> str:
-    """The warning for requests that no compressed key or value took part in."""
+    """The warning for requests that read no compressed key or value."""
     why = (
         "texts this short stay in the cache's full-precision window (generate reads a prompt in "
         "full precision: only decoding reads codes)"
