@@ -98,24 +98,30 @@ def too_short(requests: str, longest: Mapping[str, int], needed: int, spec: Cach
         spec: the cache.
     """
     tasks = ", ".join(f"{task}: {tokens} tokens" for task, tokens in longest.items())
-    options = spec.options
-    parts = (
-        f" (num_sink_tokens {options.num_sink_tokens} + residual_length {options.residual_length} "
-        f"+ block_length {options.block_length})"
-        if isinstance(options, RotorQuantConfig)
-        else ""
-    )
+    options, parts, remedy = spec.options, "", _REMEDY
+    if isinstance(options, RotorQuantConfig):
+        window = options.residual_length
+        parts = (
+            f" (num_sink_tokens {options.num_sink_tokens} + residual_length {window} + "
+            f"block_length {options.block_length})"
+        )
+        room = min(longest.values()) - (needed - window)  # for a window that codes are read behind
+        remedy = _remedy(room // 2) if room > 1 else f"{_LONGER}."
     return (
         f"these {requests} requests are too short to read anything compressed (the longest of "
         f"{tasks}): {spec.label} keeps the first {needed} tokens{parts} in full precision, so the "
-        f"scores will say nothing about it. {_REMEDY}"
+        f"scores will say nothing about it. {remedy}"
     )
 
 
-_REMEDY = (
-    "Make prompts longer with num_fewshot, or the window shorter with residual_length (such as "
-    "residual_length=32)"
-)
+def _remedy(window: int) -> str:
+    return (
+        f"{_LONGER}, or the window shorter with residual_length (such as residual_length={window})"
+    )
+
+
+_LONGER = "Make prompts longer with num_fewshot"
+_REMEDY = _remedy(32)
 
 
 def nothing_compressed(requests: str, tasks: str, cache: str) -> str:

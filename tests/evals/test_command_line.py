@@ -205,7 +205,7 @@ def test_the_script_measures_from_any_folder(installed) -> None:
 def test_the_installed_module_names_itself_and_what_is_not_there(installed) -> None:
     shown = _call(installed, "-m", "rotorquant_evals", "--help")
     assert shown.stdout.startswith("usage: python -m rotorquant_evals "), shown.stderr
-    assert "lm-eval has no hook for plugins" in " ".join(shown.stdout.split())
+    assert "it has no hook for plugins" in " ".join(shown.stdout.split())
     for command, path in (
         (["memory"], "examples/books-7m"),
         (["verify", "--model", str(MODEL)], "examples/sampled"),

@@ -202,6 +202,11 @@ def test_the_length_that_is_foreseen_is_that_which_is_read(lm, caplog):
         request = Instance("loglikelihood", {}, (word * (tokens - 1), word), 0, task_name="t")
         model.loglikelihood([request], disable_tqdm=True)
         assert ("too short" in caplog.text) == (model._reads.packed == 0) == (tokens == 37)
+        # A window of 8 instead of 16 leaves 28 in full precision.
+        assert ("residual_length=8)" in caplog.text) == (tokens == 37)
+    caplog.clear()
+    model.loglikelihood([Instance("loglikelihood", {}, (word, word), 0, task_name="t")])
+    assert "with num_fewshot." in caplog.text  # sinks and a block alone are longer
 
 
 def test_results_say_which_cache(lm):
