@@ -1,6 +1,6 @@
 """The evaluation harness: quality, memory and speed of caches, so that one can believe them.
 
-`python -m evals --help` lists the commands.
+`rotorquant --help` (in a clone: `python -m evals --help`) lists the commands.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The harness's command line: `python -m evals COMMAND --help`."""
+"""The harness's command line: `rotorquant COMMAND --help`, or `python -m evals` in a clone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -16,9 +17,13 @@ from . import commands, verify
 from .caches.registry import KINDS, CacheSpec
 from .errors import InputError, NotAvailableError
 from .failures import Failure
+from .lm_eval.__main__ import main as lm_eval
 from .measurements.registry import MEASUREMENTS
 from .options import add_arguments, from_arguments
+from .places import called
+from .requirements import install, missing, packages_of, require_packages
 from .subjects.models import ModelOptions, load, pick_device
+from .subjects.texts import TooShortError
 from .sweep import plan, rows
 from .sweep import runner as sweep
 
@@ -26,22 +31,24 @@ from .sweep import runner as sweep
 def run_measurement(args: argparse.Namespace) -> int:
     """Measure one cache (speed: several, side by side) on one model."""
     measurement = MEASUREMENTS[args.measurement]
-    options = from_arguments(measurement.options, args)
+    options: Any = from_arguments(measurement.options, args)
     specs = [commands.cache_of(args)]
     if measurement.together:
         specs = [CacheSpec.of(name) for name in args.beside] + specs
-    subject = load(from_arguments(ModelOptions, args))
-    results = measurement.prepare(subject, options, args.data_seed)(specs)
+    model = from_arguments(ModelOptions, args)
+    require_packages(args.measurement, packages_of(model, options, *specs))
+    loaded = load(model)
+    results = measurement.prepare(loaded, options, args.data_seed)(specs)
     for spec, result in zip(specs, results, strict=True):
         if isinstance(result, Failure):
             raise (NotAvailableError if result.status == "not run" else InputError)(result.reason)
-        head = {"model": subject.options.model, "dtype": str(subject.dtype).removeprefix("torch.")}
+        head = {"model": loaded.options.model, "dtype": str(loaded.dtype).removeprefix("torch.")}
         commands.show({**head, "cache": spec.label, **result}, args.json)
     return 0
 
 
 def run_sweep(args: argparse.Namespace) -> int:
-    """Measure every row of a plan; go on where an earlier run stopped."""
+    """Measure every row of a plan; continue where an earlier run stopped."""
     replaced = {}
     if args.model:
         replaced["models"] = args.model
@@ -49,6 +56,8 @@ def run_sweep(args: argparse.Namespace) -> int:
         replaced["text"] = args.text
     planned = plan.read_plan(args.config, replaced)
     out = args.out or Path("results") / planned.name
+    if lacking := _lacking(planned):
+        print(lacking, file=sys.stderr)
     if args.dry_run:
         sweep.check_out(planned, out, sweep.versions_of(pick_device(None), args.argv))
         print(plan.summary(planned, sweep.statuses(planned, out)))
@@ -58,12 +67,25 @@ def run_sweep(args: argparse.Namespace) -> int:
     shown = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "no rows"
     part = f"process {share.rank + 1} of {share.processes}: " if share.processes > 1 else ""
     print(f"{part}{shown} of {len(planned.rows)} rows; in {out / share.file}")
-    # A launcher would end the other processes when one of them reports a failure.
+    # A launcher ends the other processes when one of them reports a failure.
     return 1 if counts.get("failed") and share.processes == 1 else 0
 
 
+def _lacking(planned: plan.Plan) -> str:
+    """One line on the rows whose packages are missing; empty if there are none."""
+    needs = [packages_of(row.model, row.options, row.cache) for row in planned.rows]
+    absent = missing(dict.fromkeys(name for names in needs for name in names))
+    if not absent:
+        return ""
+    rows = sum(not set(absent).isdisjoint(names) for names in needs)
+    return (
+        f"note: {rows} of {len(needs)} rows will not be run, as {', '.join(absent)} "
+        f"{'is' if len(absent) == 1 else 'are'} not installed: {install(absent)}, then --retry"
+    )
+
+
 def run_report(args: argparse.Namespace) -> int:
-    """Write the report of some sweeps: a page, Markdown tables, CSV."""
+    """Write the report of one or more sweeps: an HTML page, Markdown tables, CSV."""
     from .report import write
 
     headers, found = rows.read_results(args.results)
@@ -76,25 +98,42 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Say which preset is safe on a model; exit status 1 if none is."""
-    options = from_arguments(verify.VerifyOptions, args, **_text_or_samples(args))
-    subject = load(from_arguments(ModelOptions, args))
+    """Say which preset of rotorquant is safe on a model.
+
+    Without --text or --dataset it reads this project's samples. Exit status: 0 if a preset is safe,
+    1 if none is, 2 for bad input or a missing package, 3 if there is not enough evidence.
+    """
+    for old, new in verify.OLD_FLAGS.items():
+        if any(argument.split("=")[0] == old for argument in args.argv):
+            print(f"DeprecationWarning: {old} is now {new}", file=sys.stderr)
+    own_text = "text" in args or "dataset" in args
+    text = {} if own_text else {"text": (verify.SAMPLES,)}
+    options = from_arguments(verify.VerifyOptions, args, **text)
+    model = from_arguments(ModelOptions, args)
+    require_packages("verify", packages_of(model, options))
+    loaded = load(model)
     found = []
-    for verdict in verify.verdicts(subject, options):
-        found.append(verdict)
-        print(f"{verdict.preset}: {'; '.join(verdict.reasons) or 'safe'}", file=sys.stderr)
+    try:
+        for verdict in verify.verdicts(loaded, options):
+            found.append(verdict)
+            print(f"{verdict.preset}: {verdict}", file=sys.stderr)
+    except TooShortError as error:
+        print(verify.too_short(error, options))
+        return verify.STATUS[verify.NOT_ENOUGH]
     print(verify.table(found))
-    if "text" not in args and "dataset" not in args:
+    if not own_text:
         print(
             "\nThe text is this project's samples, written by a small model: measure on text like "
             "yours with --text FILE."
         )
-    print(f"\n{verify.conclusion(found, subject)}")
-    return 0 if verify.recommended(found) else 1
+    print(f"\n{verify.conclusion(found, loaded)}")
+    return verify.STATUS[verify.outcome(found)]
 
 
-def _text_or_samples(args: argparse.Namespace) -> dict[str, tuple[str, ...]]:
-    return {} if "text" in args or "dataset" in args else {"text": (str(verify.SAMPLES),)}
+def run_lm_eval(args: argparse.Namespace) -> int:
+    """Run lm-eval's own command line with the model `rotorquant`: it has no hook for plugins."""
+    lm_eval(args.arguments)
+    return 0
 
 
 def list_caches(args: argparse.Namespace) -> int:
@@ -108,6 +147,8 @@ def list_caches(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["lm-eval"]:  # argparse cannot pass options on
+        return lm_eval(arguments[1:])
     args = parser().parse_args(arguments)
     args.argv = arguments
     transformers_logging.disable_progress_bar()
@@ -116,12 +157,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (InputError, NotAvailableError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except KeyboardInterrupt:
         goes_on = args.run is run_sweep
-        more = "; the same command goes on where it stopped" if goes_on else ""
+        more = "; the same command continues from here" if goes_on else ""
         print(f"stopped{more}", file=sys.stderr)
         raise SystemExit(130) from None
     if status:
@@ -130,12 +171,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    top = argparse.ArgumentParser(prog="python -m evals", description=__doc__)
+    top = argparse.ArgumentParser(prog=called(), description="Quality, memory and speed of caches.")
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str = ""):
-        text = text or (run.__doc__ or "").strip()
-        added = subparsers.add_parser(name, help=text, description=text)
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str = ""
+    ) -> argparse.ArgumentParser:
+        text = text or run.__doc__ or ""
+        added = subparsers.add_parser(name, help=text.split("\n")[0], description=text)
         added.set_defaults(run=run)
         return added
 
@@ -147,18 +190,25 @@ def parser() -> argparse.ArgumentParser:
         add_arguments(p, measurement.options, "measurement")
         if measurement.together:
             p.add_argument(
-                "--beside", nargs="*", default=["dynamic"], help="caches to compare with"
+                "--beside",
+                nargs="*",
+                default=["dynamic"],
+                help="caches to compare with (default dynamic)",
             )
-        p.add_argument("--data-seed", type=int, default=0, help="of prompts drawn (default 0)")
-        p.add_argument("--json", action="store_true", help="print a line of JSON a cache, last")
+        p.add_argument("--data-seed", type=int, default=0, help="of random prompts (default 0)")
+        p.add_argument("--json", action="store_true", help="print one line of JSON per cache")
 
     p = command("sweep", run_sweep)
     p.add_argument("config", type=Path, help="YAML, see configs/")
     p.add_argument("--out", type=Path, help="folder of the results (default: results/NAME)")
     p.add_argument("--model", nargs="+", help="models instead of the file's")
     p.add_argument("--text", nargs="+", help="text instead of the file's")
-    p.add_argument("--dry-run", action="store_true", help="print the plan, and what is done of it")
-    p.add_argument("--retry", action="store_true", help="measure again what failed or was not run")
+    p.add_argument(
+        "--dry-run", action="store_true", help="print the plan and the state of its rows"
+    )
+    p.add_argument(
+        "--retry", action="store_true", help="measure rows that failed or were not run again"
+    )
 
     p = command("report", run_report)
     p.add_argument("results", nargs="+", type=Path, help="folders or files of sweeps")
@@ -168,6 +218,14 @@ def parser() -> argparse.ArgumentParser:
     p = command("verify", run_verify)
     commands.add_model(p)
     add_arguments(p, verify.VerifyOptions, "measurement")
+    for old, new in verify.OLD_FLAGS.items():
+        name = new.removeprefix("--").replace("-", "_")
+        p.add_argument(
+            old, dest=name, type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+
+    p = command("lm-eval", run_lm_eval)
+    p.add_argument("arguments", nargs=argparse.REMAINDER, help="see lm-eval --help")
 
     command("caches", list_caches)
     return top

@@ -33,7 +33,7 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--preset", default=argparse.SUPPRESS, help="of rotorquant", metavar="NAME")
     for name, text in option_texts().items():
-        many = {"nargs": "+"} if name == "exact_layers" else {}
+        many: dict[str, Any] = {"nargs": "+"} if name == "exact_layers" else {}
         group.add_argument(
             flag(name),
             dest=f"cache.{name}",
@@ -49,7 +49,7 @@ def _value(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no value") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a YAML value") from error
 
 
 def cache_of(args: argparse.Namespace) -> CacheSpec:
@@ -65,7 +65,7 @@ def cache_of(args: argparse.Namespace) -> CacheSpec:
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:
-    """Print a result: as a list of names and values, or as one line of JSON."""
+    """Print a result: one name and value per line, or all in one line of JSON."""
     if as_json:
         print(json.dumps(result))
         return
@@ -77,7 +77,7 @@ def show(result: dict[str, Any], as_json: bool) -> None:
 
 
 def _table(points: list[dict[str, Any]]) -> str:
-    """Points as a table, a row each; what is not one value is left to JSON."""
+    """Points as a table, one row each; nested values are shown in JSON alone."""
     names = list(dict.fromkeys(name for point in points for name in point))
     plain = [n for n in names if not any(isinstance(p.get(n), dict | list) for p in points)]
     rows = [[_shown(point[n]) if n in point else "" for n in plain] for point in points]

@@ -43,7 +43,11 @@ def main(argv: list[str] | None = None) -> None:
     _draw_layout(figure.add_subplot(grid[0, :]), keys.shape)
     _draw_key(figure, [figure.add_subplot(grid[1, i]) for i in range(3)], keys)
     figure.savefig(
-        args.output, bbox_inches="tight", metadata={"Date": None}, facecolor="white", pad_inches=0.15
+        args.output,
+        bbox_inches="tight",
+        metadata={"Date": None},
+        facecolor="white",
+        pad_inches=0.15,
     )
     print(args.output)
 

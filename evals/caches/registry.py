@@ -79,6 +79,11 @@ class CacheSpec:
         """Tokens after which it quantises again while decoding."""
         return KINDS[self.kind].period(self.options)
 
+    def packages(self) -> tuple[str, ...]:
+        """What it takes beyond the base install."""
+        package = KINDS[self.kind].package
+        return (package,) if package else ()
+
     def to_dict(self) -> dict[str, Any]:
         """Kind, label and all options as plain values."""
         return {"kind": self.kind, "label": self.label, "options": _plain(self.options)}

@@ -1,4 +1,4 @@
-"""lm-eval with a compressed cache: `python -m evals.lm_eval run --model rotorquant ...`.
+"""lm-eval with a compressed cache: `rotorquant lm-eval run --model rotorquant ...`.
 
 Importing this package does not import lm-eval; `model` does, and registers `rotorquant` with it.
 """

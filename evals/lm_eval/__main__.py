@@ -1,7 +1,10 @@
 """lm-eval's own command line, with the model `rotorquant` and this project's tasks.
 
-`python -m evals.lm_eval run --model rotorquant --tasks TASK... --model_args ...` takes all that
-`lm_eval run` takes, and `--data FOLDER`: where the JSON files of the `*_local` tasks are.
+Takes all that `lm_eval run` takes, and `--data FOLDER`: where the JSON files of the `*_local` tasks
+are. In a clone also `python -m evals.lm_eval run ...`.
+
+lm-eval (0.4.13) has no plugin hook for models: its registry reads no entry points, so its own
+command does not find `rotorquant`. This command imports the model first and then hands over.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import InputError, NotAvailableError
+from ..places import called
+from ..requirements import install, require_packages
 from .tasks import DATA_VARIABLE, TASKS, check_folder
 
-_COMMANDS = ("run", "ls", "validate")
+_USAGE = "lm-eval run --model rotorquant --tasks TASK... --model_args pretrained=NAME,cache=k4v4"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,8 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     own, rest = _parser().parse_known_args(arguments)
     if {"-h", "--help"} & set(arguments):
-        print(f"{__doc__}\nWhat follows is lm-eval's own help.\n")
+        print(f"    {called()} {_USAGE}\n\n{__doc__}\nWhat follows is lm-eval's own help.\n")
     try:
+        require_packages("scoring tasks", ["lm-eval"])
         if own.data is not None:
             os.environ[DATA_VARIABLE] = check_folder(own.data)
         _lm_eval(_with_tasks(rest))
@@ -57,7 +63,7 @@ def _lm_eval(arguments: list[str]) -> None:
         from . import model  # noqa: F401 (registers the model)
     except ImportError as error:
         raise NotAvailableError(
-            f"lm-eval is not installed: pip install 'rotorquant-hf[eval]' ({error})"
+            f"lm-eval does not load ({error}): {install(['lm-eval'])}"
         ) from error
     sys.argv = ["lm_eval", *arguments]
     cli_evaluate()

@@ -1,16 +1,15 @@
 """The model `rotorquant` of lm-eval: an `HFLM` whose requests all read a key-value cache.
 
-`HFLM` scores with one forward pass and no cache, which shows no compression whatever the cache.
+`HFLM` scores with one forward pass and no cache, so its scores do not depend on the cache.
 Here a batch goes through a new cache in passes (`probes/chunked.py`), so that log-likelihoods,
 rolling ones and multiple choices read older tokens as they are stored. `generate_until` gives
-`generate` a new cache: the prompt's own pass reads exactly, as it does for every user of
+`generate` a new cache: the prompt's own pass reads in full precision, as it does for every user of
 `generate`; the tokens decoded after it read the codes.
 
-Batches are padded on the right for scoring: no token reads what comes after it, so neither logits
-nor statistics of a row depend on its padding, up to rounding. (Transformers' fp8 cache takes one
-scale for all rows: there scores depend on the batch.) For `generate_until` batches are padded on
-the left, and padding takes part in the sinks and statistics of its row: with batch_size=1 there is
-none.
+For scoring, batches are padded on the right: no token reads what comes after it, so padding
+changes neither logits nor statistics of a row, up to rounding. (Transformers' fp8 cache has one
+scale for all rows, so there scores depend on the batch.) For `generate_until`, batches are padded
+on the left, and padding enters the sinks and statistics of its row; batch_size=1 avoids it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,14 @@ from ..errors import InputError
 from ..probes.chunked import passes
 from ..probes.footprint import elements_of
 from .model_args import cache_of, check_names, chunk_of, refused
-from .reads import DecodingReads, Pass, Reads, nothing_compressed
+from .reads import (
+    DecodingReads,
+    Pass,
+    Reads,
+    nothing_compressed,
+    tokens_before_codes,
+    too_short,
+)
 
 _log = logging.getLogger("lm_eval.models.rotorquant")  # shown as lm-eval's own messages are
 
@@ -43,14 +49,14 @@ class RotorQuantLM(HFLM):
     Args:
         pretrained: a folder, a name on the Hub, or a loaded model (give its `tokenizer` too).
         cache: a name of `KINDS` or `PRESETS`, or a `CacheSpec`.
-        chunk: most tokens of a forward pass; by default 64, and for `dynamic` all, so that its
+        chunk: max tokens per forward pass; by default 64, and for `dynamic` all, so that its
             scores are those of lm-eval's `hf`.
         make_cache: makes the caches instead (for the twins of a model).
-        **kwargs: options of the cache; all other go to `HFLM`.
+        **kwargs: options of the cache; all others go to `HFLM`.
 
     Raises:
-        InputError: for an argument or value that there is not, or an encoder-decoder model.
-        NotAvailableError: if this installation, or this model, cannot have the cache.
+        InputError: for an unknown argument, a bad value or an encoder-decoder model.
+        NotAvailableError: if the cache cannot be made here, or for this model.
     """
 
     def __init__(
@@ -68,13 +74,14 @@ class RotorQuantLM(HFLM):
         self._handed_on = [name for name in kwargs if name not in known]
         self.reads: dict[str, Reads] = {}
         self.warnings: list[str] = []
+        self._foreseen: set[tuple[str, str]] = set()  # kinds and tasks warned of before their run
         self._reads, self._passes = Reads(), list[Pass]()
         super().__init__(pretrained, **kwargs)
         self._make_cache = make_cache or (lambda: self.spec.make(self.model.config))
-        self._make_cache()  # one that is not to be had says so before any work
+        self._make_cache()  # an unavailable cache fails before any work
         accelerator = getattr(self, "accelerator", None)
-        if accelerator is not None and self._world_size == 1:
-            # HFLM shares the work out only where it sees several GPUs; on CPUs, and with one GPU
+        if accelerator is not None and self.world_size == 1:
+            # HFLM splits the work only where it sees several GPUs; on CPUs, and with one GPU
             # visible to each process, every process would do all of it.
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
@@ -110,7 +117,7 @@ class RotorQuantLM(HFLM):
                 if end - start == length:
                     logits = found
                 else:
-                    if not start:  # filled in place: twice the logits may not fit
+                    if not start:  # filled in place: two copies of the logits may not fit
                         logits = found.new_empty(rows, length, found.shape[-1])
                     logits[:, start:end] = found
                 held, packed = elements_of(cache)
@@ -128,7 +135,7 @@ class RotorQuantLM(HFLM):
     def _select_cont_toks(
         self, logits: Tensor, contlen: int | None = None, inplen: int | None = None
     ) -> Tensor:
-        """The logits of one row's continuation; here is known which tokens are scored."""
+        """The logits of one row's continuation; counts what its scored tokens read."""
         assert contlen is not None
         assert inplen is not None  # as for every causal model
         self._reads.score(self._passes, inplen - contlen, inplen)
@@ -150,29 +157,30 @@ class RotorQuantLM(HFLM):
         )
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
-        """As `HFLM`'s, through the cache."""
+        """Like `HFLM`'s, through the cache."""
         return self._by_task("loglikelihood", super().loglikelihood, requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list:
-        """As `HFLM`'s, through the cache, a new one for every window."""
+        """Like `HFLM`'s, through the cache, a new one for every window."""
         work = super().loglikelihood_rolling
         return self._by_task("loglikelihood_rolling", work, requests, disable_tqdm)
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list:
-        """As `HFLM`'s, with the cache."""
+        """Like `HFLM`'s, with the cache."""
         return self._by_task("generate_until", super().generate_until, requests, disable_tqdm)
 
     def _by_task(
         self, kind: str, work: Callable[..., list], requests: list, disable_tqdm: bool
     ) -> list:
-        """Do the requests, those of each task together, so that each task's reads are known.
+        """Run the requests task by task, so that each task's reads are known.
 
-        All at once where batches must be `hf`'s, and where processes share the work: each must do
-        as many rounds as the others, and may have no document of a task.
+        All at once where batches must equal `hf`'s, and where processes share the work: all must
+        make the same number of rounds, and a process may have no document of a task.
         """
         names = [request.task_name or "requests" for request in requests]
         if self.world_size > 1 or self.chunk is None:
             names = [", ".join(dict.fromkeys(names))] * len(names)
+        self._foresee(kind, names, requests)
         found = [None] * len(requests)
         for name in dict.fromkeys(names):
             places = [i for i, other in enumerate(names) if other == name]
@@ -183,15 +191,47 @@ class RotorQuantLM(HFLM):
                 found[i] = response
         return found
 
+    def _foresee(self, kind: str, names: list[str], requests: list) -> None:
+        """Warn, before any work, of tasks with no request long enough to read anything quantised.
+
+        An estimate: `generate_until` may stop long before its last token.
+        """
+        if self.spec.is_baseline or self.chunk is None:
+            return
+        needed, short = tokens_before_codes(self._make_cache(), self.chunk), {}
+        for name in dict.fromkeys(names):
+            of_task = [x for x, other in zip(requests, names, strict=True) if other == name]
+            longest = self._longest(kind, of_task, needed)
+            if longest <= needed:
+                short[name] = longest
+        self._foreseen |= {(kind, name) for name in short}
+        if short and self.rank == 0:
+            _log.warning(too_short(kind, short, needed, self.spec))
+
+    def _longest(self, kind: str, requests: list, enough: int) -> int:
+        """Tokens fed by the longest request of all processes, or by one of more than `enough`."""
+        longest = 0
+        for request in requests:
+            text, *rest = request.args
+            if kind == "generate_until":
+                tokens = rest[0].get("max_gen_toks", self.max_gen_toks)
+            else:
+                tokens = -1 if rest and text else 0  # the last token of a continuation is not fed
+                text = "".join((text, *rest))
+            longest = max(longest, tokens + len(self.tok_encode(text)))
+            if longest > enough:
+                break
+        return int(self.all_gather(torch.tensor([longest], device=self.device)).max())
+
     def _note(self, kind: str, tasks: str, packed: int, held: int) -> None:
-        """Count what was read, and warn if nothing of it was compressed."""
+        """Count what was read; record, and log unless foreseen, that nothing was compressed."""
         self.reads.setdefault(tasks, Reads()).add(packed, held)
         if packed or not held or self.spec.is_baseline:
             return
         text = nothing_compressed(kind, tasks, self.spec.label)
         if text not in self.warnings:
             self.warnings.append(text)
-        if self.rank == 0:
+        if self.rank == 0 and (kind, tasks) not in self._foreseen:
             _log.warning(text)
 
     def _over_all_processes(self, reads: Reads) -> tuple[int, int]:

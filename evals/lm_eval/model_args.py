@@ -11,7 +11,7 @@ from ..errors import InputError, require
 
 CHUNK = 64  # tokens of a pass through a compressed cache, unless told otherwise
 _WHERE = "--model_args"
-_LIKE = 0.8  # of difflib's ratio: from here on a name is taken for a slip of the pen
+_MIN_LIKENESS = 0.8  # of difflib's ratio: a name this like an option's is taken for a misspelling
 
 CACHE_OPTIONS = ("preset", "label", *option_texts())
 
@@ -22,7 +22,7 @@ def cache_of(
     """The cache that the arguments describe, and the arguments that are not its options.
 
     Raises:
-        InputError: for a cache, an option or a value that there is not.
+        InputError: for an unknown cache or option, or a bad value.
     """
     own = {name: value for name, value in arguments.items() if name in CACHE_OPTIONS}
     rest = {name: value for name, value in arguments.items() if name not in own}
@@ -34,7 +34,7 @@ def cache_of(
 
 
 def chunk_of(chunk: Any, spec: CacheSpec) -> int | None:
-    """Most tokens of a pass; None for one pass over all, the default of the baseline.
+    """Max tokens per pass; None for one pass over all, the default of the baseline.
 
     Raises:
         InputError: unless it is a positive whole number, or None.
@@ -49,24 +49,24 @@ def chunk_of(chunk: Any, spec: CacheSpec) -> int | None:
 
 
 def check_names(names: Iterable[str], known: Iterable[str], loaded: bool) -> None:
-    """Refuse arguments that nothing reads.
+    """Refuse unknown arguments.
 
-    HFLM hands what it does not know to `from_pretrained`, or, where the model is loaded already,
-    to nobody: a misspelt `key_bit=3` would measure another cache than the one asked for.
+    HFLM hands what it does not know to `from_pretrained`, or drops it where the model is loaded
+    already: a misspelt `key_bit=3` would measure another cache than the one asked for.
 
     Args:
-        names: arguments that are no options of the cache.
+        names: arguments that are not options of the cache.
         known: HFLM's own parameters.
         loaded: whether the model is loaded already, so that `from_pretrained` is not called.
 
     Raises:
-        InputError: naming the argument and those that are spelt alike.
+        InputError: naming the argument and options with similar names.
     """
-    there_are = [*CACHE_OPTIONS, "cache", "chunk", *known]
+    options = [*CACHE_OPTIONS, "cache", "chunk", *known]
     for name in names:
-        if name in there_are:
+        if name in options:
             continue
-        alike = difflib.get_close_matches(name, there_are, n=3, cutoff=_LIKE)
+        alike = difflib.get_close_matches(name, options, n=3, cutoff=_MIN_LIKENESS)
         if len(name) > 3:  # `bits` is part of key_bits and value_bits
             alike += [option for option in CACHE_OPTIONS if name in option and option not in alike]
         require(not alike, f"{_WHERE}: unknown option {name!r}; did you mean {' or '.join(alike)}?")
@@ -74,8 +74,8 @@ def check_names(names: Iterable[str], known: Iterable[str], loaded: bool) -> Non
 
 
 def refused(name: str, error: Exception) -> InputError:
-    """What to say of an argument that `from_pretrained` does not take."""
+    """The error for an argument that `from_pretrained` refuses."""
     return InputError(
-        f"{_WHERE}: unknown option {name!r}: no option of the cache ({', '.join(CACHE_OPTIONS)}), "
-        f"nor of HFLM, nor of the model ({error})"
+        f"{_WHERE}: unknown option {name!r}: it is not one of the cache "
+        f"({', '.join(CACHE_OPTIONS)}), of HFLM or of the model ({error})"
     )

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 from transformers import Cache, LogitsProcessor
 
+from rotorquant_hf import RotorQuantConfig
+
+from ..caches.registry import CacheSpec
+from ..probes.chunked import next_pass
 from ..probes.footprint import elements_of
 
 
 class Pass(NamedTuple):
-    """One forward pass over the tokens start..end-1 of a batch; numbers are those of one row.
+    """One forward pass over the tokens start..end-1 of a batch; counts are those of one row.
 
     Attributes:
         start, end: tokens.
-        packed: key and value numbers that it read quantised: those quantised before it.
-        held: all that it read, its own included.
+        packed: key and value elements that it read quantised: those quantised before it.
+        held: all elements that it read, its own included.
     """
 
     start: int
@@ -28,7 +34,7 @@ class Pass(NamedTuple):
 
 @dataclass
 class Reads:
-    """Key and value numbers read by the tokens whose logits count, padding left out.
+    """Key and value elements read by the tokens whose logits count, without padding.
 
     Attributes:
         packed: read quantised.
@@ -44,7 +50,7 @@ class Reads:
         return self.packed / self.held if self.held else None
 
     def add(self, packed: int, held: int) -> None:
-        """Count some numbers."""
+        """Count some elements."""
         self.packed += packed
         self.held += held
 
@@ -57,32 +63,76 @@ class Reads:
 
 
 class DecodingReads(LogitsProcessor):
-    """Counts what every step of `generate` reads; changes no score.
+    """Counts what every step of `generate` reads; leaves the scores unchanged.
 
-    The first step is the prompt's own pass, which reads exactly.
+    The first step is the prompt's own pass, which reads in full precision.
     """
 
     def __init__(self, cache: Cache, reads: Reads) -> None:
         self.cache, self.reads, self.before = cache, reads, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Count one step, of all rows, and return `scores` as they are."""
+        """Count one step of all rows and return `scores` unchanged."""
         held, packed = elements_of(self.cache)
         self.reads.add(self.before, held)
         self.before = packed
         return scores
 
 
+def tokens_before_codes(cache: Cache, chunk: int) -> int:
+    """Tokens that an empty cache takes before a later token reads anything quantised.
+
+    A cache that does not tell when it quantises is taken to do so with its first pass.
+    """
+    first = next_pass(cache, sys.maxsize, sys.maxsize)
+    return first if first < sys.maxsize else chunk
+
+
+def too_short(requests: str, longest: Mapping[str, int], needed: int, spec: CacheSpec) -> str:
+    """The warning, before any work, for requests too short to read anything quantised.
+
+    Args:
+        requests: their kind, as lm-eval names it.
+        longest: tokens of the longest request of each task, generated ones included.
+        needed: tokens after which this cache is read quantised.
+        spec: the cache.
+    """
+    tasks = ", ".join(f"{task}: {tokens} tokens" for task, tokens in longest.items())
+    options, parts, remedy = spec.options, "", _REMEDY
+    if isinstance(options, RotorQuantConfig):
+        window = options.residual_length
+        parts = (
+            f" (num_sink_tokens {options.num_sink_tokens} + residual_length {window} + "
+            f"block_length {options.block_length})"
+        )
+        room = min(longest.values()) - (needed - window)  # for a window that codes are read behind
+        remedy = _remedy(room // 2) if room > 1 else f"{_LONGER}."
+    return (
+        f"these {requests} requests are too short to read anything compressed (the longest of "
+        f"{tasks}): {spec.label} keeps the first {needed} tokens{parts} in full precision, so the "
+        f"scores will say nothing about it. {remedy}"
+    )
+
+
+def _remedy(window: int) -> str:
+    return (
+        f"{_LONGER}, or the window shorter with residual_length (such as residual_length={window})"
+    )
+
+
+_LONGER = "Make prompts longer with num_fewshot"
+_REMEDY = _remedy(32)
+
+
 def nothing_compressed(requests: str, tasks: str, cache: str) -> str:
-    """The warning for requests that no compressed key or value took part in."""
+    """The warning for requests that read no compressed key or value."""
     why = (
-        "texts this short stay in the cache's exact window (a prompt is read exactly by "
-        "generate: only decoding reads codes)"
+        "texts this short stay in the cache's full-precision window (generate reads a prompt in "
+        "full precision: only decoding reads codes)"
         if requests == "generate_until"
-        else "prompts this short stay in the cache's exact window"
+        else "prompts this short stay in the cache's full-precision window"
     )
     return (
         f"nothing was read compressed: {requests} requests ({tasks}) scored without one quantised "
-        f"key or value, so these figures say nothing about {cache}; {why}. Make prompts longer "
-        "with num_fewshot, or the window shorter with residual_length (such as residual_length=32)"
+        f"key or value, so these figures say nothing about {cache}; {why}. {_REMEDY}"
     )

@@ -1,4 +1,4 @@
-"""Where this project's tasks are, and how the `*_local` tasks learn where their files are."""
+"""Where this project's tasks are, and the folder from which the `*_local` tasks read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import require
 
 TASKS = Path(__file__).resolve().parents[1] / "tasks"
-DATA_VARIABLE = "ROTORQUANT_TASK_DATA"  # read by evals/tasks/local/files.py
+DATA_VARIABLE = "ROTORQUANT_TASK_DATA"  # read by tasks/local/files.py
 
 
 def check_folder(folder: str | Path) -> str:
@@ -26,7 +26,7 @@ def check_folder(folder: str | Path) -> str:
 
 @contextlib.contextmanager
 def data_folder(folder: str | None) -> Iterator[None]:
-    """Let the `*_local` tasks read a folder meanwhile; None leaves things as they are."""
+    """Set the folder of the `*_local` tasks within the block; None leaves it unchanged."""
     if folder is None:
         yield
         return

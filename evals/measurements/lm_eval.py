@@ -12,6 +12,8 @@ from ..errors import InputError, NotAvailableError, require
 from ..lm_eval.model_args import CHUNK
 from ..lm_eval.tasks import TASKS, data_folder
 from ..options import option
+from ..places import called
+from ..requirements import install
 from ..subjects.models import LoadedModel
 from .base import Measurement, one_by_one
 
@@ -38,6 +40,11 @@ class LmEvalOptions:
         None, "folder with more tasks (default: this project's own, evals/tasks)"
     )
     data: str | None = option(None, "folder with the JSON files of the *_local tasks")
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What it takes beyond the base install."""
+        return ("lm-eval",)
 
 
 def measure(
@@ -66,7 +73,7 @@ def measure(
         from ..lm_eval.model import RotorQuantLM
     except ImportError as error:
         raise NotAvailableError(
-            f"lm-eval is not installed: pip install 'rotorquant-hf[eval]' ({error})"
+            f"lm-eval does not load ({error}): {install(['lm-eval'])}"
         ) from error
     lm = RotorQuantLM(
         loaded.model,
@@ -113,7 +120,7 @@ def _manager_of(options: LmEvalOptions) -> TaskManager:
         missing = [task for task in options.tasks if not manager.match_tasks([task])]
         if not missing:
             return manager
-    raise InputError(f"unknown task {missing[0]!r}; python -m evals.lm_eval ls tasks lists them")
+    raise InputError(f"unknown task {missing[0]!r}; `{called()} lm-eval ls tasks` lists them")
 
 
 @functools.lru_cache(maxsize=4)

@@ -14,6 +14,7 @@ from ..failures import FailedError, Failure, failure_of, raise_if_fatal
 from ..options import option
 from ..probes.chunked import fill
 from ..probes.footprint import footprint, peak_bytes, reachable_bytes
+from ..probes.half_size import half_decoded_footprint, layer_shapes
 from ..probes.integrity import NOTHING_COMPRESSED
 from ..subjects.models import LoadedModel
 from .base import Measurement, one_by_one
@@ -51,7 +52,8 @@ def measure(
 
     Prefill peak: cache plus temporaries. Decode peak: cache growth plus temporaries of one step.
     Both are bytes relative to the memory already allocated: the weights, and for decoding the
-    cache.
+    cache. `*_16bit` is what the cache takes of a 16-bit model, where the model measured is in
+    float32.
     """
     points: list[dict[str, Any]] = []
     failures: list[Failure] = []
@@ -86,10 +88,20 @@ def _point(
     devices = loaded.devices
     prefill = peak_bytes(lambda: token.copy_(fill(model, ids, cache).argmax(-1, True)), devices)
     decoding = peak_bytes(lambda: decode(model, token, cache, options.new_tokens), devices)
-    counted = footprint(cache, loaded.dtype)
+    counted, reachable = footprint(cache, loaded.dtype), reachable_bytes(cache)
+    half = counted
+    if model.dtype.itemsize != 2:
+        del cache  # its memory goes before another is filled
+        shapes = layer_shapes(model, ids[:1, :1])
+        half = half_decoded_footprint(
+            shapes, lambda: loaded.new_cache(spec), context, options.new_tokens, batch, ids.device
+        )
     return {
+        "cache_bytes_16bit": half.total_bytes,
+        "bits_per_number_16bit": half.bits_per_number,
+        "packed_bits_per_number_16bit": half.packed_bits_per_number,
         "cache_bytes": counted.total_bytes,
-        "reachable_bytes": reachable_bytes(cache),
+        "reachable_bytes": reachable,
         "bits_per_number": counted.bits_per_number,
         "packed_bits_per_number": counted.packed_bits_per_number,
         "peak_prefill_bytes": prefill,

@@ -32,6 +32,11 @@ class PerplexityOptions(TextOptions):
 
     chunk: int = option(64, "maximum tokens of a forward pass; 1 is true decoding", min=1)
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What it takes beyond the base install: scipy for intervals."""
+        return (*super().packages, "scipy")
+
 
 @dataclass(frozen=True)
 class Comparison:

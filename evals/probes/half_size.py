@@ -7,7 +7,7 @@ into a second cache, in bfloat16: the size does not depend on their values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -68,15 +68,39 @@ def half_footprint(
         device: of the model.
     """
     cache = make_cache()
+    return _filled(cache, shapes, passes(cache, chunk, tokens), 1, device)
+
+
+def half_decoded_footprint(
+    shapes: list[LayerShape],
+    make_cache: Callable[[], Cache],
+    prompt: int,
+    new_tokens: int,
+    batch: int,
+    device: torch.device,
+) -> Footprint:
+    """As `half_footprint`, of rows whose prompt is one pass and whose new tokens one pass each."""
+    decoded = [(i, i + 1) for i in range(prompt, prompt + new_tokens)]
+    return _filled(make_cache(), shapes, [(0, prompt), *decoded], batch, device)
+
+
+@torch.no_grad()
+def _filled(
+    cache: Cache,
+    shapes: list[LayerShape],
+    steps: Iterable[tuple[int, int]],
+    batch: int,
+    device: torch.device,
+) -> Footprint:
+    """Count a cache after random keys and values (batch, heads, end - start, dim) of every step."""
     generator = torch.Generator(device).manual_seed(0)
-    for start, end in passes(cache, chunk, tokens):
+    for start, end in steps:
         for layer, heads, key_dim, value_dim in shapes:
             keys, values = (
                 torch.randn(
-                    1, heads, end - start, dim, device=device, generator=generator
+                    batch, heads, end - start, dim, device=device, generator=generator
                 ).bfloat16()
                 for dim in (key_dim, value_dim)
             )
-            with torch.no_grad():
-                cache.update(keys, values, layer)
+            cache.update(keys, values, layer)
     return footprint(cache, torch.bfloat16)

@@ -18,6 +18,7 @@ from transformers import (
 from ..caches.registry import CacheSpec
 from ..errors import InputError
 from ..options import option
+from ..places import shipped
 from .twins import add_key_bias, offset_keys, scale_key_channels
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -44,6 +45,11 @@ class ModelOptions:
     key_bias: float | None = option(None, "twin: bias on one key channel per head, before RoPE")
     bias_pair: int = option(0, "twin: RoPE pair of that bias", min=0)
     key_offset: float = option(0.0, "twin: constant on four key channels, after RoPE")
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What it takes beyond the base install."""
+        return ("accelerate",) if self.device == "auto" else ()
 
     @property
     def label(self) -> str:
@@ -120,9 +126,9 @@ def load(options: ModelOptions) -> LoadedModel:
         dtype: Any = getattr(torch, options.dtype)
     else:
         dtype = torch.float32 if device.type == "cpu" else "auto"
-    tokenizer = load_tokenizer(options.tokenizer or options.model, options)
+    tokenizer = load_tokenizer(shipped(options.tokenizer or options.model), options)
     model = load_model(
-        options.model,
+        shipped(options.model),
         device,
         dtype,
         **_hub(options),

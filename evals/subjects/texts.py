@@ -18,6 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, require
 from ..options import option
+from ..places import shipped
+
+
+class TooShortError(InputError):
+    """A text with too few tokens to be measured on."""
 
 
 class Document(NamedTuple):
@@ -61,6 +66,11 @@ class TextOptions:
         choices=("start", "spread"),
     )
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What it takes beyond the base install."""
+        return ("datasets",) if self.dataset is not None else ()
+
     def documents(self) -> list[Document]:
         """The documents they name.
 
@@ -74,7 +84,7 @@ class TextOptions:
             else "both --text and --dataset are given: choose one",
         )
         if self.text is not None:
-            return read_texts([Path(path) for path in self.text], self.exclude or ())
+            return read_texts([Path(shipped(path)) for path in self.text], self.exclude or ())
         assert self.dataset is not None
         rows = read_dataset(self.dataset, self.dataset_config, self.split, self.column)
         # Rows of WikiText and the like are lines of one text.
@@ -191,7 +201,7 @@ def cut(
         The windows, and how many documents were left out as too short.
 
     Raises:
-        InputError: if no document is long enough.
+        InputError: if there is no text; TooShortError: if no document is long enough.
     """
     length = min(options.window, options.max_tokens, context or options.window)
     begin = beginning(tokenizer)
@@ -200,12 +210,12 @@ def cut(
     longest = max(len(x) for x in tokens)
     names = ", ".join(document.name for document in documents)
     require(longest > 0, f"no text in {names}: the files are empty")
-    require(
-        longest > min_tokens and own > min_tokens,
-        f"the text is shorter than a chunk: its longest document has {longest} tokens, a window "
-        f"has {own}, and a chunk has {min_tokens}; give more text, a larger window or a smaller "
-        "chunk",
-    )
+    if min(longest, own) <= min_tokens:
+        raise TooShortError(
+            f"the text is shorter than a chunk: its longest document has {longest} tokens, a "
+            f"window has {own}, and a chunk has {min_tokens}; give more text, a larger window or a "
+            "smaller chunk"
+        )
     fitting = [i for i, x in enumerate(tokens) if len(x) > min_tokens]
     counts = dict.fromkeys(fitting, 0)
     budget, lengths = options.max_tokens, {i: min(own, len(tokens[i])) for i in fitting}

@@ -30,6 +30,7 @@ from ..caches.registry import KINDS, CacheSpec
 from ..errors import InputError, require
 from ..measurements.registry import MEASUREMENTS
 from ..options import build
+from ..places import shipped
 from ..subjects.models import ModelOptions
 from ..subjects.texts import TextOptions
 
@@ -132,6 +133,7 @@ def read_plan(path: Path, replaced: Mapping[str, Any] | None = None) -> Plan:
         InputError: if the file is missing, or has an unknown key or a bad value; the message names
             it.
     """
+    path = Path(shipped(str(path)))
     require(path.is_file(), f"no file {path}" + (": it is a folder" * path.is_dir()))
     try:
         spec = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -157,7 +159,9 @@ def plan_of(spec: Any, where: str, name: str, replaced: Mapping[str, Any]) -> Pl
     rows = [row for job in jobs for row in job.rows]
     ids = [row.id for row in rows]
     require(len(set(ids)) == len(ids), f"{where}: a row occurs twice: {_twice(jobs)}")
-    sources = {name: _weights_digest(Path(name)) for name in {row.model.model for row in rows}}
+    sources = {
+        name: _weights_digest(Path(shipped(name))) for name in {row.model.model for row in rows}
+    }
     for options in {row.options for row in rows if isinstance(row.options, TextOptions)}:
         if options.text is not None:
             text = [document.text for document in options.documents()]

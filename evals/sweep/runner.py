@@ -8,6 +8,7 @@ its own into the folder.
 from __future__ import annotations
 
 import gc
+import os
 import shlex
 import sys
 import time
@@ -27,6 +28,8 @@ from ..errors import NotAvailableError
 from ..failures import Failure, failure_of
 from ..measurements.base import Run
 from ..measurements.registry import MEASUREMENTS
+from ..places import called
+from ..requirements import missing, packages_of, require_packages
 from ..subjects.models import LoadedModel, ModelOptions, load, pick_device
 from .plan import Job, Plan, Row, digest
 from .rows import ResultsFile, check_same, read_results
@@ -42,7 +45,14 @@ class Share:
 
     @classmethod
     def of_environment(cls) -> Share:
-        """As `accelerate launch` and `torchrun` tell it."""
+        """As `accelerate launch` and `torchrun` tell it; alone without them.
+
+        Raises:
+            NotAvailableError: if there are several processes, but no accelerate.
+        """
+        if missing(["accelerate"]) and os.environ.get("WORLD_SIZE", "1") == "1":
+            return cls()
+        require_packages("a sweep of several processes", ["accelerate"])
         from accelerate.utils import get_cpu_distributed_information
 
         found = get_cpu_distributed_information()  # of GPU launches too: the same variables
@@ -70,7 +80,7 @@ def run(
     Args:
         plan: what to measure.
         out: folder of the results.
-        argv: the command line after `python -m evals`, for the rows (default: this process's).
+        argv: the command line after `called()`, for the rows (default: this process's).
         retry: measure again what failed or was not run.
         share: which rows are this process's.
 
@@ -177,6 +187,7 @@ class _Runner:
 
     def _prepare(self, row: Row) -> Run | Failure:
         try:
+            require_packages(row.measure, packages_of(row.model, row.options))
             if self.loaded is None or self.loaded[0] != row.model:
                 self.loaded = None
                 gc.collect()
@@ -228,5 +239,5 @@ def versions_of(device: torch.device, argv: Sequence[str] | None) -> dict[str, A
         with suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
     versions = Versions.of(device, "evals", argv).row()
-    words = ["python", "-m", "evals", *(sys.argv[1:] if argv is None else argv)]
-    return versions | {"packages": packages, "command": shlex.join(words)}
+    words = shlex.join(sys.argv[1:] if argv is None else argv)
+    return versions | {"packages": packages, "command": f"{called()} {words}".rstrip()}

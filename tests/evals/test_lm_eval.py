@@ -159,17 +159,54 @@ def test_share_counts_scored_tokens_only(lm):
 
 
 def test_nothing_compressed_is_said(lm, caplog):
-    found = _run(lm("haar", residual_length=2000), limit=1)
+    """Before the requests run, once for each kind of them; the results say it once more."""
+    model = lm("haar", residual_length=1500)
+    warned = []
+    call, generate = model._model_call, model._model_generate
+    model._model_call = lambda *args, **kwargs: (warned.append(caplog.text), call(*args))[1]
+    model._model_generate = lambda *args, **kwargs: (
+        warned.append(caplog.text),
+        generate(*args, **kwargs),
+    )[1]
+    found = _run(model, limit=1)
+    said = [r.getMessage() for r in caplog.records if r.name == "lm_eval.models.rotorquant"]
+    kinds = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+    for kind, task, text in zip(kinds, OWN, said, strict=True):
+        assert text.startswith(f"these {kind} requests are too short to read anything compressed")
+        assert f"(the longest of {task}: " in text
+        assert "keeps the first 1536 tokens (num_sink_tokens 4 + residual_length 1500" in text
+        assert "num_fewshot, or the window shorter with residual_length" in text
+    assert said[0] in warned[0]
+    assert all(text in warned[-1] for text in said)
     (a, b, c) = found["config"]["cache_warnings"]
     assert a.startswith("nothing was read compressed: loglikelihood requests (rotorquant_facts)")
     assert "loglikelihood_rolling requests (rotorquant_rhymes)" in b
     assert "generate_until requests (rotorquant_recall)" in c
-    assert all(
-        "num_fewshot" in x and "residual_length" in x and x in caplog.text for x in (a, b, c)
-    )
+    assert all("num_fewshot" in x and "residual_length" in x for x in (a, b, c))
     assert found["config"]["cache_compressed_share"] == dict.fromkeys(OWN, 0.0)
+    caplog.clear()
     found = _run(lm("dynamic"), OWN[:1], limit=1)
     assert found["config"]["cache_warnings"] == []  # it is not meant to compress
+    assert "compressed" not in caplog.text
+
+
+def test_the_length_that_is_foreseen_is_that_which_is_read(lm, caplog):
+    """A request of one token more than the cache keeps in full precision reads codes."""
+    from lm_eval.api.instance import Instance
+
+    model = lm(**EARLY, num_sink_tokens=4, block_length=16)
+    word = " the"
+    assert len(model.tok_encode(word * 40)) == 40
+    for tokens in (37, 38):  # 4 + 16 + 16 are kept; the last token of a request is not fed
+        caplog.clear()
+        request = Instance("loglikelihood", {}, (word * (tokens - 1), word), 0, task_name="t")
+        model.loglikelihood([request], disable_tqdm=True)
+        assert ("too short" in caplog.text) == (model._reads.packed == 0) == (tokens == 37)
+        # A window of 8 instead of 16 leaves 28 in full precision.
+        assert ("residual_length=8)" in caplog.text) == (tokens == 37)
+    caplog.clear()
+    model.loglikelihood([Instance("loglikelihood", {}, (word, word), 0, task_name="t")])
+    assert "with num_fewshot." in caplog.text  # sinks and a block alone are longer
 
 
 def test_results_say_which_cache(lm):
@@ -246,7 +283,7 @@ def test_measure(model, tokenizer, monkeypatch):
         measure(loaded, CacheSpec.of("k2v2"), LmEvalOptions(tasks=("rotorquant_fact",)), 1)
 
 
-def test_measure_uses_the_caches_of_the_subject(model, tokenizer):
+def test_measure_uses_the_caches_of_the_subject(model, tokenizer, caplog):
     """Twins wrap their caches; one that compresses nothing is found out."""
 
     class Uncompressed(LoadedModel):
@@ -258,6 +295,7 @@ def test_measure_uses_the_caches_of_the_subject(model, tokenizer):
     found = measure(loaded, CacheSpec.of("k2v2", {"residual_length": 16}), options, 1)
     assert found["compressed_share"] == 0
     assert "nothing was read compressed" in found["warnings"][0]
+    assert found["warnings"][0] in caplog.text  # what was not foreseen is said when it is seen
 
 
 def test_measure_without_lm_eval(model, tokenizer, monkeypatch):
@@ -329,15 +367,19 @@ def test_local_tasks_run(lm):
 
 
 def test_missing_local_files_are_named(data, monkeypatch):
+    """By an error of the file's own: lm-eval loads it outside the package."""
+
+    def refused(task: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message) as raised:
+            _manager().load([task])
+        assert type(raised.value).__name__ == "DataError"
+
     (data / "piqa_test.jsonl").unlink()
-    with pytest.raises(InputError, match=r"piqa_test\.jsonl, which is not in"):
-        _manager().load(["piqa_local"])
+    refused("piqa_local", r"piqa_test\.jsonl, which is not in")
     (data / "piqa_test.jsonl").write_text('{"goal": "x"}\n')
-    with pytest.raises(InputError, match="missing 'question'"):
-        _manager().load(["piqa_local"])
+    refused("piqa_local", "missing 'question'")
     monkeypatch.delenv(DATA_VARIABLE)
-    with pytest.raises(InputError, match="--data"):
-        _manager().load(["gsm8k_local"])
+    refused("gsm8k_local", "--data")
 
 
 def test_missing_folder_is_named(capsys):

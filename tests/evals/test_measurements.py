@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from evals import verify
-from evals.__main__ import main
+from evals.__main__ import main, parser
 from evals.caches.registry import CacheSpec
 from evals.errors import InputError
 from evals.measurements import speed
@@ -67,6 +68,22 @@ def test_memory_of_a_compressed_cache_is_its_own_count(loaded) -> None:
     plain = measure(loaded, CacheSpec.of("dynamic"), options)["points"][0]
     assert point["cache_bytes"] < 0.25 * plain["cache_bytes"]
     assert point["peak_prefill_bytes"] < plain["peak_prefill_bytes"]
+
+
+def test_memory_in_16_bits_is_that_of_a_16_bit_model(loaded) -> None:
+    """Counted beside a float32 model as on the model in bfloat16, and first."""
+    options = MemoryOptions(context=(180,), batch=(2,), new_tokens=2)
+    half = LoadedModel(copy.deepcopy(loaded.model).bfloat16(), loaded.tokenizer, loaded.options)
+    names = ["cache_bytes", "bits_per_number", "packed_bits_per_number"]
+    for name in ("k3v3", "quanto"):
+        spec = CacheSpec.of(name)
+        (point,) = measure(loaded, spec, options)["points"]
+        (own,) = measure(half, spec, options)["points"]
+        for figure in names:
+            assert point[f"{figure}_16bit"] == own[figure] == own[f"{figure}_16bit"], (name, figure)
+        assert list(point)[2:5] == [f"{figure}_16bit" for figure in names]
+    (plain,) = measure(loaded, CacheSpec.of("dynamic"), options)["points"]
+    assert (plain["bits_per_number_16bit"], plain["bits_per_number"]) == (16, 32)
 
 
 def test_agreement_length() -> None:
@@ -138,41 +155,102 @@ FIGURES = {
     "packed_bits_per_number_16bit": 3.5,
     "compressed_share": 0.8,
     "window": 2048,
+    "windows": 4,
+    "documents": ["a"],
+    "interval_over": "windows of one document",
+    "tokens": 8188,
     "warnings": [],
 }
+LIMITS = verify.VerifyOptions()
+
+
+def verdict_of(change: dict) -> verify.Verdict:
+    figures = {**FIGURES, **change}
+    lacking = verify.missing(figures, LIMITS)
+    return verify.Verdict("k4v4", figures, verify.reasons(figures, LIMITS), lacking)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({}, None),
-        ({"kl_mean": 0.006}, "mean KL 0.006 is over 0.005"),
-        ({"kl_p99": 0.06}, "KL p99 0.06 is over 0.05"),
-        ({"top1_agreement": 0.975}, "top-1 97.50% is under 98.00%"),
-        ({"delta_ci95": (-0.3, 0.2)}, "perplexity may rise by 2.00%, over 1.00%"),
-        ({"delta_ci95": None, "delta": 0.5}, "perplexity may rise by 5.00%"),
-        ({"delta_ci95": None, "delta": 0.05}, None),
-        ({"compressed_share": 0.2}, "only 20% of what was read was read quantised"),
-        ({"warnings": ["the stored codes are not read"]}, "the stored codes are not read"),
-        ({"kl_mean": float("nan")}, "its figures are not finite"),
-        ({"delta_ci95": (0.0, float("inf"))}, "its figures are not finite"),
+        ({}, "safe"),
+        ({"kl_mean": 0.006}, "not safe: mean KL 0.006 is over 0.005"),
+        ({"kl_p99": 0.06}, "not safe: KL p99 0.06 is over 0.05"),
+        ({"top1_agreement": 0.975}, "not safe: top-1 97.50% is under 98.00%"),
+        ({"delta": 0.5, "delta_ci95": (0.4, 0.6)}, "perplexity rises by 5.00%, over 1.00%"),
+        ({"delta_ci95": None, "delta": 0.5}, "not safe: perplexity rises by 5.00%"),
+        ({"warnings": ["the stored codes are not read"]}, "not safe: the stored codes are not"),
+        ({"kl_mean": float("nan")}, "not safe: its figures are not finite"),
+        ({"delta_ci95": (0.0, float("inf"))}, "not safe: its figures are not finite"),
     ],
 )
 def test_verdicts(change, says) -> None:
-    found = verify.reasons({**FIGURES, **change}, verify.VerifyOptions())
-    assert ("; ".join(found) == "") if says is None else (says in "; ".join(found))
+    assert says in str(verdict_of(change))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        # Of 2,048 tokens 1 - sqrt(0.2) are kept: windows 1.22 times as long will do.
+        (
+            {"compressed_share": 0.2},
+            "20% of what was read was read quantised, under 30%: give texts, and a --window, of at "
+            "least 2,600 tokens",
+        ),
+        # 4 sinks, a window of 128 and a block of 32 are kept, at least.
+        (
+            {"compressed_share": 0.0, "window": 150, "warnings": ["nothing is compressed"]},
+            "of at least 370 tokens",
+        ),
+        (
+            {"compressed_share": 0.0, "window": 2048, "warnings": ["no compressed layer"]},
+            "not enough evidence: no compressed layer; 0% of what was read was read quantised",
+        ),
+        (
+            {"delta_ci95": None},
+            "one window of 2,048 tokens gives no interval: give at least 4,096 tokens of text, "
+            "or --window 1024",
+        ),
+        # t of 3 degrees of freedom is 3.18: (0.39 * 1.96 / 3.18 / 0.09)^2 times as many.
+        (
+            {"delta_ci95": (-0.38, 0.4)},
+            "perplexity may rise by 4.00%, over 1.00%: give about 59,000 tokens of text",
+        ),
+    ],
+)
+def test_too_little_evidence_is_no_verdict(change, says) -> None:
+    """Neither safe nor unsafe, with the text that would tell; a broken limit is unsafe still."""
+    verdict = verdict_of(change)
+    assert verdict.outcome == verify.NOT_ENOUGH
+    assert says in str(verdict)
+    if FIGURES["compressed_share"] and change.get("compressed_share") != 0.0:
+        assert verdict_of(change | {"kl_mean": 1.0}).outcome == verify.NOT_SAFE
 
 
 def test_the_fewest_bits_among_the_safe_are_recommended(loaded) -> None:
-    def verdict(preset: str, bits: float, *reasons: str) -> verify.Verdict:
-        return verify.Verdict(preset, FIGURES | {"bits_per_number_16bit": bits}, list(reasons))
+    def verdict(preset: str, bits: float, *reasons: str, lacks: str = "") -> verify.Verdict:
+        figures = FIGURES | {"bits_per_number_16bit": bits}
+        return verify.Verdict(preset, figures, list(reasons), [lacks] if lacks else [])
 
     found = [verdict("k8v8", 8), verdict("k4v4", 4), verdict("k2v2", 2, "KL is over")]
     assert verify.recommended(found).preset == "k4v4"
+    assert verify.outcome(found) == verify.SAFE
     assert 'RotorQuantCache("k4v4", config=model.config)' in verify.conclusion(found, loaded)
-    none = verify.conclusion(found[2:], loaded)
-    assert none.startswith("WARNING: no preset is safe")
-    assert "KL is over" in none
+
+    one = verify.conclusion(found[2:], loaded)
+    assert one.startswith("WARNING: k2v2 is not safe on this model with this text: KL is over")
+    assert "k8v8, k4v4, k4v3, k3v3, k3v2; add them to --presets" in one
+    assert verify.outcome(found[2:]) == verify.NOT_SAFE
+    two = [verdict("k3v3", 3, "top-1 is under"), found[2]]
+    assert "WARNING: none of k3v3, k2v2 is safe" in verify.conclusion(two, loaded)
+    every = [verdict(preset, 4, "KL is over") for preset in verify.PRESETS]
+    assert verify.conclusion(every, loaded).startswith("WARNING: no preset is safe")
+
+    unknown = [verdict("k4v4", 4, lacks="one window"), found[2]]
+    assert verify.outcome(unknown) == verify.NOT_ENOUGH
+    said = verify.conclusion(unknown, loaded)
+    assert said == "Not enough evidence that a preset is safe. k4v4: one window."
+    assert verify.outcome([*unknown, found[0]]) == verify.SAFE
 
 
 def test_verify_recommends_a_line_that_runs(capsys, model, sampled) -> None:
@@ -201,14 +279,14 @@ def test_verify_goes_on_behind_a_preset_that_fails(capsys, monkeypatch) -> None:
         return run(self, spec)
 
     monkeypatch.setattr(PerplexityMeasurement, "run", failing)
-    main(["verify", "--model", str(MODEL), "--max-tokens", "600", "--window", "600",
+    main(["verify", "--model", str(MODEL), "--max-tokens", "1200", "--window", "600",
           "--presets", "k4v4", "k8v8"])  # fmt: skip
     output = capsys.readouterr().out
     assert "| not measured: OutOfMemoryError: no room |" in output
     assert "Recommended: k8v8" in output
 
 
-def test_verify_warns_where_nothing_is_safe(capsys) -> None:
+def test_verify_says_that_the_one_preset_measured_is_not_safe(capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(
             ["verify", "--model", str(MODEL), "--text", TEXT, "--max-tokens", "600",
@@ -216,8 +294,40 @@ def test_verify_warns_where_nothing_is_safe(capsys) -> None:
         )  # fmt: skip
     output = capsys.readouterr().out
     assert stopped.value.code == 1
-    assert "WARNING: no preset is safe" in output
+    assert "WARNING: k2v2 is not safe on this model with this text: top-1 96." in output
     assert "The text is this project's samples" not in output
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (20, "Not enough evidence: the text is shorter than a chunk: its longest document has"),
+        (100, "Not enough evidence that a preset is safe. k8v8: 0% of what was read was read"),
+    ],
+)
+def test_verify_of_a_text_too_short_says_how_much_it_takes(capsys, tmp_path, words, says) -> None:
+    (tmp_path / "short.txt").write_text("The sea was calm and grey. " * (words // 6))
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", "--model", str(MODEL), "--text", str(tmp_path / "short.txt"),
+              "--presets", "k8v8"])  # fmt: skip
+    output = capsys.readouterr().out
+    assert stopped.value.code == 3
+    assert says in output
+    assert "740 tokens" in output
+
+
+def test_limits_under_their_old_names(capsys) -> None:
+    args = parser().parse_args(["verify", "--most-kl", "0.1", "--least-top1=0.5"])
+    assert (args.max_kl, args.min_top1) == (0.1, 0.5)
+    with pytest.raises(SystemExit):
+        main(["verify", "--help"])
+    shown = capsys.readouterr().out
+    assert "--max-kl-p99" in shown
+    assert "--most" not in shown
+    assert "--least" not in shown
+    with pytest.raises(SystemExit):
+        main(["verify", "--text", "absent.txt", "--most-kl", "0.1", "--model", str(MODEL)])
+    assert "DeprecationWarning: --most-kl is now --max-kl" in capsys.readouterr().err
 
 
 def test_commands_print_what_they_measure(capsys) -> None:

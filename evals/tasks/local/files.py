@@ -2,8 +2,11 @@
 
 A YAML file's `dataset_kwargs: !function files.piqa` imports the attribute `piqa` of this module:
 the arguments with which lm-eval's `dataset_path: json` loads `piqa_test.jsonl` of that folder.
-`python -m evals.lm_eval run --data FOLDER` sets the variable; for `lm_eval run --include_path
-evals/tasks` set it yourself.
+`rotorquant lm-eval run --data FOLDER` sets the variable; for lm-eval's own command with this folder
+as its `--include_path` set it yourself.
+
+lm-eval loads this file by its path, so it imports nothing of the package, whose name differs
+between a clone and an installation.
 """
 
 from __future__ import annotations
@@ -11,11 +14,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-
-try:
-    from evals.errors import InputError
-except ImportError:  # lm-eval's own command, started elsewhere
-    InputError = ValueError
 
 VARIABLE = "ROTORQUANT_TASK_DATA"
 
@@ -31,24 +29,28 @@ FILES = {
 }
 
 
+class DataError(ValueError):
+    """Documents that a task cannot use; the message names them and the remedy."""
+
+
 def __getattr__(name: str) -> dict[str, dict[str, str]]:
     """`dataset_kwargs` of a task, looked up when the task is loaded, not when it is listed.
 
     Raises:
-        InputError: if the folder or the file is not there, or its documents lack a field.
+        DataError: if the folder or the file is not there, or its documents lack a field.
     """
     if name not in FILES:
         raise AttributeError(name)
     file, fields = FILES[name]
     folder = os.environ.get(VARIABLE)
     if not folder:
-        raise InputError(
+        raise DataError(
             f"the task {name}_local reads {file} from a folder of yours: name it with --data "
-            f"FOLDER (python -m evals.lm_eval), or set {VARIABLE}"
+            f"FOLDER, or set {VARIABLE}"
         )
     path = Path(folder).expanduser() / file
     if not path.is_file():
-        raise InputError(f"the task {name}_local reads {file}, which is not in {folder}")
+        raise DataError(f"the task {name}_local reads {file}, which is not in {folder}")
     _check(path, fields)
     return {"data_files": {"test": str(path)}}
 
@@ -59,6 +61,6 @@ def _check(path: Path, fields: tuple[str, ...]) -> None:
     try:
         missing = [field for field in fields if field not in json.loads(first)]
     except ValueError as error:
-        raise InputError(f"{path}: its first line is not JSON ({error})") from error
+        raise DataError(f"{path}: its first line is not JSON ({error})") from error
     if missing:
-        raise InputError(f"{path}: documents need {', '.join(fields)}; missing {missing[0]!r}")
+        raise DataError(f"{path}: documents need {', '.join(fields)}; missing {missing[0]!r}")
