@@ -79,6 +79,7 @@ class CacheSpec:
         """Tokens after which it quantises again while decoding."""
         return KINDS[self.kind].period(self.options)
 
+    @property
     def packages(self) -> tuple[str, ...]:
         """What it takes beyond the base install."""
         package = KINDS[self.kind].package
