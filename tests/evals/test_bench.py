@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
+import re
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +18,16 @@ from transformers import DynamicCache
 
 from evals import environment, failures, timing
 from evals.bench import attention as bench_attention
-from evals.bench import common
+from evals.bench import common, decode_step
 from evals.bench import generate as bench_generate
 from evals.bench import gpu as bench_gpu
+from evals.bench import tune as bench_tune
+from evals.errors import InputError
+from evals.sweep.rows import JSONLines
 from rotorquant_hf import RotorQuantCache, RotorQuantConfig
 from rotorquant_hf.backend import backend
-from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers import RotorQuantLayer
+from tests.conftest import ROOT
 from tests.helpers import cuda_graph
 
 pytest.importorskip("triton")
@@ -34,7 +44,8 @@ MODEL += ["--intermediate", "32", "--vocab", "50", "--dtype", "float32", "--devi
 
 
 def rows_of(path, kind):
-    return [row for row in common.read_rows(path) if row["kind"] == kind]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
 
 
 @pytest.fixture
@@ -74,7 +85,7 @@ def emulated_gpu(monkeypatch):
             ),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        for module in (timing, bench_attention, bench_generate):
+        for module in (timing, common, bench_generate):
             monkeypatch.setattr(module, "on_gpu", lambda device: True)
         yield
 
@@ -117,7 +128,7 @@ def test_what_takes_more_than_its_share_of_time_is_sampled_less() -> None:
     timed = timing.interleave(
         timing.Stopwatch(CPU), [timing.Sampler(variant, "eager", 1)], 50, 0.0, pytest.fail
     )
-    assert timed[0][1].samples == timing.LEAST_SAMPLES
+    assert timed[0][1].samples == timing.MIN_SAMPLES
 
 
 def test_failures_free_their_tensors_and_a_lost_device_is_not_swallowed() -> None:
@@ -147,8 +158,8 @@ def test_copy_bandwidth_versions_and_chunks() -> None:
     versions = str(environment.Versions.of(CPU, "evals.x", ["--a", "1"]))
     for text in (torch.__version__, "python -m evals.x --a 1", "CPU"):
         assert text in versions
-    assert common.chunks(10, 7, most=30) == [4, 4, 2]
-    assert common.chunks(1, 100, most=30) == [1]
+    assert common.chunks(10, 7, max_elements=30) == [4, 4, 2]
+    assert common.chunks(1, 100, max_elements=30) == [1]
 
 
 # Attention
@@ -201,10 +212,10 @@ def test_attention_has_a_row_for_every_variant(tmp_path, capsys) -> None:
 
 
 def test_bytes_read_are_those_that_the_layer_holds() -> None:
-    shape = bench_attention.Shape(2, 215, 4, 2, 16, "float16")
+    shape = decode_step.AttentionShape(2, 215, 4, 2, 16, "float16")
     settings = RotorQuantConfig(key_bits=4, value_bits=3)
     with backend("triton"):
-        step = bench_attention.take_step(shape, settings, torch.Generator().manual_seed(0))
+        step = decode_step.take_step(shape, settings, torch.Generator().manual_seed(0))
     held = step.layer.nbytes()
     window = 2 * 2 * 2 * step.keys.tail.shape[2] * 16 * 2  # without the ring's free slots
     packed = sum(size for name, size in held.items() if name.startswith(("key_", "value_")))
@@ -225,14 +236,14 @@ def test_a_layer_without_packed_tokens_is_refused(tmp_path) -> None:
 def test_failing_and_wrong_variants_are_reported_and_the_others_timed(
     tmp_path, monkeypatch, capsys
 ) -> None:
-    attend = bench_attention.Step.attend
+    attend = decode_step.Step.attend
 
     def broken(self, tiling=None):
         if self.layer.config.key_bits == 2:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
         return 1.01 * attend(self, tiling)
 
-    monkeypatch.setattr(bench_attention.Step, "attend", broken)
+    monkeypatch.setattr(decode_step.Step, "attend", broken)
     status, path = run_attention(tmp_path, "--bits", "2", "3", "--check")
     assert status == 1
     found = {row["variant"]: row for row in rows_of(path, "attention")}
@@ -288,18 +299,18 @@ def test_attention_on_an_emulated_gpu(tmp_path, emulated_gpu, monkeypatch) -> No
 
 
 def test_a_replay_that_writes_nothing_is_wrong(emulated_gpu, monkeypatch) -> None:
-    shape = bench_attention.Shape(1, 215, 4, 2, 16, "float32")
+    shape = decode_step.AttentionShape(1, 215, 4, 2, 16, "float32")
     generator = torch.Generator().manual_seed(0)
-    step = bench_attention.take_step(shape, RotorQuantConfig(), generator)
+    step = decode_step.take_step(shape, RotorQuantConfig(), generator)
     stopwatch = timing.Stopwatch(CPU)
-    assert bench_attention.check_step(step, stopwatch) < 1e-5
+    assert decode_step.check_step(step, stopwatch) < 1e-5
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: None)
-    with pytest.raises(bench_attention.WrongResult, match="nan"):
-        bench_attention.check_step(step, stopwatch)
+    with pytest.raises(decode_step.WrongResult, match="nan"):
+        decode_step.check_step(step, stopwatch)
 
 
 def test_tuning_compares_tilings_and_reports_those_that_fail(tmp_path, monkeypatch, capsys) -> None:
-    attend = bench_attention.Step.attend
+    attend = decode_step.Step.attend
 
     def broken(self, tiling=None):
         if tiling is not None and tiling.exact_n == 32:
@@ -307,11 +318,10 @@ def test_tuning_compares_tilings_and_reports_those_that_fail(tmp_path, monkeypat
         out = attend(self, tiling)
         return out * 1.1 if tiling is not None and tiling.block_n == 32 else out
 
-    monkeypatch.setattr(bench_attention.Step, "attend", broken)
-    status, path = run_attention(
-        tmp_path, "--dtype", "float16", "--bits", "3", "--tune", "--limit", "2", "--repeats", "1"
-    )
-    assert status == 1
+    monkeypatch.setattr(decode_step.Step, "attend", broken)
+    path = tmp_path / "rows.jsonl"
+    argv = [*TINY, "--dtype", "float16", "--bits", "3", "--limit", "2", "--repeats", "1"]
+    assert bench_tune.main([*argv, "--out", str(path)]) == 1
     rows = rows_of(path, "tune")
     failed = [row for row in rows if row["status"] != "ok"]
     assert [row["tiling"]["block_n"] for row in failed if row["status"] == "wrong"] == [32]
@@ -319,38 +329,62 @@ def test_tuning_compares_tilings_and_reports_those_that_fail(tmp_path, monkeypat
     final = [row for row in rows if row.get("final")]
     assert sum(row["default"] for row in final) == 1
     assert [row["us"] for row in final] == sorted(row["us"] for row in final)
-    assert bench_attention.tune_row(final[0]) in capsys.readouterr().out
+    assert bench_tune.tune_row(final[0]) in capsys.readouterr().out
 
 
 def test_tilings_start_with_the_default_and_are_all_different() -> None:
     from rotorquant_hf.attention.triton_attention import choose_tiling
 
     default = choose_tiling(4, 8, 32768, 128, 132, torch.float16)
-    found = bench_attention.tilings(default)
+    found = bench_tune.tilings(default)
     assert found[0] == default
     assert len(set(found)) == len(found) > 30
     for name in ("block_m", "block_n", "exact_n", "warps", "stages"):
         assert len({getattr(tiling, name) for tiling in found}) > 1
-    splits = [tiling.splits for tiling in bench_attention.variations(default, 32768)]
+    splits = [tiling.splits for tiling in bench_tune.variations(default, 32768)]
     assert len(set(splits)) == len(splits) > 3
     assert default.splits not in splits
 
 
-def test_compiling_a_share_launches_its_tilings_alone(monkeypatch) -> None:
+def test_a_process_compiles_its_part_of_the_tilings(monkeypatch) -> None:
     tried = []
-    attend = bench_attention.Step.attend
+    attend = decode_step.Step.attend
 
     def recorded(self, tiling=None):
         tried.append(tiling)
+        if tiling.exact_n == 32:
+            raise RuntimeError("out of resource: shared memory")  # the run itself reports it
         return attend(self, tiling)
 
-    monkeypatch.setattr(bench_attention.Step, "attend", recorded)
-    assert bench_attention.main(
-        [*TINY, "--bits", "3", "--tune", "--limit", "4", "--share", "1/2"]
-    ) == 0  # fmt: skip
-    assert len(tried) == 3
-    assert tried[0] is None
-    assert None not in tried[1:]
+    monkeypatch.setattr(decode_step.Step, "attend", recorded)
+    shape = decode_step.AttentionShape(1, 215, 4, 2, 16, "float32")
+    every = [None] * 2
+    for i in range(2):
+        tried.clear()
+        part = functools.partial(bench_tune.part_of_tilings, i, 2, 8)
+        decode_step.compile_step(shape, RotorQuantConfig(), CPU, part)
+        every[i] = set(tried)
+        assert len(tried) == 4
+    assert not every[0] & every[1]
+    with backend("triton"):
+        step = decode_step.take_step(shape, RotorQuantConfig(), torch.Generator().manual_seed(0))
+        assert every[0] | every[1] == set(bench_tune.tilings(step.default_tiling())[:8])
+
+
+def test_processes_work_through_their_jobs_and_are_ended_in_time(tmp_path) -> None:
+    """One job writes a file, one never comes back."""
+    begin = time.monotonic()
+    path = tmp_path / "done"
+    common.in_processes(os.system, [(f"touch {path}",), ("sleep 300",)], 2, 10)
+    assert path.exists()
+    assert time.monotonic() - begin < 60
+
+
+def test_tuning_is_no_option_of_attention(capsys) -> None:
+    with pytest.raises(SystemExit) as status:
+        bench_attention.main([*TINY, "--tune"])
+    assert status.value.code == 2
+    assert "python -m evals.bench.tune" in capsys.readouterr().err
 
 
 # Generation
@@ -470,126 +504,211 @@ def test_largest_batch(tmp_path) -> None:
     assert not rows_of(path, "generate")
 
 
+# Rows
+
+
+def test_rows_are_kept_and_read_again(tmp_path) -> None:
+    """A row cut off in its middle is dropped; a file in use or damaged is refused."""
+    path = tmp_path / "new" / "rows.jsonl"
+    log = common.open_log(path, resume=False)
+    log.write({"kind": "a", "us": float("nan")})
+    with pytest.raises(InputError, match="another process is writing"):
+        JSONLines(path)
+    log.close()
+    with path.open("a") as file:
+        file.write('{"kind": "b"')
+    log = common.open_log(path, resume=True)
+    log.write({"kind": "c"})
+    log.close()
+    assert log.entries == [{"kind": "a", "us": None}, {"kind": "c"}]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == log.entries
+    log = common.open_log(path, resume=False)
+    log.close()
+    assert log.entries == []
+    path.write_text('{"kind"\n')
+    with pytest.raises(InputError, match="damaged in line 1"):
+        JSONLines(path)
+    memory = JSONLines(None)
+    memory.write({"kind": "a"})
+    assert memory.entries == [{"kind": "a"}]
+
+
+def test_input_that_cannot_be_used_is_one_line(capsys) -> None:
+    def main():
+        raise InputError("the file is damaged: remove it")
+
+    with pytest.raises(SystemExit) as status:
+        common.exit_with(main)
+    assert status.value.code == 2
+    assert capsys.readouterr().err == "the file is damaged: remove it\n"
+
+
+# Requirements and help
+
+
+COMMANDS = ("attention", "cache_size", "cpu", "generate", "gpu", "kernel_cost", "tune")
+
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] in {absent}:
+            return None
+        return super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+"""
+
+
+def run_without(absent, code, **environment):
+    """Run code where some packages are not installed."""
+    keep = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(absent=absent) + code],
+        cwd=ROOT,
+        env=keep | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def run_commands(modules, *arguments):
+    """What commands print without Triton, one after the other, each with its exit status."""
+    done = run_without(
+        ["triton"],
+        f"""
+import runpy
+sys.argv[1:] = {list(arguments)}
+for module in {list(modules)}:
+    try:
+        runpy.run_module("evals.bench." + module, run_name="__main__")
+    except SystemExit as end:
+        print("ENDED", end.code, flush=True)
+""",
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_help_is_complete_and_needs_no_triton() -> None:
+    helps = run_commands(COMMANDS, "--help").stdout.split("ENDED 0\n")
+    assert len(helps) == len(COMMANDS) + 1
+    for module, text in zip(COMMANDS, helps, strict=False):
+        assert f"python -m evals.bench.{module}" in text
+        # An option without a help text is followed by the next option, or by the end.
+        silent = re.findall(r"^  (--[\w-]+)(?: \S+)*\n(?! {10})", text, re.MULTILINE)
+        assert not silent, module
+
+
+def test_a_missing_triton_is_named_before_any_work(tmp_path) -> None:
+    gpu = run_commands(["gpu"], "--out", str(tmp_path / "out"))
+    others = run_commands(["attention", "kernel_cost", "tune"])
+    assert gpu.stdout + others.stdout == 4 * "ENDED 2\n"
+    errors = (gpu.stderr + others.stderr).splitlines()
+    assert len([line for line in errors if "rotorquant-hf[triton]" in line]) == 4
+    assert not list(tmp_path.iterdir())
+
+
 # Everything in one command
 
 
-def test_checks_have_names_of_their_own_and_cover_what_there_is() -> None:
-    names = [case.name for case in bench_gpu.cases()]
-    assert len(set(names)) == len(names) > 60
-    for part in ("attend: ", "append: ", "ring: ", "model: ", "graph: "):
-        assert any(name.startswith(part) for name in names)
+def gpu_args(out, *options):
+    return bench_gpu._arguments(["--out", str(out), *options])
 
 
-def test_checks_find_planted_faults(monkeypatch) -> None:
-    """A kernel that is a little off, codes that are a little off, a ring that lags."""
-    from rotorquant_hf.attention import triton_attention
-    from rotorquant_hf.store import kv_store
-
-    small = {"d": 16, "context": 200, "dtype": torch.float32, "batch": 1, "heads": 1}
-    case = bench_gpu.AttendCase({"key_bits": 3}, mask="added", sinks=True, softcap=5.0, **small)
-    append = bench_gpu.AppendCase({"key_bits": 3, "value_bits": 2}, 16, torch.float32)
-    ring = bench_gpu.RingCase(
-        {"residual_length": 16, "block_length": 8}, d=16, prompt=40, steps=9, every=9
-    )
-    with backend("triton"):
-        assert case.run(CPU) < 1e-5
-        assert append.run(CPU) < 1e-3
-        assert ring.run(CPU) < 1e-4
-
-        attend = triton_attention.attend_packed
-        monkeypatch.setattr(triton_attention, "attend_packed", lambda *a: attend(*a) * (1 + 3e-5))
-        with pytest.raises(bench_attention.WrongResult, match=r"error 3\.0.e-05"):
-            case.run(CPU)
-        monkeypatch.setattr(triton_attention, "attend_packed", lambda *a: attend(*a) * float("nan"))
-        with pytest.raises(bench_attention.WrongResult, match="nan"):
-            case.run(CPU)
-        monkeypatch.undo()
-
-        encode = kv_store.encode
-        monkeypatch.setattr(kv_store, "encode", lambda quantizer, u: encode(quantizer, u * 1.01))
-        with pytest.raises(bench_attention.WrongResult):
-            append.run(CPU)
-        monkeypatch.undo()
-
-        push = "rotorquant_hf.kernels.push.push_tokens"
-        monkeypatch.setattr(push, lambda *a, **k: None)
-        with pytest.raises(bench_attention.WrongResult):
-            ring.run(CPU)
-
-
-def test_a_share_of_the_checks_prints_rows(capsys) -> None:
-    argv = ["--out", "unused", "--device", "cpu", "--only", "append: * d [68]*"]  # d 64 and d 80
-    assert bench_gpu.main([*argv, "--share", "1/2"]) == 0
-    row = json.loads(capsys.readouterr().out)
-    assert (row["case"], row["status"]) == ("append: 3 bits d 80", "ok")
-    assert row["error"] < 1e-3
-    assert bench_gpu.main([*argv, "--share", "0/2", "--minutes", "-1"]) == 0
-    assert json.loads(capsys.readouterr().out)["status"] == "skipped"
-
-
-def test_one_command_runs_its_parts_and_sums_up(tmp_path) -> None:
-    argv = ["--out", str(tmp_path), "--part", "generate", "--device", "cpu", "--workers", "1"]
+def test_one_command_runs_its_parts_and_keeps_all_they_say(tmp_path) -> None:
     small = " ".join([*MODEL, "--batch 1 --context 200 --steps 5 --caches dynamic k3v3 --no-graph"])
-    assert bench_gpu.main([*argv, "--minutes", "1.5", "--generate", small]) == 0
-    text = (tmp_path / "summary.md").read_text()
-    assert "| 1 | 200 | k3v3 | eager |" in text
-    assert torch.__version__ in text
+    argv = ["--out", str(tmp_path), "--part", "check", "generate", "--workers", "1"]
+    argv += ["--minutes", "4", "--only", "test_append and 4-bits", "--generate", small]
+    assert bench_gpu.main(argv) == 0
     log = (tmp_path / "log.txt").read_text()
-    assert "# generate, at most" in log
-    assert "python -m evals.bench.generate" in log
+    for text in (
+        "# check, at most",
+        "1 passed",
+        "# generate, at most",
+        "check: ok",
+        "generate: ok",
+    ):
+        assert text in log
+    assert "| 1 | 200 | k3v3 | eager |" in log
+    assert "python -m evals.bench.gpu --out" in log
+    assert torch.__version__ in log
     assert rows_of(tmp_path / "generate.jsonl", "generate")
+    assert 'tests="1"' in (tmp_path / "check.xml").read_text()
 
 
-def session(tmp_path, **options):
-    settings = {"out": tmp_path, "workers": 1, "only": "append: *", "device": "cpu", "minutes": 1}
-    args = SimpleNamespace(**settings | options)
-    return bench_gpu.Session(args, bench_gpu.Runner(tmp_path))
+def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys) -> None:
+    commands, ends = [], {"pytest": [1], "tune": [124], "attention": [75, 75, 0], "generate": [-11]}
 
+    def run(arguments, seconds, log):
+        commands.append(arguments)
+        return ends[arguments[1].split(".")[-1]].pop(0)
 
-def test_a_part_whose_device_is_lost_is_started_anew(tmp_path, monkeypatch) -> None:
-    commands, statuses = [], [common.DEVICE_LOST, common.DEVICE_LOST, 0]
-
-    def run(commands_, seconds, take=None):
-        commands.extend(commands_)
-        return [statuses.pop(0)]
-
-    found = session(tmp_path)
-    monkeypatch.setattr(found.runner, "run", run)
-    found._resumed("attention", ["-m", "x"], 100)
-    assert len(commands) == 3
-    assert all("--resume" in command for command in commands)
-
-
-def test_checks_of_a_process_that_died_are_tried_alone_and_count(
-    tmp_path, monkeypatch, capsys
-) -> None:
-    rounds = []
-
-    def run(commands, seconds, take):
-        rounds.append(commands)
-        names = ("append: prod", "append: 1 bits") if len(rounds) == 1 else ("append: 4 bits",)
-        for name in names:
-            assert take(json.dumps({"kind": "check", "case": name, "status": "ok", "error": 0}))
-        assert not take("some other line")
-        return [-11] * len(commands)
-
-    found = session(tmp_path, workers=3)
-    monkeypatch.setattr(found.runner, "run", run)
-    found.check(60)
-    assert [command[-1] for command in rounds[0]] == ["append: *"] * found.workers
-    assert rounds[1][0][-1] == "append: 2 bits"
-    rows = {row["case"]: row for row in common.read_rows(found.path("check"))}
-    assert rows["append: prod"]["status"] == rows["append: 4 bits"]["status"] == "ok"
-    assert rows["append: 3 bits"]["status"] == "failed"
-    assert "[-11]" in rows["append: 3 bits"]["reason"]
-    assert f"3 of {len(rows)} checks passed" in capsys.readouterr().out
-
-
-def test_what_takes_too_long_is_ended(tmp_path, capsys) -> None:
-    runner = bench_gpu.Runner(tmp_path)
-    code = "import time; print('begun', flush=True); time.sleep(60)"
-    assert runner.run([["-c", code], ["-c", "print('done')"]], 2) == [-9, 0]
+    monkeypatch.setattr(bench_gpu, "run", run)
+    assert bench_gpu.main(["--out", str(tmp_path), "--minutes", "9"]) == 1
     out = capsys.readouterr().out
-    assert "begun" in out
-    assert "done" in out
-    assert "ended after 2 s" in out
+    for text in ("check: exit status 1", "tune: out of time", "attention: ok", "status -11"):
+        assert text in out
+    assert not any(ends.values())
+    benchmarks = [command for command in commands if command[1] != "pytest"]
+    assert all("--resume" in command for command in benchmarks)  # the device was lost twice
+    assert len(commands) == 6
+
+
+def test_where_check_is_alone_it_runs_all_tests_of_kernels(tmp_path) -> None:
+    few = bench_gpu.command("check", gpu_args(tmp_path), 60)
+    everything = bench_gpu.command("check", gpu_args(tmp_path, "--part", "check"), 60)
+    assert "tests/kernels" not in few
+    assert "tests/kernels" in everything
+    assert "-n" in everything or (os.cpu_count() or 1) == 1
+    for command in (few, everything):
+        files = [x for x in command if x.startswith("tests/")]
+        assert files
+        assert all((ROOT / file).exists() for file in files)
+
+
+def test_what_takes_too_long_is_ended_with_all_it_started(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(bench_gpu, "_GRACE", 1)
+    marker = tmp_path / "alive"
+    child = f"import time, pathlib; time.sleep(6); pathlib.Path({str(marker)!r}).touch()"
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        f"subprocess.Popen([sys.executable, '-c', {child!r}]); print('begun', flush=True); "
+        "time.sleep(60)"
+    )
+    begin = time.monotonic()
+    assert bench_gpu.run(["-c", code], 2, bench_gpu.Log(tmp_path)) in (137, -9)
+    assert time.monotonic() - begin < 6
+    assert "begun" in capsys.readouterr().out
+    time.sleep(max(0.0, begin + 8 - time.monotonic()))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--minutes", "0"], "--minutes above 0"),
+        (["--workers", "0"], "--workers from 1"),
+        (["--part", "all"], "invalid choice: 'all'"),
+    ],
+    ids=["minutes", "workers", "part"],
+)
+def test_arguments_that_make_no_sense(options, says, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as status:
+        gpu_args(tmp_path, *options)
+    assert status.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_checks_need_no_package_beyond_those_of_a_gpu_machine() -> None:
+    """From a plain copy of the tree: torch, triton, transformers and pytest alone."""
+    absent = ["lm_eval", "datasets", "hypothesis", "scipy", "clifford", "accelerate", "matplotlib"]
+    absent += ["pandas", "jinja2", "adjustText", "hqq", "optimum", "xdist"]
+    arguments = ["--collect-only", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    arguments += bench_gpu._ARGUMENTS["check"][1].split()
+    code = f"import pytest\nsys.exit(pytest.main({arguments}))"
+    done = run_without(absent, code, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert done.returncode == 0, done.stdout[-2000:]
