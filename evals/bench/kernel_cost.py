@@ -60,7 +60,7 @@ def compile_kernel(
 
     Args:
         pointers: element types of the pointers. constants: the compile-time arguments. All other
-            arguments are integers, strides of packed and exact tensors divisible by 16.
+            arguments are integers, strides of packed and full-precision tensors divisible by 16.
         options: num_warps and num_stages, as far as the launch gives them.
     """
     import triton
@@ -153,9 +153,9 @@ def attention_cost(
     half = dtype != torch.float32
     operand = torch.float16 if half else torch.float32
     tiling = choose_tiling(rows, 8, 1 << 20, d, PROCESSORS, operand)
-    model, number = ("bf16", "fp16") if half else ("fp32", "fp32")
+    model, decoded = ("bf16", "fp16") if half else ("fp32", "fp32")
     pointers = dict.fromkeys(["p_q", "p_sink_k", "p_sink_v", "p_tail_k", "p_tail_v"], model)
-    pointers |= dict.fromkeys(["p_rotated", "p_projected", "p_ktable", "p_vtable"], number)
+    pointers |= dict.fromkeys(["p_rotated", "p_projected", "p_ktable", "p_vtable"], decoded)
     pointers |= dict.fromkeys(["p_kcodes", "p_ksigns", "p_vcodes"], "u8")
     pointers |= dict.fromkeys(["p_kscale", "p_knorm", "p_vscale"], "fp16")
     pointers |= dict.fromkeys(["p_lengths", "p_kwords", "p_vwords"], "i32")

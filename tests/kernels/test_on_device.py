@@ -110,14 +110,14 @@ class Attend:
             keys, values = layer.update(*self.states(self.n, generator))
         if self.n <= BLOCK:
             assert ring_states(keys), "it is a step of the ring"
-        exact = in_double(keys.states), in_double(values.states)
-        check_attention(keys, values, exact, self.asked(generator), self.group, self.n)
+        plain = in_double(keys.states), in_double(values.states)
+        check_attention(keys, values, plain, self.asked(generator), self.group, self.n)
 
 
 def check_attention(
     keys: Tensor,
     values: Tensor,
-    exact: tuple[Tensor, Tensor],
+    plain: tuple[Tensor, Tensor],
     options: AttentionOptions,
     group: int,
     n: int,
@@ -133,7 +133,7 @@ def check_attention(
         for name, value in vars(options).items()
         if isinstance(value, Tensor) and value.is_floating_point()
     }
-    expected = attention_reference(query.double(), *exact, dataclasses.replace(options, **wide))
+    expected = attention_reference(query.double(), *plain, dataclasses.replace(options, **wide))
     found = triton_attention.attend_packed(query, keys.states, values.states, options)
     require_close(found, expected, bound)
 
@@ -240,21 +240,21 @@ class Ring:
         case = Attend({}, self.d, dtype=torch.float32, offset=1.0)
         generator = torch.Generator(DEVICE).manual_seed(4)
         settings = RotorQuantConfig(**WINDOW | self.options)
-        kernels, plain = self._layer(settings), self._layer(settings)
+        kernels, reference = self._layer(settings), self._layer(settings)
         for i in range(self.steps + 1):
             new = case.states(1 if i else self.prompt, generator)
             with torch.no_grad():
                 keys, values = kernels.update(*new)
                 with backend("torch"):
-                    exact = plain.update(*new)
+                    dense = reference.update(*new)
             if i and i % self.every == 0:
-                for ours, theirs in zip(kernels.window, plain.window, strict=True):
+                for ours, theirs in zip(kernels.window, reference.window, strict=True):
                     if not torch.equal(ours, theirs):
                         raise WrongResult("the recent windows differ")
                 assert ring_states(keys)
-                exact = in_double(exact[0].states), in_double(exact[1].states)
+                plain = in_double(dense[0].states), in_double(dense[1].states)
                 options = AttentionOptions(self.d**-0.5)
-                check_attention(keys, values, exact, options, 4, 1, bound=5e-3)
+                check_attention(keys, values, plain, options, 4, 1, bound=5e-3)
 
     def _layer(self, settings: RotorQuantConfig) -> RotorQuantLayer:
         if self.sliding:
