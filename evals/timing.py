@@ -24,10 +24,10 @@ import torch
 from .environment import on_gpu
 from .failures import guarded
 
-LEAST_SAMPLES = 5
+MIN_SAMPLES = 5
 
 _SAMPLE_SECONDS = 1e-3  # a sample repeats its work for about so long, by the host's clock
-_MOST_CALLS = 128
+_MAX_CALLS = 128
 _SPACER_BYTES = 1 << 30
 _COPY_BYTES = 4 << 30
 
@@ -57,6 +57,21 @@ class Timing:
             f"{unit}_p90": self.p90 * factor,
             "samples": self.samples,
         }
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds on the host's clock until the device has done some work, and what the work gave."""
+    synchronize(device)
+    begin = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return time.perf_counter() - begin, result
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a device."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 @dataclass(frozen=True)
@@ -99,7 +114,12 @@ class Sampler:
 
 
 class Stopwatch:
-    """Times variants on one device."""
+    """Times variants on one device.
+
+    `triton.testing.do_bench` and `do_bench_cudagraph` are not used. Neither takes turns between
+    variants. `do_bench_cudagraph` never flushes the L2 cache, which then serves every replay;
+    `do_bench` flushes it, but times calls from Python, the host's time included.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -118,11 +138,11 @@ class Stopwatch:
         """The modes in which a variant is timed here."""
         return ("graph", "eager") if self.cuda and variant.capturable else ("eager",)
 
-    def sets(self, moved: int, most: int = 64) -> int:
+    def sets(self, moved: int, max_sets: int = 64) -> int:
         """How many sets of tensors of `moved` bytes a variant should take in turn."""
         if not self.cuda:
             return 2
-        return min(most, max(1, -(-3 * self.l2_bytes // max(moved, 1))))
+        return min(max_sets, max(1, -(-3 * self.l2_bytes // max(moved, 1))))
 
     def prepare(self, variant: Variant) -> tuple[float, int]:
         """Warm a variant up; returns the seconds of a call and the bytes of its scratch."""
@@ -130,13 +150,9 @@ class Stopwatch:
         with variant.around(), self._aside():
             if self.cuda:
                 call()
-                self.synchronize()
+                synchronize(self.device)
                 scratch = self._scratch(call)
-                self.synchronize()
-            begin = time.perf_counter()
-            call()
-            self.synchronize()
-            return time.perf_counter() - begin, scratch
+            return timed(call, self.device)[0], scratch
 
     def sampler(self, variant: Variant, mode: str, estimate: float, scratch: int) -> Sampler:
         """Make a variant that `prepare` warmed up ready for `sample`.
@@ -146,9 +162,9 @@ class Stopwatch:
         """
         wanted = int(_SAMPLE_SECONDS / max(estimate, 1e-7)) + 1
         if mode == "eager":
-            least, most = (4, 32) if self.cuda and estimate < 5e-3 else (1, 1)
-            return Sampler(variant, mode, min(max(wanted, least), most))
-        calls = min(max(wanted, len(variant.calls)), _MOST_CALLS)
+            low, high = (4, 32) if self.cuda and estimate < 5e-3 else (1, 1)
+            return Sampler(variant, mode, min(max(wanted, low), high))
+        calls = min(max(wanted, len(variant.calls)), _MAX_CALLS)
         return Sampler(variant, mode, calls, self.capture(variant, calls, scratch))
 
     def capture(self, variant: Variant, calls: int, scratch: int = 0) -> torch.cuda.CUDAGraph:
@@ -171,7 +187,7 @@ class Stopwatch:
         finally:
             torch.cuda.set_stream(before)
         graph.replay()
-        self.synchronize()
+        synchronize(self.device)
         return graph
 
     def sample(self, sampler: Sampler) -> float:
@@ -188,11 +204,6 @@ class Stopwatch:
             self._end.record()
             self._end.synchronize()
         return self._begin.elapsed_time(self._end) / 1e3 / sampler.calls
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
 
     def _run(self, sampler: Sampler) -> None:
         if sampler.graph is not None:
@@ -231,7 +242,7 @@ def interleave(
 ) -> list[tuple[Sampler, Timing]]:
     """Sample all in turn, `repeats` times.
 
-    Each may take its share of `seconds`; slow ones then stop early, after `LEAST_SAMPLES`.
+    Each may take its share of `seconds`; slow ones then stop early, after `MIN_SAMPLES`.
 
     Args:
         stopwatch, samplers, repeats, seconds: what, how and how long.
@@ -241,7 +252,7 @@ def interleave(
     spent, failed = [0.0] * len(samplers), set[int]()
     for _ in range(repeats):
         for i, sampler in enumerate(samplers):
-            enough = len(samples[i]) >= LEAST_SAMPLES and spent[i] > seconds / len(samplers)
+            enough = len(samples[i]) >= MIN_SAMPLES and spent[i] > seconds / len(samplers)
             if enough or i in failed:
                 continue
             begin = time.perf_counter()
@@ -259,7 +270,7 @@ def copy_bandwidth(stopwatch: Stopwatch) -> float:
     device, size = stopwatch.device, 1 << 24
     if stopwatch.cuda:
         size = min(_COPY_BYTES, torch.cuda.mem_get_info(device)[0] // 8)
-    # Random numbers, as real data: zeros may run faster.
+    # Random bytes, as real data: zeros may run faster.
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     sampler = Sampler(Variant("copy", [lambda: target.copy_(source)], 2 * size), "eager", 1)

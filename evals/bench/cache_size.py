@@ -3,35 +3,42 @@
     python -m evals.bench.cache_size --tokens 32768
 
 Fills one layer with random keys and values of the shape in one update, as a prompt does, and reads
-`cache.memory()`. Every layer of a model takes the same again; the tables are shared by all.
+`cache.memory()`. Every layer of a model takes the same again; the tables are shared by all. Sizes
+are bytes, and bits per element of keys and values; "smaller" is against the uncompressed tensors.
 """
 
 from __future__ import annotations
-
-import argparse
 
 import torch
 
 from rotorquant_hf import PRESETS, RotorQuantCache
 
+from .common import default_device, new_parser
+
 
 def main(argv: list[str] | None = None) -> None:
     """Print a Markdown table, a row per preset."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=8, help="kv heads")
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--presets", nargs="+", default=list(PRESETS)[:6], choices=list(PRESETS))
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    presets = list(PRESETS)
+    add("--tokens", type=int, default=32768, help="of the prompt")
+    add("--batch", type=int, default=1, help="rows of the batch")
+    add("--heads", type=int, default=8, help="key and value heads")
+    add("--head-dim", type=int, default=128, help="elements of a head")
+    add(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of tensors"
+    )
+    add("--device", default=default_device(), help="cuda, cuda:1, ..., or cpu")
+    add("--presets", nargs="+", default=presets[:6], choices=presets, help="settings to compare")
     args = parser.parse_args(argv)
+    if min(args.tokens, args.batch, args.heads, args.head_dim) < 1:
+        parser.error("choose sizes from 1")
     torch.manual_seed(0)
     shape = (args.batch, args.heads, args.tokens, args.head_dim)
     keys = torch.randn(shape, dtype=getattr(torch, args.dtype), device=args.device)
     values = torch.randn_like(keys)
     print(f"One layer: {shape} keys and values in {args.dtype}, {2 * keys.nbytes:,} bytes")
-    print("\n| preset | bytes | smaller | bits/number | spare | quantised tokens alone |")
+    print("\n| preset | bytes | smaller | bits/element | spare | quantised tokens alone |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for preset in args.presets:
         cache = RotorQuantCache(preset)

@@ -1,47 +1,120 @@
-"""What the benchmarks of kernels share: random states, refusals, rows as they come."""
+"""What the benchmarks share: refusals, exit statuses, random states, processes that compile."""
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
+import importlib.util
+import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from rotorquant_hf.backend import backend
+
+from ..environment import on_gpu
+from ..errors import InputError
+from ..sweep.rows import JSONLines
+
 DEVICE_LOST = 75  # exit status: start the command anew, with --resume
 
 
-def require_kernels(parser: argparse.ArgumentParser, device: str) -> None:
-    """Refuse to measure kernels where there is nothing to run them on."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device is {device}, but torch sees no CUDA device here")
-    if not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
+def default_device() -> str:
+    """The GPU, if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def new_parser(text: str | None) -> argparse.ArgumentParser:
+    """A parser whose help begins with a module's docstring."""
+    return argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that writes rows."""
+    add = parser.add_argument
+    add(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of tensors"
+    )
+    add("--device", default=default_device(), help="cuda, cuda:1, ..., or cpu")
+    add("--seconds", type=float, default=3600.0, help="start nothing new after so many seconds")
+    add("--out", type=Path, help="file of JSON lines, appended to")
+    add("--resume", action="store_true", help="leave out what --out has")
+
+
+def require_triton(parser: argparse.ArgumentParser) -> None:
+    """Refuse to go on without Triton."""
+    if importlib.util.find_spec("triton") is None:
         parser.error(
-            f"--device is {device}: the kernels need a GPU; TRITON_INTERPRET=1 in the environment "
-            "runs this command through Triton's interpreter, to check it"
+            "this needs Triton: pip install -e '.[triton]' in a clone, or "
+            "pip install 'rotorquant-hf[triton]'"
         )
 
 
-def exit_with(main: Callable[[], int]) -> NoReturn:
-    """Run a command and exit with its status."""
+def require_kernels(parser: argparse.ArgumentParser, device: str) -> None:
+    """Refuse to run kernels where there is nothing to run them on."""
+    require_triton(parser)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"the device is {device}, but torch sees no CUDA device here")
+    if not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error(
+            f"the device is {device}: the kernels need a GPU; TRITON_INTERPRET=1 in the "
+            "environment runs this command through Triton's interpreter, to check it"
+        )
+
+
+def kernels(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which the kernels run: on a CPU in Triton's interpreter."""
+    return nullcontext() if on_gpu(device) else backend("triton")
+
+
+def exit_with(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command and exit with its status: 2 for input that it cannot use."""
     gc.freeze()  # a collection, one after each failure, then need not look at all that was imported
     try:
         status = main()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        status = 2
     finally:
         gc.unfreeze()
     sys.exit(status)
 
 
+def open_log(path: Path | None, resume: bool) -> JSONLines:
+    """The file that takes a benchmark's rows; with `resume` those in it count as done.
+
+    Raises:
+        InputError: if another process writes it, or it is damaged.
+    """
+    log = JSONLines(path)
+    if not resume:
+        log.entries.clear()
+    return log
+
+
+def in_processes(
+    work: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: int, seconds: float
+) -> None:
+    """Call `work` with every job, in several processes, for at most so long.
+
+    What the calls compile is in Triton's cache afterwards; what they return is dropped.
+    """
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.starmap_async(work, jobs, chunksize=1).wait(seconds)
+
+
 def random_states(
     shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of independent normal numbers.
+    """Keys and values with independent N(0, 1) elements.
 
     From an own generator: a capture that fails may leave the default one unusable.
     """
@@ -52,38 +125,7 @@ def random_states(
     return keys, values
 
 
-def chunks(tokens: int, numbers_per_token: int, most: int = 1 << 30) -> list[int]:
-    """Lengths that sum to `tokens`, of at most `most` numbers each."""
-    size = max(1, most // max(1, numbers_per_token))
+def chunks(tokens: int, elements_per_token: int, max_elements: int = 1 << 30) -> list[int]:
+    """Lengths that sum to `tokens`, of at most `max_elements` elements each."""
+    size = max(1, max_elements // max(1, elements_per_token))
     return [min(size, tokens - start) for start in range(0, tokens, size)]
-
-
-class RowLog:
-    """Rows of a benchmark, appended to a JSON-lines file as they come.
-
-    Args:
-        path: the file, or None.
-        resume: take the rows that are in the file as done.
-    """
-
-    def __init__(self, path: Path | None, resume: bool = False) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = read_rows(path) if resume and path else []
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Keep a row and write it at once."""
-        self.rows.append(row)
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; none if there is no file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]

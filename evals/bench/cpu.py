@@ -5,8 +5,8 @@
 One query token, one layer. Times, in turn within one run: attention that reads the packed codes
 (`attend`); the same keys and values dequantised and given to scaled_dot_product_attention, as any
 operation that is not attention makes a cache do; and scaled_dot_product_attention on tensors that
-were never compressed. Milliseconds: medians, and
-the middle half of the samples in brackets.
+were never compressed. Times are milliseconds a call: medians, and the middle half of the samples in
+brackets.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from rotorquant_hf import RotorQuantCache
 from rotorquant_hf.attention.dispatch import attend
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.tensor import CompressedTensor
+
+from .common import new_parser
 
 _DTYPES = ["float32", "bfloat16", "float16"]
 
@@ -46,7 +49,9 @@ def cached(
     return packed[0], packed[1], keys, values
 
 
-def interleaved(variants: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:
+def interleaved(
+    variants: Mapping[str, Callable[[], Tensor]], repeats: int
+) -> dict[str, list[float]]:
     """Milliseconds of each variant, taking turns; the first round does not count."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(repeats + 1):
@@ -61,20 +66,7 @@ def interleaved(variants: dict[str, Callable[[], Tensor]], repeats: int) -> dict
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Print a Markdown table, a row per width, dtype and number of threads."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--context", type=int, default=32768)
-    parser.add_argument("--heads", type=int, default=32, help="query heads")
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8], choices=range(1, 9))
-    parser.add_argument("--dtype", nargs="+", default=_DTYPES[:2], choices=_DTYPES)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args(argv)
-    if args.context < 300 or args.repeats < 2 or min(args.threads) < 1:
-        parser.error("choose a --context from 300, --repeats from 2 and --threads from 1")
-    if args.heads % args.kv_heads:
-        parser.error(f"--heads is {args.heads}; choose a multiple of --kv-heads {args.kv_heads}")
+    args = _arguments(argv)
     torch.manual_seed(0)
     threads_before = torch.get_num_threads()
     print(f"{' '.join(sys.orig_argv[1:])}; torch {torch.__version__}, {_machine()}\n")
@@ -89,15 +81,9 @@ def main(argv: list[str] | None = None) -> None:
                 args.context, args.kv_heads, args.head_dim, bits, query.dtype
             )
             variants = {
-                "packed": lambda k=packed_k, v=packed_v, q=query, o=options: attend(
-                    q, k.states, v.states, o
-                ),
-                "dequantised": lambda k=packed_k, v=packed_v, q=query: scaled_dot_product_attention(
-                    q, k.materialize(), v.materialize(), enable_gqa=True
-                ),
-                "plain": lambda k=keys, v=values, q=query: scaled_dot_product_attention(
-                    q, k, v, enable_gqa=True
-                ),
+                "packed": partial(attend, query, packed_k.states, packed_v.states, options),
+                "dequantised": partial(_dequantised, query, packed_k, packed_v),
+                "plain": partial(sdpa, query, keys, values, enable_gqa=True),
             }
             for threads in args.threads:
                 torch.set_num_threads(threads)
@@ -109,6 +95,30 @@ def main(argv: list[str] | None = None) -> None:
                     f"{plain} |"
                 )
     torch.set_num_threads(threads_before)
+
+
+def _dequantised(query: Tensor, keys: CompressedTensor, values: CompressedTensor) -> Tensor:
+    return sdpa(query, keys.materialize(), values.materialize(), enable_gqa=True)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    bits = [2, 3, 4, 8]
+    add("--context", type=int, default=32768, help="tokens that the query reads")
+    add("--heads", type=int, default=32, help="query heads")
+    add("--kv-heads", type=int, default=8, help="key and value heads")
+    add("--head-dim", type=int, default=128, help="elements of a head")
+    add("--bits", type=int, nargs="+", default=bits, choices=range(1, 9), help="per element")
+    add("--dtype", nargs="+", default=_DTYPES[:2], choices=_DTYPES, help="of the tensors")
+    add("--threads", type=int, nargs="+", default=[1, 2], help="of torch")
+    add("--repeats", type=int, default=7, help="samples of each variant")
+    args = parser.parse_args(argv)
+    if args.context < 300 or args.repeats < 2 or min(args.threads) < 1:
+        parser.error("choose a --context from 300, --repeats from 2 and --threads from 1")
+    if args.heads % args.kv_heads:
+        parser.error(f"--heads is {args.heads}; choose a multiple of --kv-heads {args.kv_heads}")
+    return args
 
 
 def _machine() -> str:

@@ -4,17 +4,18 @@
     python -m evals.bench.generate --largest-batch 32768
 
 The model has the shape of Llama-3.1-8B (or what the options say) and random weights. Each cache is
-filled with random keys and values, layer by layer, in place of a prompt; then every step feeds
-the model one token per row. A step is timed on the host, up to the device's last result, as a loop
-that looks at each token would see it: with the time of launching the model's kernels, except where
-a step is a CUDA graph ("graph", `rotorquant_hf.graph.DecodeGraph`).
+filled with random keys and values, layer by layer, in place of a prompt (`evals speed` reads a real
+one); then every step feeds the model one token per row. A step is timed on the host, up to the
+device's last result, as a loop that looks at each token would see it: with the time of launching
+the model's kernels, except where a step is a CUDA graph ("graph", `rotorquant_hf.DecodeGraph`).
 
 Where all caches of a configuration fit into memory together, they take their steps in turn; else
 one comes after the other, the baseline first and again last. `--largest-batch` looks for the
 largest batch that a cache lets fit, and decodes with it.
 
-Memory: of the cache, all that is allocated for it after its first steps; at the peak, with the
-weights and what a step takes besides. On a CPU only the bytes of the cache's tensors are given.
+Memory, in GB (1e9 bytes): "cache" is all that is allocated for the cache after its first steps;
+"peak" adds the weights and what a step takes besides. On a CPU only the bytes of the cache's
+tensors are given.
 """
 
 from __future__ import annotations
@@ -25,17 +26,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    Cache,
-    LlamaConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, Cache, LlamaConfig, PreTrainedModel
 
 from rotorquant_hf import PRESETS, DecodeGraph
 
@@ -43,10 +38,21 @@ from ..caches.registry import BASELINE, CacheSpec
 from ..environment import Versions, device_of, on_gpu
 from ..errors import NotAvailableError
 from ..failures import DeviceLost, free_memory, guarded, recover
+from ..measurements.memory import decode
 from ..probes.footprint import footprint
+from ..sweep.rows import JSONLines
 from ..tables import markdown
-from ..timing import LEAST_SAMPLES, Timing
-from .common import DEVICE_LOST, RowLog, chunks, exit_with, random_states
+from ..timing import MIN_SAMPLES, Timing, timed
+from .common import (
+    DEVICE_LOST,
+    add_run_options,
+    chunks,
+    exit_with,
+    new_parser,
+    open_log,
+    random_states,
+    require_kernels,
+)
 
 QUANTIZED = {"quanto": 4, "hqq": 4, "fp8": None}
 """Backends of Transformers' QuantizedCache, with their bits where they can be chosen."""
@@ -57,7 +63,7 @@ _TRIES = 8
 
 
 @dataclass(frozen=True)
-class Shape:
+class GenerationShape:
     """One configuration: `batch` rows of `context` tokens each."""
 
     batch: int
@@ -86,11 +92,13 @@ def build_model(args: argparse.Namespace, device: torch.device) -> PreTrainedMod
     return model.eval().requires_grad_(False)
 
 
-def fill(cache: Cache, model: PreTrainedModel, shape: Shape, generator: torch.Generator) -> None:
+def fill(
+    cache: Cache, model: PreTrainedModel, shape: GenerationShape, generator: torch.Generator
+) -> None:
     """Put `context` random tokens into every layer.
 
     Raises:
-        RuntimeError: if a layer then says that it has another number.
+        RuntimeError: if a layer then says that it has more or fewer.
     """
     config = model.config
     size = shape.batch * config.num_key_value_heads * config.head_dim
@@ -104,19 +112,19 @@ def fill(cache: Cache, model: PreTrainedModel, shape: Shape, generator: torch.Ge
         raise RuntimeError(f"layers of {sorted(lengths)} tokens, filled with {shape.context}")
 
 
-def estimated_bytes(name: str, model: PreTrainedModel, shape: Shape) -> int:
+def estimated_bytes(name: str, model: PreTrainedModel, shape: GenerationShape) -> int:
     """About what a cache will take, for deciding what fits."""
     config, width = model.config, model.dtype.itemsize
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    numbers *= shape.batch * shape.context
+    elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    elements *= shape.batch * shape.context
     if name == BASELINE:
-        return numbers * width
+        return elements * width
     if name in QUANTIZED:
-        return numbers * (QUANTIZED[name] or 8) // 8 * 9 // 8
+        return elements * (QUANTIZED[name] or 8) // 8 * 9 // 8
     settings = PRESETS[name]
     window = min(shape.context, settings.residual_length + 2 * settings.block_length)
-    window_bytes = numbers // shape.context * window * width
-    return int(numbers * (settings.key_bits + settings.value_bits + 0.5) / 16) + window_bytes
+    window_bytes = elements // shape.context * window * width
+    return int(elements * (settings.key_bits + settings.value_bits + 0.5) / 16) + window_bytes
 
 
 class Decoder:
@@ -133,7 +141,13 @@ class Decoder:
     """
 
     def __init__(
-        self, name: str, mode: str, model: PreTrainedModel, shape: Shape, steps: int, seed: int = 0
+        self,
+        name: str,
+        mode: str,
+        model: PreTrainedModel,
+        shape: GenerationShape,
+        steps: int,
+        seed: int = 0,
     ) -> None:
         self.name, self.mode, self.model = name, mode, model
         self.cuda = on_gpu(model.device)
@@ -149,10 +163,12 @@ class Decoder:
         self.scratch = self.graph_bytes = 0
         self.seconds: list[float] = []
 
-    def _logits(self) -> Tensor:
+    @torch.no_grad()
+    def _next(self) -> Tensor:
+        """The likeliest token of every row after `ids`, (batch, 1)."""
         if self._graph is not None:
-            return self._graph(self.ids)
-        return self.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True).logits
+            return self._graph(self.ids)[:, -1:].argmax(-1)
+        return decode(self.model, self.ids, self.cache, 1)
 
     def _captured(self, cache: Any, steps: int) -> Callable[[Tensor], Tensor]:
         try:
@@ -179,13 +195,8 @@ class Decoder:
         before = self._allocated()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.model.device)
-            torch.cuda.synchronize(self.model.device)
-        begin = time.perf_counter()
-        with torch.no_grad():
-            self.ids = self._logits()[:, -1:].argmax(-1)
-        if self.cuda:
-            torch.cuda.synchronize(self.model.device)
-        self.seconds.append(time.perf_counter() - begin)
+        seconds, self.ids = timed(self._next, self.model.device)
+        self.seconds.append(seconds)
         if self.cuda:
             peak = torch.cuda.max_memory_allocated(self.model.device)
             self.scratch = max(self.scratch, peak - before)
@@ -211,7 +222,7 @@ class Decoder:
         return row
 
 
-class Bench:
+class GenerationBench:
     """Runs the rows of all configurations.
 
     Args:
@@ -222,7 +233,7 @@ class Bench:
     """
 
     def __init__(
-        self, model: PreTrainedModel, args: argparse.Namespace, log: RowLog, until: float
+        self, model: PreTrainedModel, args: argparse.Namespace, log: JSONLines, until: float
     ) -> None:
         self.model, self.args, self.log, self.until = model, args, log, until
         self.device = model.device
@@ -230,7 +241,7 @@ class Bench:
         names = ("layers", "hidden", "heads", "kv_heads", "head_dim", "dtype")
         self.key = {name: getattr(args, name) for name in names}
         # What libraries take with their first call is nobody's cache.
-        Decoder(BASELINE, "eager", model, Shape(1, 16), 2).warm_up(2)
+        Decoder(BASELINE, "eager", model, GenerationShape(1, 16), 2).warm_up(2)
 
     def free(self) -> int:
         """Bytes that may be taken."""
@@ -238,7 +249,7 @@ class Bench:
             return self.args.memory
         return min(free_memory(self.device), self.args.memory)
 
-    def run(self, shape: Shape) -> None:
+    def run(self, shape: GenerationShape) -> None:
         """All caches and modes on one configuration."""
         wanted = [(name, mode, 1) for name in self.args.caches for mode in self._modes(name)]
         sizes = [estimated_bytes(name, self.model, shape) for name, _, _ in wanted]
@@ -252,21 +263,23 @@ class Bench:
     def _modes(self, name: str) -> tuple[str, ...]:
         return ("eager", "graph") if name in PRESETS and self.args.graph else ("eager",)
 
-    def _run_group(self, shape: Shape, group: list[tuple[str, str, int]], together: bool) -> None:
+    def _run_group(
+        self, shape: GenerationShape, group: list[tuple[str, str, int]], together: bool
+    ) -> None:
         """Fill all caches of the group, then step them in turn."""
         keys: dict[tuple[str, str], dict[str, Any]] = {}
         decoders: dict[tuple[str, str], Decoder] = {}
         for name, mode, turn in group:
             key = {"kind": "generate", **self.key, **asdict(shape)}
             key |= {"cache": name, "mode": mode, "pass": turn}
-            if any(done.items() >= key.items() for done in self.log.rows):
+            if any(done.items() >= key.items() for done in self.log.entries):
                 continue
             keys[name, mode] = key
             with guarded(self.device, partial(self.report, key)):
                 decoders[name, mode] = self._decoder(name, mode, shape)
         until = time.monotonic() + self.args.config_seconds
         for i in range(self.args.steps):
-            if i >= LEAST_SAMPLES and time.monotonic() > until:
+            if i >= MIN_SAMPLES and time.monotonic() > until:
                 break
             for entry in list(decoders):
                 with guarded(self.device, partial(self.report, keys[entry])) as faults:
@@ -278,7 +291,7 @@ class Bench:
             self.write(keys[entry] | row | {"interleaved": together})
         recover(self.device, "a configuration")
 
-    def _decoder(self, name: str, mode: str, shape: Shape) -> Decoder:
+    def _decoder(self, name: str, mode: str, shape: GenerationShape) -> Decoder:
         if time.monotonic() > self.until:
             raise TimeoutError(f"out of time (--seconds {self.args.seconds:g})")
         size, free = estimated_bytes(name, self.model, shape), self.free()
@@ -297,7 +310,7 @@ class Bench:
 
     def write(self, row: dict[str, Any]) -> None:
         """Write and print a row, compared with the baseline if there is one."""
-        base = baseline_of(row, self.log.rows)
+        base = baseline_of(row, self.log.entries)
         if row["status"] == "ok" and base is not None:
             row["speedup"] = base["ms"] / row["ms"]
         self.log.write(row)
@@ -307,7 +320,7 @@ class Bench:
         """Look for the largest batch of `context` tokens a row that a cache lets fit."""
         key = {"kind": "largest_batch", **self.key, "context": context, "cache": name}
         key |= {"mode": "eager", "pass": 1}
-        if any(done.items() >= key.items() for done in self.log.rows):
+        if any(done.items() >= key.items() for done in self.log.entries):
             return
         report = partial(self.report, key | {"batch": 0})
         with guarded(self.device, report):
@@ -321,10 +334,12 @@ class Bench:
             if first + (batch - 1) * each > free or time.monotonic() > self.until:
                 return False
             with guarded(self.device, lambda reason: None) as faults:
-                rows[batch] = self._try(name, Shape(batch, context))
+                rows[batch] = self._try(name, GenerationShape(batch, context))
             return not faults
 
-        first, second = (self._try(name, Shape(n, context))["cache_bytes"] for n in (1, 2))
+        first, second = (
+            self._try(name, GenerationShape(n, context))["cache_bytes"] for n in (1, 2)
+        )
         each, free = max(1, second - first), self.free()
         start = int(0.95 * (free - first + each) / each)
         batch = search(fits, max(1, start), _TRIES)
@@ -332,11 +347,11 @@ class Bench:
             raise MemoryError(f"not one row of {first:,} bytes into the {free:,} that are free")
         return batch, rows[batch]
 
-    def _try(self, name: str, shape: Shape) -> dict[str, Any]:
+    def _try(self, name: str, shape: GenerationShape) -> dict[str, Any]:
         """Decode a few steps."""
-        decoder = Decoder(name, "eager", self.model, shape, self.args.warm_up + LEAST_SAMPLES)
+        decoder = Decoder(name, "eager", self.model, shape, self.args.warm_up + MIN_SAMPLES)
         decoder.warm_up(self.args.warm_up)
-        for _ in range(LEAST_SAMPLES):
+        for _ in range(MIN_SAMPLES):
             decoder.step()
         return decoder.row(self.weights)
 
@@ -415,62 +430,67 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run, print tables, and return the exit status."""
     args = _arguments(argv)
-    device = device_of(args.device)
-    log = RowLog(args.out, args.resume)
+    versions = Versions.of(device_of(args.device), f"{__package__}.generate", argv)
+    log = open_log(args.out, args.resume)
+    try:
+        log.write(versions.row())
+        _run(args, log)
+    except DeviceLost as error:
+        print(f"The device is lost {error}; start anew with --resume", flush=True)
+        return DEVICE_LOST
+    finally:
+        log.close()
+    print(f"\n{summary(log.entries)}\n\n{versions}", flush=True)
+    return 0
+
+
+def _run(args: argparse.Namespace, log: JSONLines) -> None:
     until = time.monotonic() + args.seconds
-    versions = Versions.of(device, "evals.bench.generate", argv)
-    log.write(versions.row())
-    bench = Bench(build_model(args, device), args, log, until)
+    bench = GenerationBench(build_model(args, device_of(args.device)), args, log, until)
     print(f"weights: {bench.weights / 1e9:.2f} GB\n")
     print(markdown(HEADER, [], left=4), flush=True)
     work: list[tuple[str, Callable[[], None]]] = [
-        (f"batch {batch}, context {context}", partial(bench.run, Shape(batch, context)))
+        (f"batch {batch}, context {context}", partial(bench.run, GenerationShape(batch, context)))
         for context, batch in itertools.product(args.context, args.batch)
     ]
     work += [
         (f"the largest batch of {name} at {context}", partial(bench.largest_batch, name, context))
         for context, name in itertools.product(args.largest_batch, args.caches)
     ]
-    try:
-        for name, run in work:
-            if time.monotonic() < until:
-                run()
-            else:
-                print(f"not measured, out of time (--seconds {args.seconds:g}): {name}")
-                log.write({"kind": "skipped", "what": name, "reason": "out of time"})
-    except DeviceLost as error:
-        print(f"The device is lost {error}; start anew with --resume", flush=True)
-        return DEVICE_LOST
-    print(f"\n{summary(log.rows)}\n\n{versions}", flush=True)
-    return 0
+    for name, run in work:
+        if time.monotonic() < until:
+            run()
+        else:
+            print(f"not measured, out of time (--seconds {args.seconds:g}): {name}")
+            log.write({"kind": "skipped", "what": name, "reason": "out of time"})
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__)
+    add = parser.add_argument
     caches = [BASELINE, *QUANTIZED, *PRESETS]
     default = [BASELINE, *QUANTIZED, "k4v4", "k3v3", "k2v2"]
-    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32])
-    parser.add_argument("--context", type=int, nargs="*", default=[4096, 32768, 131072])
-    parser.add_argument("--caches", nargs="+", default=default, choices=caches)
-    parser.add_argument("--no-graph", dest="graph", action="store_false", help="no CUDA graphs")
-    parser.add_argument("--largest-batch", type=int, nargs="*", default=[], help="contexts")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--warm-up", type=int, default=3, help="steps that do not count")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--intermediate", type=int, default=14336)
-    parser.add_argument("--vocab", type=int, default=128256)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--memory", type=int, default=1 << 62, help="bytes that caches may take")
-    parser.add_argument("--config-seconds", type=float, default=20.0, help="of steps, at most")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing new after")
-    parser.add_argument("--out", type=Path, help="JSON lines, appended")
-    parser.add_argument("--resume", action="store_true", help="leave out what --out has")
+    contexts = [4096, 32768, 131072]
+    add("--batch", type=int, nargs="*", default=[1, 8, 32], help="rows of the batch")
+    add("--context", type=int, nargs="*", default=contexts, help="tokens in the cache")
+    add("--caches", nargs="+", default=default, choices=caches, help="caches to decode with")
+    add("--no-graph", dest="graph", action="store_false", help="no CUDA graphs")
+    add("--largest-batch", type=int, nargs="*", default=[], help="contexts, tokens")
+    add("--steps", type=int, default=20, help="tokens to decode")
+    add("--warm-up", type=int, default=3, help="steps that do not count")
+    add("--layers", type=int, default=32, help="of the model")
+    add("--hidden", type=int, default=4096, help="elements of a hidden state")
+    add("--heads", type=int, default=32, help="query heads")
+    add("--kv-heads", type=int, default=8, help="key and value heads")
+    add("--head-dim", type=int, default=128, help="elements of a head")
+    add("--intermediate", type=int, default=14336, help="elements inside an MLP")
+    add("--vocab", type=int, default=128256, help="tokens of the vocabulary")
+    add("--memory", type=int, default=1 << 62, help="bytes that caches may take")
+    add("--config-seconds", type=float, default=20.0, help="of the steps of a configuration")
+    add_run_options(parser)
     args = parser.parse_args(argv)
+    if args.device.startswith("cuda"):
+        require_kernels(parser, args.device)
     if args.device == "cpu" and args.largest_batch and args.memory == 1 << 62:
         parser.error("--largest-batch on a CPU needs --memory")
     return args

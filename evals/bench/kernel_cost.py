@@ -3,35 +3,31 @@
     python -m evals.bench.kernel_cost
 
 Compiles the kernels for a GPU architecture with Triton's own assembler and reads the machine code:
-instructions of the loop over packed tokens, per number decoded, and what a program takes. At full
-bandwidth b-bit codes arrive at (bytes/s) * 8 / (b + 16 / d) numbers a second, and the lanes of an
-H200 issue 128 instructions per processor and clock: the column "issue bound" is the share of the
-bandwidth at which instruction issue alone would end it.
+instructions of the loop over packed tokens, per element decoded, and what a program takes:
+registers a thread, bytes of stack a thread (spilled), bytes of shared memory. At full bandwidth
+b-bit codes arrive at (bytes/s) * 8 / (b + 16 / d) elements a second, and the lanes of an H200 issue
+128 instructions per processor and clock: the column "issue bound" is the share of the bandwidth at
+which instruction issue alone would end it. (Not counted: shared memory, which may end it sooner.)
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
+import os
 import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from rotorquant_hf.attention.triton_attention import Tiling, choose_tiling
-from rotorquant_hf.kernels.attend import attend_kernel
-from rotorquant_hf.kernels.combine import combine_kernel, combine_options
-from rotorquant_hf.kernels.push import push_kernel, push_options
-from rotorquant_hf.kernels.queries import prepare_kernel, prepare_options
+from .common import exit_with, new_parser, require_triton
 
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+if TYPE_CHECKING:
+    from rotorquant_hf.attention.triton_attention import Tiling
+
 # An H200: processors, clock, and the bandwidth of a large copy as published for such machines.
 PROCESSORS, CLOCK, BANDWIDTH = 132, 1.755e9, 4.3e12
 _FLOATS = {"scale", "softcap", "key_unit", "sign_unit", "centroid_unit"}
@@ -64,10 +60,15 @@ def compile_kernel(
 
     Args:
         pointers: element types of the pointers. constants: the compile-time arguments. All other
-            arguments are integers, strides of packed and exact tensors divisible by 16.
+            arguments are integers, strides of packed and full-precision tensors divisible by 16.
         options: num_warps and num_stages, as far as the launch gives them.
     """
-    signature, attributes = {}, {}
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, name in enumerate(kernel.arg_names):
         aligned = name in pointers or re.fullmatch(r"stride_[kvst]\w+", name)
         if aligned:
@@ -92,9 +93,10 @@ def compile_kernel(
     # The loop over packed tokens is the one that reads the tables: `prmt`, or else the longest.
     packed = [x for x in loops if any(y.startswith("PRMT") and "0x6240" in y for y in x)]
     loop = max(packed or loops or [[]], key=len)
+    registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
     return Cost(
-        int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
-        int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
+        registers,
+        stack,
         compiled.metadata.shared,
         len(instructions),
         collections.Counter(_mnemonic(x) for x in loop),
@@ -102,7 +104,10 @@ def compile_kernel(
 
 
 def _run(tool: str, *args: str) -> str:
-    command = [str(BINARIES / tool), *args]
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    command = [str(folder / tool), *args]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -116,8 +121,8 @@ def _parse(code: str) -> tuple[list[str], list[list[str]]]:
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
             instructions.append(instruction[1])
     loops = []
-    for i, instruction in enumerate(instructions):
-        target = re.search(r"BRA.*?(\.L_x_\d+)", instruction)
+    for i, text in enumerate(instructions):
+        target = re.search(r"BRA.*?(\.L_x_\d+)", text)
         if target and labels.get(target[1], i) < i:
             loops.append(instructions[labels[target[1]] : i + 1])
     return instructions, loops
@@ -142,12 +147,15 @@ def attention_cost(
     Args:
         options: MASK, CAUSAL, SOFTCAP of the kernel.
     """
+    from rotorquant_hf.attention.triton_attention import choose_tiling
+    from rotorquant_hf.kernels.attend import attend_kernel
+
     half = dtype != torch.float32
     operand = torch.float16 if half else torch.float32
     tiling = choose_tiling(rows, 8, 1 << 20, d, PROCESSORS, operand)
-    model, number = ("bf16", "fp16") if half else ("fp32", "fp32")
+    model, decoded = ("bf16", "fp16") if half else ("fp32", "fp32")
     pointers = dict.fromkeys(["p_q", "p_sink_k", "p_sink_v", "p_tail_k", "p_tail_v"], model)
-    pointers |= dict.fromkeys(["p_rotated", "p_projected", "p_ktable", "p_vtable"], number)
+    pointers |= dict.fromkeys(["p_rotated", "p_projected", "p_ktable", "p_vtable"], decoded)
     pointers |= dict.fromkeys(["p_kcodes", "p_ksigns", "p_vcodes"], "u8")
     pointers |= dict.fromkeys(["p_kscale", "p_knorm", "p_vscale"], "fp16")
     pointers |= dict.fromkeys(["p_lengths", "p_kwords", "p_vwords"], "i32")
@@ -172,6 +180,10 @@ def attention_cost(
 
 def other_costs(d: int, signs: int = 0, arch: int = 90) -> dict[str, Cost]:
     """The kernels before and after attention, and the ring's, for head dim `d`."""
+    from rotorquant_hf.kernels.combine import combine_kernel, combine_options
+    from rotorquant_hf.kernels.push import push_kernel, push_options
+    from rotorquant_hf.kernels.queries import prepare_kernel, prepare_options
+
     floats = ["p_weight", "p_mean", "p_rotation", "p_projection", "p_factors", "p_sums", "p_stats"]
     pointers = dict.fromkeys(floats, "fp32")
     pointers |= dict.fromkeys(["p_q", "p_sinks", "p_out"], "bf16")
@@ -191,13 +203,19 @@ def other_costs(d: int, signs: int = 0, arch: int = 90) -> dict[str, Cost]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print a Markdown table, a row per head dim and width."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", type=int, default=90, help="CUDA architecture (90: H200)")
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8])
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--arch", type=int, default=90, help="CUDA architecture (80: A100, 90: H100 and H200)")
+    add("--head-dim", type=int, nargs="+", default=[64, 128, 256], help="elements of a head")
+    add("--bits", type=int, nargs="+", default=[2, 3, 4, 8], help="per element of keys and values")
     args = parser.parse_args(argv)
+    require_triton(parser)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler: run this without it")
+    import triton
+
     print(f"triton {triton.__version__}, sm_{args.arch}, 4 query rows, bfloat16\n")
-    print("| d | bits | instructions/number | issue bound | registers | spilled | shared |")
+    print("| d | bits | instructions/element | issue bound | registers | spilled | shared |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for d in args.head_dim:
         for bits in args.bits:
@@ -212,4 +230,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

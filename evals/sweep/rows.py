@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import InputError
 
@@ -21,8 +21,74 @@ _SOFTWARE = ("rotorquant_hf", "torch", "transformers", "triton", "packages")
 """What of the versions must be the same in all files of a folder."""
 
 
-class ResultsFile:
-    """A results file open for writing; locked, so that no other process writes it too.
+class JSONLines:
+    """A JSON-lines file open for appending; locked, so that no other process writes it too.
+
+    A last line that a killed process left unfinished is cut off.
+
+    Args:
+        path: the file, made with its folder if there is none; None keeps the entries in memory.
+
+    Attributes:
+        entries: those of the file, and those written since.
+
+    Raises:
+        InputError: if the file is in use or damaged, or its folder cannot be one.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {path.parent} cannot be a folder: {error}") from error
+        self._file = path.open("a+b")
+        try:
+            _lock(self._file, path)
+            self.entries = _entries(_whole_lines(self._file), path)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Keep an entry, and write it down to the disk at once."""
+        kept: dict[str, Any] = finite(entry)
+        self.entries.append(kept)
+        if self._file is not None:
+            self._file.write(json.dumps(kept).encode("utf-8") + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"another process is writing {path}: wait for it, or choose another --out"
+        ) from None
+
+
+def _whole_lines(file: BinaryIO) -> str:
+    file.seek(0)
+    content = file.read()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):  # killed while it wrote: that row is measured again
+        file.truncate(len(whole))
+    return whole.decode("utf-8", errors="replace")
+
+
+class ResultsFile(JSONLines):
+    """The results of one sweep.
 
     Args:
         path: the file; created if missing, continued if it is of the same sweep.
@@ -33,51 +99,20 @@ class ResultsFile:
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        self.path = path
+        super().__init__(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {path.parent} cannot be a folder: {error}") from error
-        self._file = path.open("a+b")
-        try:
-            self._lock()
-            self._continue(header)
+            if self.entries:
+                _check_schema(self.entries, path)
+                check_same(path, self.entries[0], header, ("device",))
+            else:
+                self.write({"kind": "sweep", "schema": SCHEMA, **header})
         except BaseException:
-            self._file.close()
+            self.close()
             raise
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another sweep is writing {self.path}: wait for it, or choose another --out"
-            ) from None
-
-    def _continue(self, header: Mapping[str, Any]) -> None:
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):  # killed while it wrote: that row is measured again
-            self._file.truncate(len(whole))
-        if not whole:
-            self._write({"kind": "sweep", "schema": SCHEMA, **header})
-            return
-        head = _parse(whole.decode("utf-8", errors="replace"), self.path)[0]
-        check_same(self.path, head, header, ("device",))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write a row, down to the disk."""
-        self._write({"kind": "row", "schema": SCHEMA, **finite(row)})
-
-    def _write(self, entry: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(entry).encode("utf-8") + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._file.close()
+        self.write({"kind": "row", "schema": SCHEMA, **row})
 
 
 def check_same(
@@ -143,7 +178,9 @@ def read_results(
                 content = content[: content.rfind("\n") + 1]
             if not content:
                 continue
-            head, *found = _parse(content, file)
+            entries = _entries(content, file)
+            _check_schema(entries, file)
+            head, *found = entries
             headers.append(head)
             for row in found:
                 key = (row["sweep"], row["id"])
@@ -157,13 +194,23 @@ def _weight(row: Mapping[str, Any]) -> tuple[bool, str]:
     return row["status"] == "ok", row["finished"]
 
 
-def _parse(content: str, path: Path) -> list[dict[str, Any]]:
+def _entries(content: str, path: Path) -> list[dict[str, Any]]:
+    """What the lines of a file say."""
     entries = []
     for number, line in enumerate(content.splitlines(), 1):
         try:
             entries.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise InputError(f"{path} is damaged in line {number} ({error}): remove it") from error
+    return entries
+
+
+def _check_schema(entries: list[dict[str, Any]], path: Path) -> None:
+    """Refuse what is no results file of a sweep: a header, and then rows, of this schema.
+
+    Raises:
+        InputError: naming the line.
+    """
     for number, entry in enumerate(entries, 1):
         kind = "sweep" if number == 1 else "row"
         if not isinstance(entry, dict) or entry.get("kind") != kind:
@@ -175,4 +222,3 @@ def _parse(content: str, path: Path) -> list[dict[str, Any]]:
                 f"{path} is of another version of this program: its schema is "
                 f"{entry.get('schema')}, not {SCHEMA}; run the sweep again into another --out"
             )
-    return entries

@@ -140,7 +140,7 @@ def test_two_processes_do_not_write_one_file(config, tmp_path) -> None:
     plan = read_plan(config())
     header = {"name": "a", "fingerprint": plan.fingerprint, "versions": {}, "config": {}}
     file = ResultsFile(tmp_path / "rows.jsonl", header)
-    with pytest.raises(InputError, match="another sweep is writing"):
+    with pytest.raises(InputError, match="another process is writing"):
         ResultsFile(tmp_path / "rows.jsonl", header)
     file.close()
     ResultsFile(tmp_path / "rows.jsonl", header).close()

@@ -1,0 +1,35 @@
+"""What tests of kernels share: their order, and that a broken GPU fails no other test."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from evals.bench.common import DEVICE_LOST
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The kernels as a whole come first, for a GPU that is lent for minutes."""
+    items.sort(key=lambda item: item.path.name != "test_on_device.py")
+
+
+@pytest.fixture(autouse=True)
+def _device_answers() -> Iterator[None]:
+    """After a fault in a kernel every call fails in this process: another one goes on.
+
+    A worker of pytest-xdist ends at once, and is replaced; without workers pytest ends.
+    """
+    yield
+    if not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(f"the device is lost: {error}", returncode=DEVICE_LOST)
+        print(f"the device is lost: {error}", file=sys.stderr, flush=True)
+        os._exit(DEVICE_LOST)
