@@ -104,9 +104,9 @@ class RotorQuantConfig:
             raise ValueError(f"exact_layers is {layers!r}; pass layer indices such as (0, -1)")
         object.__setattr__(self, "exact_layers", tuple(layers))
 
-    def leaving(self, window: int) -> int:
-        """How many of `window` exact tokens are quantised now."""
-        return max(0, window - self.residual_length) // self.block_length * self.block_length
+    def num_to_quantise(self, recent: int) -> int:
+        """How many of `recent` tokens in full precision are quantised now: whole blocks."""
+        return max(0, recent - self.residual_length) // self.block_length * self.block_length
 
     @classmethod
     def from_options(

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rotorquant_hf.cache import RotorQuantCache
-from rotorquant_hf.layers.full import RotorQuantLayer, RotorQuantSlidingLayer
+from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 
 # Steps run as they are before the capture, so that every kernel is compiled and every library
 # has its workspace.
@@ -126,7 +127,7 @@ class DecodeGraph:
         with torch.inference_mode(False):  # also written to outside of it
             self._input_ids, self._position_ids = input_ids.clone(), position_ids.clone()
         graph = torch.cuda.CUDAGraph()
-        before = [x.decoding.snapshot() for x in self._layers if x.decoding is not None]
+        before = [x.ring.snapshot() for x in self._layers if x.ring is not None]
         length = self.cache.get_seq_length()
         try:
             with torch.cuda.graph(graph):
@@ -141,7 +142,7 @@ class DecodeGraph:
         self._memory = [_memory(x) for x in self._layers]
 
     def _is_prepared(self) -> bool:
-        return all(x.decoding is not None and x.decoding.captured for x in self._layers)
+        return all(x.ring is not None and x.ring.captured for x in self._layers)
 
     def _fits(self) -> bool:
         """Whether there is room, and what was captured is still what the layers hold."""
@@ -158,11 +159,11 @@ class DecodeGraph:
         """Take memory and fix it, in the layers that can decode on the device alone."""
         self._graph, self._memory, self._warm = None, [], 0
         for layer in self._layers:
-            if layer.decoding is not None:
+            if layer.ring is not None:
                 layer.store.pin(False)
                 layer.store.reserve(self.room + self.cache.settings.block_length)
                 layer.store.pin(True)
-                layer.decoding.captured = True
+                layer.ring.captured = True
 
     def close(self) -> None:
         """Forget the graph; the cache gives memory back again as it shrinks."""
@@ -170,8 +171,8 @@ class DecodeGraph:
         for layer in self._layers:
             if layer.is_initialized:
                 layer.store.pin(False)
-            if layer.decoding is not None:
-                layer.decoding.captured = False
+            if layer.ring is not None:
+                layer.ring.captured = False
 
     def __enter__(self) -> DecodeGraph:
         return self
@@ -183,4 +184,4 @@ class DecodeGraph:
 def _memory(layer: RotorQuantLayer) -> tuple[Any, ...]:
     """What a captured step of a layer refers to."""
     rows = layer.store.key_rows(), layer.store.value_rows()
-    return layer.decoding, layer.sinks, *rows[0].values(), *rows[1].values()
+    return layer.ring, layer.sinks, *rows[0].values(), *rows[1].values()

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rotorquant_hf.config import RotorQuantConfig
-from rotorquant_hf.layers.full import RotorQuantLayer, RotorQuantSlidingLayer
+from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import tensors_of
 from rotorquant_hf.quant import RotorQuantProd
 from rotorquant_hf.version import __version__
@@ -151,8 +152,8 @@ def _entry_of(layer: Any) -> LayerEntry:
     if not layer.is_initialized:
         return LayerEntry(kind, attributes, {})
     tensors = {f"store.{name}": tensor for name, tensor in layer.store.state().items()}
-    for name in ("sinks", "window"):
-        tensors[f"{name}.keys"], tensors[f"{name}.values"] = getattr(layer, name)
+    for name, pair in (("sinks", layer.sinks), ("window", layer.recent)):
+        tensors[f"{name}.keys"], tensors[f"{name}.values"] = pair
     tensors |= _fingerprints(layer)
     return LayerEntry(kind, attributes, tensors)
 
@@ -182,12 +183,12 @@ def _restore_packed(
         layer.cumulative_length = entry.attributes["cumulative_length"]
     if not entry.tensors:
         return
-    sinks, window = (
+    sinks, recent = (
         (entry.tensors[f"{name}.keys"], entry.tensors[f"{name}.values"])
         for name in ("sinks", "window")
     )
-    layer.lazy_initialization(*window)
-    layer.sinks, layer.window = sinks, window
+    layer.lazy_initialization(*recent)
+    layer.sinks, layer.recent = sinks, recent
     for name, row in _fingerprints(layer).items():
         if not torch.allclose(row, entry.tensors[name].to(row.device), atol=1e-4):
             raise ValueError(

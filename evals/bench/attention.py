@@ -40,10 +40,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rotorquant_hf import RotorQuantConfig
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
-from rotorquant_hf.attention.tensor import CachedStates, CompressedTensor
+from rotorquant_hf.attention.states import CachedStates, RingStates
+from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.backend import backend
 from rotorquant_hf.layers.full import RotorQuantLayer
-from rotorquant_hf.layers.ring import LiveStates
 
 from ..environment import Versions, device_of, on_gpu
 from ..failures import DeviceLost, free_memory, guarded
@@ -120,8 +120,8 @@ class Step:
     shape: Shape
     layer: RotorQuantLayer
     query: Tensor
-    keys: LiveStates
-    values: LiveStates
+    keys: RingStates
+    values: RingStates
 
     def attend(self, tiling: Tiling | None = None) -> Tensor:
         """Attention by the kernels, (batch, heads, 1, head dim)."""
@@ -138,7 +138,7 @@ class Step:
     def reference(self) -> Tensor:
         """The same in float64, on the dequantised tensors."""
         keys, values = (
-            CachedStates(x.sinks.double(), x.packed, x.tail.double()).materialize()
+            CachedStates(x.sinks.double(), x.packed, x.recent.double()).materialize()
             for x in (self.keys, self.values)
         )
         # Without a mask the query heads of a group may as well be query tokens.
@@ -149,7 +149,7 @@ class Step:
     def nbytes(self) -> int:
         """Bytes of the stored keys and values that attention reads."""
         return sum(
-            x.sinks.nbytes + x.tail.nbytes + sum(rows.nbytes for rows in x.packed.rows.values())
+            x.sinks.nbytes + x.recent.nbytes + sum(rows.nbytes for rows in x.packed.rows.values())
             for x in (self.keys, self.values)
         )
 
@@ -167,7 +167,7 @@ def take_step(shape: Shape, settings: RotorQuantConfig, generator: torch.Generat
         keys, values = layer.update(*shape.states(1, generator))
     if not isinstance(keys, CompressedTensor) or not isinstance(values, CompressedTensor):
         raise ValueError(f"nothing is packed of {shape.context} tokens: the exact window has all")
-    if not isinstance(keys.states, LiveStates) or not isinstance(values.states, LiveStates):
+    if not isinstance(keys.states, RingStates) or not isinstance(values.states, RingStates):
         raise ValueError("the layer does not decode through the kernels here")
     return Step(shape, layer, shape.query(generator), keys.states, values.states)
 

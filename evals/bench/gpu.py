@@ -39,10 +39,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from rotorquant_hf import PRESETS, DecodeGraph, RotorQuantCache, RotorQuantConfig, RotorQuantKVCache
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
-from rotorquant_hf.attention.tensor import CachedStates, CompressedTensor
+from rotorquant_hf.attention.states import CachedStates, RingStates
+from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.backend import backend
-from rotorquant_hf.layers.full import RotorQuantLayer, RotorQuantSlidingLayer
-from rotorquant_hf.layers.ring import LiveStates
+from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 
 from ..environment import Versions, device_of, on_gpu
 from ..errors import NotAvailableError
@@ -177,7 +178,7 @@ def check_attention(
 def double(x: CompressedTensor) -> Tensor:
     """The dequantised tensor, not rounded to its dtype."""
     states = x.states
-    return CachedStates(states.sinks.double(), states.packed, states.tail.double()).materialize()
+    return CachedStates(states.sinks.double(), states.packed, states.recent.double()).materialize()
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ class RingCase:
         self, seen: dict[str, tuple[Tensor, Tensor]], layers: dict[str, RotorQuantLayer]
     ) -> float:
         keys, values = map(packed, seen["triton"])
-        if not isinstance(keys.states, LiveStates):
+        if not isinstance(keys.states, RingStates):
             raise WrongResult("the layer did not step through the kernels")
         for ours, theirs in zip(layers["triton"].window, layers["torch"].window, strict=True):
             if not torch.equal(ours, theirs):

@@ -153,7 +153,7 @@ def packed_tokens(cache: Cache) -> tuple[int, int]:
 
 def _span(layer: Any, numbers: int, packed: int) -> tuple[int, int]:
     if isinstance(layer, RotorQuantLayer):
-        last = layer.get_seq_length() - layer.window_length
+        last = layer.get_seq_length() - layer.recent_length
         return last - len(layer.store), last
     return 0, layer.get_seq_length() * packed // numbers
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from rotorquant_hf.attention.options import AttentionOptions
+from rotorquant_hf.attention.states import KVStates
 from rotorquant_hf.attention.torch_attention import attend_tiled
 from rotorquant_hf.backend import uses_triton
 
-if TYPE_CHECKING:
-    from rotorquant_hf.attention.tensor import States
 
-
-def attend(query: Tensor, keys: States, values: States, options: AttentionOptions) -> Tensor:
+def attend(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions) -> Tensor:
     """Attention that reads the packed codes and never holds the dequantised history.
 
     Args:
@@ -44,7 +40,7 @@ def attend(query: Tensor, keys: States, values: States, options: AttentionOption
     return compute(query, keys, values, options)
 
 
-def compute(query: Tensor, keys: States, values: States, options: AttentionOptions) -> Tensor:
+def compute(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions) -> Tensor:
     """`attend` without its checks, for callers that have made them."""
     if uses_triton(query.device):
         from rotorquant_hf.attention.triton_attention import attend_packed, supports
@@ -54,16 +50,20 @@ def compute(query: Tensor, keys: States, values: States, options: AttentionOptio
     return attend_tiled(query, keys, values, options)
 
 
-def needs_gradient(query: Tensor, keys: States, values: States, options: AttentionOptions) -> bool:
+def needs_gradient(
+    query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions
+) -> bool:
     """Whether autograd would record this call."""
     if not torch.is_grad_enabled():
         return False
-    exact = (keys.sinks, keys.tail, values.sinks, values.tail)
-    inputs = (query, *exact, options.mask, options.sinks)
+    stored = (keys.sinks, keys.recent, values.sinks, values.recent)
+    inputs = (query, *stored, options.mask, options.sinks)
     return any(x is not None and x.requires_grad for x in inputs)
 
 
-def misfit(query: Tensor, keys: States, values: States, options: AttentionOptions) -> str | None:
+def misfit(
+    query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions
+) -> str | None:
     """Why `attend` would not take these, and what to pass instead; None if it takes them."""
     for part, ours, theirs in (
         ("sinks", keys.sinks, values.sinks),

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from rotorquant_hf.attention.tensor import States
+from rotorquant_hf.attention.states import KVStates
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class HeadView:
         return x if self.split else x.flatten(1, 2)
 
     def after(
-        self, func: Callable[..., Any], states: States, args: Any, kwargs: dict[str, Any]
+        self, func: Callable[..., Any], states: KVStates, args: Any, kwargs: dict[str, Any]
     ) -> HeadView | None:
         """What `func`, one of `VIEWS`, makes of this view; None if that is no head view.
 

@@ -10,8 +10,7 @@ first materialises it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,58 +20,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from rotorquant_hf.attention.dispatch import compute, misfit, needs_gradient
 from rotorquant_hf.attention.head_view import AS_STORED, VIEWS, HeadView
 from rotorquant_hf.attention.options import AttentionOptions
-from rotorquant_hf.quant.packed import PackedSpan
-
-
-class States(Protocol):
-    """All keys (or values) that one attention call may read, oldest token first."""
-
-    @property
-    def sinks(self) -> Tensor:
-        """(batch, heads, n, d), the first tokens, exact; n may be 0."""
-
-    @property
-    def packed(self) -> PackedSpan:
-        """The quantised tokens that follow."""
-
-    @property
-    def tail(self) -> Tensor:
-        """(batch, heads, m, d), the recent window and the new tokens, exact; dtype of `sinks`."""
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(batch, heads, tokens, d)."""
-
-    def materialize(self) -> Tensor:
-        """The dequantised tensor, in the dtype of the exact tokens."""
-
-
-@dataclass(frozen=True)
-class CachedStates:
-    """`States` of tensors that nothing changes later."""
-
-    sinks: Tensor
-    packed: PackedSpan
-    tail: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(batch, heads, tokens, d)."""
-        batch, heads, m, d = self.tail.shape
-        return batch, heads, self.sinks.shape[2] + self.packed.shape[2] + m, d
-
-    def materialize(self) -> Tensor:
-        """The dequantised tensor, in the dtype of the tail."""
-        out = self.tail.new_empty(self.shape)
-        first, last = self.sinks.shape[2], self.shape[2] - self.tail.shape[2]
-        out[:, :, :first] = self.sinks
-        self.packed.materialize(out[:, :, first:last])
-        out[:, :, last:] = self.tail
-        return out
+from rotorquant_hf.attention.states import KVStates
 
 
 class CompressedTensor(Tensor):
-    """A read-only tensor (batch, heads, tokens, d) over `States`, or a head view of it.
+    """A read-only tensor (batch, heads, tokens, d) over `KVStates`, or a head view of it.
 
     Asking for its shape, dtype or device reads nothing, `scaled_dot_product_attention` reads the
     packed codes, and repeating the heads, as for grouped queries, gives another of its kind. Any
@@ -80,11 +32,11 @@ class CompressedTensor(Tensor):
     one when the operation is done.
     """
 
-    states: States
+    states: KVStates
     view_of_heads: HeadView
 
     @staticmethod
-    def __new__(cls, states: States, view: HeadView = AS_STORED) -> CompressedTensor:
+    def __new__(cls, states: KVStates, view: HeadView = AS_STORED) -> CompressedTensor:
         tensor = Tensor._make_wrapper_subclass(
             cls, view.shape(states.shape), dtype=states.sinks.dtype, device=states.sinks.device
         )
@@ -184,7 +136,9 @@ def _presented_otherwise(
     if func in _CONVERSIONS:
         probe = torch.empty((0,) * x.dim(), dtype=x.dtype, device=x.device)
         return x if func(probe, *args, **kwargs) is probe else None
-    if func is Tensor.detach and not (x.states.sinks.requires_grad or x.states.tail.requires_grad):
+    if func is Tensor.detach and not (
+        x.states.sinks.requires_grad or x.states.recent.requires_grad
+    ):
         return CompressedTensor(x.states, x.view_of_heads)
     return None
 

@@ -11,17 +11,15 @@ No more than a tile of the history is ever decoded.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rotorquant_hf.attention.options import AttentionOptions
-from rotorquant_hf.attention.parts import ExactPart, PackedPart, Part
-from rotorquant_hf.attention.rules import ScoreRules
-
-if TYPE_CHECKING:
-    from rotorquant_hf.attention.tensor import States
+from rotorquant_hf.attention.states import KVStates
+from rotorquant_hf.quant.packed import PackedSpan
 
 # Numbers of a tile of keys or values, and of its scores: 2 and 4 MiB in float32.
 _TILE_NUMBERS = 1 << 19
@@ -32,7 +30,9 @@ _LEAST_TILE = 32  # tokens, however many rows and heads there are
 _NO_SCORE = torch.finfo(torch.float32).min
 
 
-def attend_tiled(query: Tensor, keys: States, values: States, options: AttentionOptions) -> Tensor:
+def attend_tiled(
+    query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions
+) -> Tensor:
     """softmax(scale q k^T + mask) v, computed in float32.
 
     Args:
@@ -49,7 +49,7 @@ def attend_tiled(query: Tensor, keys: States, values: States, options: Attention
     groups, value_dim = query_heads // heads, values.shape[3]
     tile = max(_LEAST_TILE, _TILE_NUMBERS // (batch * heads * max(d, value_dim)))
     size = max(1, _SCORE_NUMBERS // (batch * query_heads * tile))
-    tail_keys, tail_values = keys.tail, values.tail
+    recent_keys, recent_values = keys.recent, values.recent
     out = query.new_empty(batch, query_heads, n, value_dim)
     with torch.autocast(query.device.type, enabled=False):
         for start in range(0, n, size):
@@ -62,7 +62,7 @@ def attend_tiled(query: Tensor, keys: States, values: States, options: Attention
             for part in (
                 ExactPart(q, keys.sinks, values.sinks),
                 PackedPart(q, keys.packed, values.packed),
-                ExactPart(q, tail_keys, tail_values),
+                ExactPart(q, recent_keys, recent_values),
             ):
                 if min(part.tokens, rules.end - first) > 0:
                     seen = seen.join(_read(q, part, first, rules, tile))
@@ -121,3 +121,121 @@ def _read(query: Tensor, part: Part, first: int, rules: ScoreRules, tile: int) -
         new = part.sums(weights, tokens)
         sums = [a.mul_(shrink).add_(b) for a, b in zip(sums, new, strict=True)] if sums else new
     return _Summary(peak, mass, part.average([x / mass.clamp(min=1) for x in sums]))
+
+
+class Part(Protocol):
+    """A run of tokens that some queries read.
+
+    Queries are (batch, heads, m, d), m being all query tokens of the query heads of one kv head.
+    """
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens."""
+
+    def scores(self, tokens: slice) -> Tensor:
+        """Inner products of the queries with some tokens, (batch, heads, m, tokens) float32."""
+
+    def sums(self, weights: Tensor, tokens: slice) -> list[Tensor]:
+        """What `average` makes weighted sums of some tokens' values of; these may be added.
+
+        Args:
+            weights: (batch, heads, m, tokens) float32.
+        """
+
+    def average(self, sums: list[Tensor]) -> Tensor:
+        """The values' average (batch, heads, m, value dim), if the weights sum to 1."""
+
+
+class ExactPart:
+    """Tokens stored as they are.
+
+    Args:
+        query: (batch, heads, m, key dim) float32.
+        keys: (batch, heads, tokens, key dim). values: (batch, heads, tokens, value dim).
+    """
+
+    def __init__(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
+        self._query, self._keys, self._values = query, keys, values
+
+    @property
+    def tokens(self) -> int:
+        return self._keys.shape[2]
+
+    def scores(self, tokens: slice) -> Tensor:
+        return self._query @ self._keys[:, :, tokens].float().mT
+
+    def sums(self, weights: Tensor, tokens: slice) -> list[Tensor]:
+        return [weights @ self._values[:, :, tokens].float()]
+
+    def average(self, sums: list[Tensor]) -> Tensor:
+        return sums[0]
+
+
+class PackedPart:
+    """Quantised tokens, read as codes: only the queries and the average are rotated.
+
+    Args:
+        query: (batch, heads, m, key dim) float32.
+        keys, values: the same tokens.
+    """
+
+    def __init__(self, query: Tensor, keys: PackedSpan, values: PackedSpan) -> None:
+        self._query, self._keys, self._values = keys.fold(query), keys, values
+
+    @property
+    def tokens(self) -> int:
+        return self._keys.shape[2]
+
+    def scores(self, tokens: slice) -> Tensor:
+        return self._keys.inner_products(self._query, tokens)
+
+    def sums(self, weights: Tensor, tokens: slice) -> list[Tensor]:
+        return self._values.weighted_sums(weights, tokens)
+
+    def average(self, sums: list[Tensor]) -> Tensor:
+        return self._values.unfold(sums)
+
+
+class ScoreRules:
+    """The rules for some rows (query tokens) of one attention call.
+
+    Args:
+        options: the settings of the call.
+        shape: (batch, heads, groups, n, tokens) of all its scores, heads being kv heads.
+        rows: which of the n query tokens.
+    """
+
+    def __init__(
+        self, options: AttentionOptions, shape: tuple[int, int, int, int, int], rows: slice
+    ) -> None:
+        batch, heads, self._groups, n, tokens = shape
+        self._softcap = options.softcap
+        self._mask = options.mask
+        if self._mask is not None:
+            mask = self._mask.expand(batch, heads * self._groups, n, tokens)[:, :, rows]
+            self._mask = mask.unflatten(1, (heads, self._groups))
+        last = tokens - n + rows.start if options.causal else tokens  # that the first row sees
+        self._first_hidden = last + 1  # each row sees one token more
+        self.end = min(tokens, last + rows.stop - rows.start)  # of the tokens that some row sees
+
+    def apply(self, scores: Tensor, tokens: slice) -> Tensor:
+        """The scores that go into the softmax, -inf where a token is not seen.
+
+        Args:
+            scores: (batch, heads, groups * rows, tokens) float32; may be overwritten.
+            tokens: which tokens.
+        """
+        if self._softcap is not None:
+            scores.div_(self._softcap).tanh_().mul_(self._softcap)
+        scores = scores.unflatten(2, (self._groups, -1))
+        if self._mask is not None:
+            mask = self._mask[..., tokens]
+            if mask.dtype == torch.bool:
+                scores = torch.where(mask, scores, -math.inf)
+            else:
+                scores += mask
+        if tokens.stop > self._first_hidden:
+            hidden = scores.new_ones(scores.shape[-2:], dtype=torch.bool)
+            scores.masked_fill_(hidden.triu(self._first_hidden - tokens.start), -math.inf)
+        return scores.flatten(2, 3)

@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 
 from rotorquant_hf.attention.options import AttentionOptions
-from rotorquant_hf.attention.tensor import States
-from rotorquant_hf.backend import on_device
+from rotorquant_hf.attention.states import KVStates, unit_stride
 from rotorquant_hf.kernels.attend import ADDED_MASK, BOOL_MASK, NO_MASK, attend_kernel
 from rotorquant_hf.kernels.combine import combine
 from rotorquant_hf.kernels.lookup import centroid_table, ptx_words, table_unit
-from rotorquant_hf.kernels.push import LENGTHS
 from rotorquant_hf.kernels.queries import prepare_queries
 from rotorquant_hf.kernels.sizes import pieces
-from rotorquant_hf.layers.ring import LiveStates
 from rotorquant_hf.quant.packed import PackedSpan, projections, stage_one
 
 # A split of fewer tokens is not worth its partial result.
@@ -74,11 +71,11 @@ def choose_tiling(
     )
 
 
-def default_tiling(query: Tensor, values: States) -> Tiling:
+def default_tiling(query: Tensor, values: KVStates) -> Tiling:
     """The tiling of attention of queries (batch, query heads, n, key dim) over `values`."""
     batch, query_heads, n, d_k = query.shape
     heads, d_v = values.shape[1], values.shape[3]
-    rows, tokens = n * query_heads // heads, _source(values).most
+    rows, tokens = n * query_heads // heads, values.max_packed
     processors = _processors(query.device)
     return choose_tiling(rows, batch * heads, tokens, max(d_k, d_v), processors, _operands(query))
 
@@ -88,45 +85,10 @@ def _operands(query: Tensor) -> torch.dtype:
     return torch.float32 if query.dtype == torch.float32 else torch.float16
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where the kernels find keys or values.
-
-    Attributes:
-        rows: packed tensors (batch, heads, capacity, ...) by name.
-        tail: (batch, heads, slots, d), a ring.
-        most: packed tokens that the launch is laid out for.
-    """
-
-    rows: dict[str, Tensor]
-    tail: Tensor
-    most: int
-
-
-def _source(states: States) -> _Source:
-    if isinstance(states, LiveStates):
-        states.require_current()
-        return _Source(states.base, states.ring.ring[states.part], states.most)
-    return _Source(states.packed.rows, _unit_stride(states.tail), states.packed.shape[2])
-
-
-def _lengths(states: States) -> Tensor:
-    """How many tokens there are and where, (5,) int32 on the device; see `kernels.push`."""
-    if isinstance(states, LiveStates):
-        return states.ring.lengths[LENGTHS]
-    counts = [states.sinks.shape[2], 0, states.packed.shape[2], 0, states.tail.shape[2]]
-    return on_device(counts, states.tail.device)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """x with neighbouring channels side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def attend_packed(
     query: Tensor,
-    keys: States,
-    values: States,
+    keys: KVStates,
+    values: KVStates,
     options: AttentionOptions,
     tiling: Tiling | None = None,
 ) -> Tensor:
@@ -141,7 +103,11 @@ def attend_packed(
 
 
 def _attend_all(
-    query: Tensor, keys: States, values: States, options: AttentionOptions, tiling: Tiling | None
+    query: Tensor,
+    keys: KVStates,
+    values: KVStates,
+    options: AttentionOptions,
+    tiling: Tiling | None,
 ) -> Tensor:
     batch, query_heads, n, _ = query.shape
     most = max(1, _MOST_SUMS // (2 * batch * query_heads * values.shape[3]))
@@ -161,8 +127,8 @@ def _attend_all(
 
 def _attend_some(
     query: Tensor,
-    keys: States,
-    values: States,
+    keys: KVStates,
+    values: KVStates,
     options: AttentionOptions,
     from_end: int,
     tiling: Tiling | None,
@@ -173,8 +139,8 @@ def _attend_some(
     group = query_heads // heads
     rows = n * group
     dtype = _operands(query)
-    k_source, v_source = _source(keys), _source(values)
-    k_sinks, v_sinks = _unit_stride(keys.sinks), _unit_stride(values.sinks)
+    (k_rows, k_recent), (v_rows, v_recent) = keys.device_view(), values.device_view()
+    k_sinks, v_sinks = unit_stride(keys.sinks), unit_stride(values.sinks)
     if options.mask is not None and query.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             "this attention has a mask, whose length a CUDA graph would freeze; decode rows "
@@ -191,7 +157,6 @@ def _attend_some(
     k_bits = stage_one(keys.packed.quantizer).bits
     v_bits = stage_one(values.packed.quantizer).bits
     signs = projections(keys.packed.quantizer)
-    k_rows, v_rows = k_source.rows, v_source.rows
     mask, kind = options.mask, NO_MASK
     if mask is not None:
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
@@ -223,14 +188,14 @@ def _attend_some(
         *k_sinks.stride()[:3],
         v_sinks,
         *v_sinks.stride()[:3],
-        k_source.tail,
-        *k_source.tail.stride()[:3],
-        v_source.tail,
-        *v_source.tail.stride()[:3],
-        k_source.tail.shape[2],
+        k_recent,
+        *k_recent.stride()[:3],
+        v_recent,
+        *v_recent.stride()[:3],
+        k_recent.shape[2],
         query if mask is None else mask,
         *((0, 0, 0, 0) if mask is None else mask.stride()),
-        _lengths(keys),
+        keys.lengths(),
         sums,
         stats,
         stats.stride(0),

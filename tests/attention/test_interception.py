@@ -240,7 +240,7 @@ def test_errors_are_those_of_torch(attention):
 def test_gradients_are_those_of_torch(part, materialised):
     query, mask = draw(ROWS, 2, 3, D), _mask[:, :2].clone()
     keys, values = pair(gradient=part == "tail")
-    leaves = {"query": [query], "mask": [mask], "tail": [keys.states.tail, values.states.tail]}
+    leaves = {"query": [query], "mask": [mask], "tail": [keys.states.recent, values.states.recent]}
     for leaf in leaves[part]:
         leaf.requires_grad_() if leaf.is_leaf else leaf.retain_grad()
     gradients = []

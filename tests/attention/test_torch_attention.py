@@ -22,7 +22,7 @@ from rotorquant_hf.attention import torch_attention
 from rotorquant_hf.attention.dispatch import attend
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
-from rotorquant_hf.attention.tensor import CachedStates
+from rotorquant_hf.attention.states import CachedStates
 from rotorquant_hf.quant import RotorQuantMSE
 from rotorquant_hf.quant.lookup import CodeTable
 from rotorquant_hf.quant.packed import PackedSpan
@@ -80,7 +80,9 @@ class Call:
 
 def exactly(states: CachedStates) -> Tensor:
     """What the states stand for, (batch, heads, tokens, d) float64, with no table look-up."""
-    return torch.cat((states.sinks.double(), reconstructed(states.packed), states.tail.double()), 2)
+    return torch.cat(
+        (states.sinks.double(), reconstructed(states.packed), states.recent.double()), 2
+    )
 
 
 def reconstructed(span: PackedSpan) -> Tensor:
@@ -476,7 +478,7 @@ def test_what_does_not_fit_is_refused_with_a_remedy():
         r"the tokens of the keys are \(2, 2, 73\) .*, of the values \(2, 2, 74\); pass the two of",
         values=other.values,
     )
-    fewer = CachedStates(made.values.sinks[:, :, 1:], made.values.packed, other.values.tail)
+    fewer = CachedStates(made.values.sinks[:, :, 1:], made.values.packed, other.values.recent)
     refused(r"the sinks of the keys are \(2, 2, 3\)", values=fewer)
     refused(
         r"mask has shape \(5, 72\); pass one that broadcasts to \(2, 4, 5, 73\)",

@@ -20,7 +20,8 @@ from rotorquant_hf import (
     RotorQuantKVCache,
     RotorQuantMSE,
 )
-from rotorquant_hf.layers.full import RotorQuantLayer, RotorQuantSlidingLayer
+from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from tests.helpers.models import build, feed, prompt, same, snapshot
 
 ROWS, HEADS, D_KEY, D_VALUE = 2, 3, 16, 12

@@ -35,13 +35,13 @@ def graphs(monkeypatch):
     caches = []
 
     def memory():
-        layers = [x for cache in caches for x in cache.layers if x.decoding is not None]
+        layers = [x for cache in caches for x in cache.layers if x.ring is not None]
         return [
             tensor
             for layer in layers
             for tensor in (
-                layer.decoding.lengths,
-                *layer.decoding.ring,
+                layer.ring.lengths,
+                *layer.ring.rings,
                 *layer.store.key_rows().values(),
                 *layer.store.value_rows().values(),
             )

@@ -9,7 +9,7 @@ from rotorquant_hf import RotorQuantConfig
 from rotorquant_hf.attention import triton_attention
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
-from rotorquant_hf.attention.tensor import CachedStates
+from rotorquant_hf.attention.states import CachedStates
 from rotorquant_hf.attention.triton_attention import Tiling, attend_packed, choose_tiling
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
 
@@ -39,7 +39,7 @@ def states(
 def exact(cached):
     packed = torch.empty(cached.packed.shape, device=DEVICE)
     cached.packed.materialize(packed)
-    return torch.cat((cached.sinks.double(), packed.double(), cached.tail.double()), dim=2)
+    return torch.cat((cached.sinks.double(), packed.double(), cached.recent.double()), dim=2)
 
 
 def error(query, keys, values, options, tiling=None):
@@ -179,7 +179,7 @@ def test_parts_may_be_empty(parts, dtype):
                     x.packed.statistics,
                     x.packed.quantizer,
                 ),
-                x.tail,
+                x.recent,
             )
             for x in (keys, values)
         )
@@ -239,7 +239,7 @@ def test_values_much_smaller_or_larger_than_those_before():
 
 
 def _in_float32(cached):
-    return CachedStates(cached.sinks.float(), cached.packed, cached.tail.float())
+    return CachedStates(cached.sinks.float(), cached.packed, cached.recent.float())
 
 
 def test_one_zero_value_keeps_its_mass():
