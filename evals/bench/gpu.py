@@ -246,7 +246,7 @@ class RingCase:
         keys, values = map(packed, seen["triton"])
         if not isinstance(keys.states, RingStates):
             raise WrongResult("the layer did not step through the kernels")
-        for ours, theirs in zip(layers["triton"].window, layers["torch"].window, strict=True):
+        for ours, theirs in zip(layers["triton"].recent, layers["torch"].recent, strict=True):
             if not torch.equal(ours, theirs):
                 raise WrongResult("the exact windows differ")
         keys_of_torch, values_of_torch = map(packed, seen["torch"])

@@ -29,7 +29,7 @@ def attend(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOp
         ValueError: for shapes, dtypes or devices that do not fit.
         RuntimeError: if a gradient is needed, which packed codes do not give.
     """
-    problem = misfit(query, keys, values, options)
+    problem = why_unsupported(query, keys, values, options)
     if problem is not None:
         raise ValueError(problem)
     if needs_gradient(query, keys, values, options):
@@ -61,7 +61,7 @@ def needs_gradient(
     return any(x is not None and x.requires_grad for x in inputs)
 
 
-def misfit(
+def why_unsupported(
     query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions
 ) -> str | None:
     """Why `attend` would not take these, and what to pass instead; None if it takes them."""
@@ -84,10 +84,10 @@ def misfit(
         return f"query is {query.dtype}; pass float32, bfloat16 or float16"
     if query.device != keys.sinks.device:
         return f"query is on {query.device}, the keys are on {keys.sinks.device}; move one"
-    return _misfit_of_options(options, (*query.shape[:3], tokens))
+    return _why_options_unsupported(options, (*query.shape[:3], tokens))
 
 
-def _misfit_of_options(options: AttentionOptions, scores: tuple[int, ...]) -> str | None:
+def _why_options_unsupported(options: AttentionOptions, scores: tuple[int, ...]) -> str | None:
     mask, sinks, softcap = options.mask, options.sinks, options.softcap
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
         return f"mask is {mask.dtype}; pass a boolean or a floating one"

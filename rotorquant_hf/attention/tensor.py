@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rotorquant_hf.attention.dispatch import compute, misfit, needs_gradient
+from rotorquant_hf.attention.dispatch import compute, needs_gradient, why_unsupported
 from rotorquant_hf.attention.head_view import AS_STORED, VIEWS, HeadView
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.states import KVStates
@@ -116,7 +116,7 @@ def _attend(
     ):
         return None
     options = AttentionOptions(query.shape[-1] ** -0.5 if scale is None else scale, attn_mask)
-    if misfit(query, key.states, value.states, options) is not None:
+    if why_unsupported(query, key.states, value.states, options) is not None:
         return None
     # A single head is broadcast even without enable_gqa.
     if not (enable_gqa or key.shape[1] in (1, query.shape[1])) or query.shape[1] % key.shape[1]:
@@ -136,10 +136,9 @@ def _presented_otherwise(
     if func in _CONVERSIONS:
         probe = torch.empty((0,) * x.dim(), dtype=x.dtype, device=x.device)
         return x if func(probe, *args, **kwargs) is probe else None
-    if func is Tensor.detach and not (
-        x.states.sinks.requires_grad or x.states.recent.requires_grad
-    ):
-        return CompressedTensor(x.states, x.view_of_heads)
+    if func is Tensor.detach:
+        recorded = x.states.sinks.requires_grad or x.states.recent.requires_grad
+        return None if recorded else CompressedTensor(x.states, x.view_of_heads)
     return None
 
 
