@@ -9,10 +9,14 @@ from typing import Any
 from rotorquant_hf.quant.lloyd_max import MAX_BITS, MIN_BITS
 from rotorquant_hf.quant.mse import SCALES
 from rotorquant_hf.quant.prod import PROJECTIONS
+from rotorquant_hf.quant.quantizer import QuantizerSpec
+from rotorquant_hf.quant.registry import QUANTIZERS
 from rotorquant_hf.quant.rotations import ROTATIONS
 
-KEY_QUANTIZERS = ("mse", "prod")
 ROPE_LAYOUTS = ("half", "interleaved", "none")
+
+# Values get other rotations than keys, as in the reference.
+_VALUE_SEED_OFFSET = 100
 
 
 def _help(default: Any, text: str) -> Any:
@@ -70,10 +74,10 @@ class RotorQuantConfig:
     )
 
     def __post_init__(self) -> None:
-        least = 2 if self.key_quantizer == "prod" else MIN_BITS
-        _check_int("key_bits", self.key_bits, least, MAX_BITS)
+        _check_choice("key_quantizer", self.key_quantizer, tuple(QUANTIZERS))
+        min_bits = QUANTIZERS[self.key_quantizer].min_bits
+        _check_int("key_bits", self.key_bits, min_bits, MAX_BITS)
         _check_int("value_bits", self.value_bits, MIN_BITS, MAX_BITS)
-        _check_choice("key_quantizer", self.key_quantizer, KEY_QUANTIZERS)
         _check_choice("rotation", self.rotation, ROTATIONS)
         _check_choice("key_scale", self.key_scale, SCALES)
         _check_choice("value_scale", self.value_scale, SCALES)
@@ -107,6 +111,32 @@ class RotorQuantConfig:
     def num_to_quantise(self, recent: int) -> int:
         """How many of `recent` tokens in full precision are quantised now: whole blocks."""
         return max(0, recent - self.residual_length) // self.block_length * self.block_length
+
+    @property
+    def key_spec(self) -> QuantizerSpec:
+        """The quantiser of keys."""
+        return QuantizerSpec(
+            name=self.key_quantizer,
+            bits=self.key_bits,
+            seed=self.seed,
+            rotation=self.rotation,
+            rotor_layers=self.rotor_layers,
+            scale=self.key_scale,
+            qjl_dim=self.qjl_dim,
+            qjl_projection=self.qjl_projection,
+        )
+
+    @property
+    def value_spec(self) -> QuantizerSpec:
+        """The quantiser of values."""
+        return QuantizerSpec(
+            name="mse",
+            bits=self.value_bits,
+            seed=self.seed + _VALUE_SEED_OFFSET,
+            rotation=self.rotation,
+            rotor_layers=self.rotor_layers,
+            scale=self.value_scale,
+        )
 
     @classmethod
     def from_options(
@@ -150,9 +180,9 @@ class RotorQuantConfig:
         return dataclasses.asdict(self)
 
 
-def _check_int(name: str, value: Any, least: int, most: int | None = None) -> None:
-    if type(value) is not int or value < least or (most is not None and value > most):
-        reach = f"from {least} to {most}" if most is not None else f"of at least {least}"
+def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if type(value) is not int or value < low or (high is not None and value > high):
+        reach = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise ValueError(f"{name} is {value!r}; choose a whole number {reach}")
 
 

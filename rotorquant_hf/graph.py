@@ -68,7 +68,7 @@ class DecodeGraph:
                     f"which the exact window takes up to {least}; choose a smaller "
                     "residual_length or block_length, or decode without a graph"
                 )
-            if not layer.store.runs_on_kernels or layer.dtype == torch.float64:
+            if not layer.store.kernels_take(layer.dtype):
                 raise ValueError(
                     f"layer {index} does not decode through the Triton kernels, which take head "
                     "dims that are multiples of 8 and 16- or 32-bit floats, and need Triton"
@@ -183,5 +183,5 @@ class DecodeGraph:
 
 def _memory(layer: RotorQuantLayer) -> tuple[Any, ...]:
     """What a captured step of a layer refers to."""
-    rows = layer.store.key_rows(), layer.store.value_rows()
-    return layer.ring, layer.sinks, *rows[0].values(), *rows[1].values()
+    rows = [x for side in layer.store.sides for x in side.buffers.tensors.values()]
+    return layer.ring, layer.sinks, *rows

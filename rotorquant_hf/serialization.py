@@ -23,7 +23,6 @@ from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import tensors_of
-from rotorquant_hf.quant import RotorQuantProd
 from rotorquant_hf.version import __version__
 
 FORMAT = "rotorquant-cache"
@@ -160,15 +159,11 @@ def _entry_of(layer: Any) -> LayerEntry:
 
 def _fingerprints(layer: RotorQuantLayer) -> dict[str, Tensor]:
     """The first rows of the matrices that the seed draws."""
-    rows = {}
-    for role, quantizer in (
-        ("key", layer.store.key_quantizer),
-        ("value", layer.store.value_quantizer),
-    ):
-        rows[f"drawn.{role}_rotation"] = quantizer.rotation.matrix()[0].clone()
-        if isinstance(quantizer, RotorQuantProd):
-            rows[f"drawn.{role}_projection"] = quantizer.S[0].clone()
-    return rows
+    return {
+        f"drawn.{role}_{name}": row
+        for role, side in (("key", layer.store.keys), ("value", layer.store.values))
+        for name, row in side.quantizer.drawn().items()
+    }
 
 
 def _restore_packed(

@@ -119,7 +119,7 @@ def codes_of(layer: Any) -> dict[str, list[Tensor]]:
     if isinstance(layer, RotorQuantLayer):
         if not layer.is_initialized or not len(layer.store):
             return {}
-        spans = {"keys": layer.store.key_span(), "values": layer.store.value_span()}
+        spans = {"keys": layer.store.keys.span(), "values": layer.store.values.span()}
         found = {part: list(span.rows.values()) for part, span in spans.items()}
     elif isinstance(layer, _BaseQuantizedLayer):
         parts = zip(("keys", "values"), _quantised(layer), strict=True)

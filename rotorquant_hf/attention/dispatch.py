@@ -8,7 +8,7 @@ from torch import Tensor
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.states import KVStates
 from rotorquant_hf.attention.torch_attention import attend_tiled
-from rotorquant_hf.backend import uses_triton
+from rotorquant_hf.backend import kernels_take
 
 
 def attend(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions) -> Tensor:
@@ -42,11 +42,10 @@ def attend(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOp
 
 def compute(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions) -> Tensor:
     """`attend` without its checks, for callers that have made them."""
-    if uses_triton(query.device):
-        from rotorquant_hf.attention.triton_attention import attend_packed, supports
+    if kernels_take(query.device, query.dtype, keys.packed.quantizer, values.packed.quantizer):
+        from rotorquant_hf.attention.triton_attention import attend_packed
 
-        if supports(keys.packed, values.packed, query.dtype):
-            return attend_packed(query, keys, values, options)
+        return attend_packed(query, keys, values, options)
     return attend_tiled(query, keys, values, options)
 
 

@@ -16,7 +16,6 @@ from rotorquant_hf.kernels.combine import combine
 from rotorquant_hf.kernels.lookup import centroid_table, ptx_words, table_unit
 from rotorquant_hf.kernels.queries import prepare_queries
 from rotorquant_hf.kernels.sizes import pieces
-from rotorquant_hf.quant.packed import PackedSpan, projections, stage_one
 
 # A split of fewer tokens is not worth its partial result.
 _LEAST_SPLIT = 256
@@ -40,15 +39,6 @@ class Tiling:
     splits: int
     warps: int
     stages: int
-
-
-def supports(keys: PackedSpan, values: PackedSpan, dtype: torch.dtype) -> bool:
-    """Whether the kernels take these: head dims that are multiples of 8, in float32 to 512.
-
-    (Larger ones in float32 leave the shared memory of most GPUs.)
-    """
-    dims = keys.quantizer.d, values.quantizer.d
-    return not any(d % 8 for d in dims) and (dtype != torch.float32 or max(dims) <= 512)
 
 
 def choose_tiling(
@@ -154,9 +144,9 @@ def _attend_some(
     stats = query.new_empty(2, batch * heads, splits, rows, dtype=torch.float32)
     out = query.new_empty(batch, query_heads, n, d_v)
 
-    k_bits = stage_one(keys.packed.quantizer).bits
-    v_bits = stage_one(values.packed.quantizer).bits
-    signs = projections(keys.packed.quantizer)
+    k_bits = keys.packed.quantizer.stage_one.bits
+    v_bits = values.packed.quantizer.stage_one.bits
+    signs = keys.packed.quantizer.num_signs
     mask, kind = options.mask, NO_MASK
     if mask is not None:
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """Coding a block of tokens into the store's rows, in one launch for keys and values.
 
-The plain-torch reference is `encode(quantizer, statistics.normalize(x))` of `packed.py`. One
+The plain-torch reference is `quantizer.encode(statistics.normalize(x))`. One
 program codes 32 tokens of one head (16 of more than 256 channels):
 
     u = (x - mean) / weight        y = T u                   in chunks of the channels
@@ -24,10 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rotorquant_hf.kernels.sizes import pieces
-from rotorquant_hf.quant import RotorQuantProd
 from rotorquant_hf.quant.channels import ChannelStatistics
-from rotorquant_hf.quant.packed import Quantizer, projections, stage_one
 from rotorquant_hf.quant.packing import plane_bytes, planes
+from rotorquant_hf.quant.quantizer import Quantizer
 
 _CHUNK = tl.constexpr(16)  # numbers that one step of a matrix product sums
 _TINY = tl.constexpr(2.0**-126)
@@ -40,7 +39,7 @@ class AppendPart:
 
     Attributes:
         x: (batch, heads, slots, d), float16, bfloat16 or float32, any strides.
-        quantizer: one that `supports` accepts.
+        quantizer: one that `backend.kernels_take` accepts.
         statistics: equalisation and centring.
         out: the store's tensors (batch, heads, capacity, ...) by name, as in `PackedSpan.rows`:
             "codes", "scale" and for `RotorQuantProd` "signs" and "residual_norm". Any strides;
@@ -51,11 +50,6 @@ class AppendPart:
     quantizer: Quantizer
     statistics: ChannelStatistics
     out: dict[str, Tensor]
-
-
-def supports(quantizer: Quantizer) -> bool:
-    """Whether the kernel can code for `quantizer`: whole bytes per slot, 16-bit scales."""
-    return quantizer.d % 8 == 0 and stage_one(quantizer).scale_dtype == torch.float16
 
 
 def append_block(bounds: Tensor, max_count: int, keys: AppendPart, values: AppendPart) -> None:
@@ -115,17 +109,16 @@ class _Shape(NamedTuple):
 
 
 def _shape(quantizer: Quantizer) -> _Shape:
-    mse, d = stage_one(quantizer), quantizer.d
+    mse, d = quantizer.stage_one, quantizer.d
     width = planes(mse.bits)[-1]
     slot = plane_bytes(d, width)
     pad = max(triton.next_power_of_2(slot), 2 * width)  # 16 columns at least
-    return _Shape(d, mse.bits, mse.scale, projections(quantizer), width, slot, pad)
+    return _Shape(d, mse.bits, mse.scale, quantizer.num_signs, width, slot, pad)
 
 
 def _arguments(part: AppendPart) -> dict[str, Any]:
     """The kernel's arguments for keys or values; tensors as (pointer, *strides)."""
-    mse, out = stage_one(part.quantizer), part.out
-    prod = part.quantizer if isinstance(part.quantizer, RotorQuantProd) else None
+    mse, out = part.quantizer.stage_one, part.out
     return {
         "x": _strided(part.x),
         "slots": part.x.shape[2],
@@ -133,11 +126,11 @@ def _arguments(part: AppendPart) -> dict[str, Any]:
         "mean": _strided(part.statistics.mean),
         "rotation": _strided(mse.rotation.matrix()),
         "codebook": (mse.boundaries, mse.centroids),
-        "projection": _strided(prod.S if prod else None),
+        "projection": _strided(part.quantizer.sign_matrix),
         "codes": _strided(out["codes"]),
         "scale": _strided(out["scale"]),
-        "signs": _strided(out["signs"] if prod else None),
-        "residual_norm": _strided(out["residual_norm"] if prod else None),
+        "signs": _strided(out.get("signs")),
+        "residual_norm": _strided(out.get("residual_norm")),
     }
 
 

@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rotorquant_hf.kernels.sizes import padded, pieces
-from rotorquant_hf.quant import RotorQuantProd
-from rotorquant_hf.quant.packed import PackedSpan, Quantizer, projections
+from rotorquant_hf.quant.packed import PackedSpan
+from rotorquant_hf.quant.quantizer import Quantizer
 
 _ROWS = 16
 
@@ -50,8 +50,8 @@ def prepare_queries(query: Tensor, keys: PackedSpan, dtype: torch.dtype) -> Prep
     group = query_heads // heads
     rows = n * group
     weight, mean = keys.statistics.weight, keys.statistics.mean
-    rotation = keys.quantizer.rotation.matrix()
-    m = projections(keys.quantizer)
+    rotation = keys.quantizer.stage_one.rotation.matrix()
+    m = keys.quantizer.num_signs
     projection = _projection(keys.quantizer) if m else rotation
     rotated = query.new_empty(batch * heads, rows, d, dtype=dtype)
     projected = query.new_empty(batch * heads, rows, m, dtype=dtype) if m else rotated
@@ -94,9 +94,10 @@ def prepare_options(d: int, m: int) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)
 def _projection(quantizer: Quantizer) -> Tensor:
-    """S T of a `RotorQuantProd`, (m, d) float32."""
-    assert isinstance(quantizer, RotorQuantProd)
-    return (quantizer.S.double() @ quantizer.rotation.matrix().double()).float()
+    """S T of a quantiser that stores signs, (m, d) float32."""
+    assert quantizer.sign_matrix is not None
+    rotation = quantizer.stage_one.rotation.matrix()
+    return (quantizer.sign_matrix.double() @ rotation.double()).float()
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -133,7 +133,7 @@ class RotorQuantLayer(CacheLayerMixin):
             return False
         if self._num_outside_window() >= len(store):
             return False
-        if not store.runs_on_kernels or keys.dtype == torch.float64:
+        if not store.kernels_take(keys.dtype):
             return False
         recorded = (keys, values, *self._recent)
         return not (torch.is_grad_enabled() and any(x.requires_grad for x in recorded))
@@ -166,7 +166,7 @@ class RotorQuantLayer(CacheLayerMixin):
         # 0 once tokens are packed: sinks are filled first.
         filled = min(self._sinks_to_fill(), keys.shape[2])
         kept = filled + self.config.num_to_quantise(keys.shape[2] - filled)
-        self.store.append(keys[:, :, filled:kept], values[:, :, filled:kept])
+        self.store.append_unchecked(keys[:, :, filled:kept], values[:, :, filled:kept])
         if filled:
             self.sinks = (
                 torch.cat((self.sinks[0], keys[:, :, :filled]), dim=2),
@@ -182,8 +182,8 @@ class RotorQuantLayer(CacheLayerMixin):
         if len(self.store) <= skip:
             return join(sinks[0], recent[0]), join(sinks[1], recent[1])
         return (
-            CompressedTensor(CachedStates(sinks[0], self.store.key_span(skip), recent[0])),
-            CompressedTensor(CachedStates(sinks[1], self.store.value_span(skip), recent[1])),
+            CompressedTensor(CachedStates(sinks[0], self.store.keys.span(skip), recent[0])),
+            CompressedTensor(CachedStates(sinks[1], self.store.values.span(skip), recent[1])),
         )
 
     @property

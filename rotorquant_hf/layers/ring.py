@@ -91,8 +91,8 @@ class RingBuffer:
                 append_block(
                     self.lengths[FLUSH],
                     config.block_length,
-                    AppendPart(self.rings[0], *store.key_coding()),
-                    AppendPart(self.rings[1], *store.value_coding()),
+                    AppendPart(self.rings[0], *store.keys.coding()),
+                    AppendPart(self.rings[1], *store.values.coding()),
                 )
             self._flush()
         except BaseException:
@@ -157,18 +157,18 @@ class RingBuffer:
         """What attention reads of the keys (part 0) or values (1) until the next step."""
         from rotorquant_hf.kernels.push import LENGTHS
 
-        span = self.store.value_span() if part else self.store.key_span()
-        rows = dict(self.store.value_rows() if part else self.store.key_rows())
+        side = self.store.sides[part]
+        span = side.span()
         return RingStates(
             sinks=self.sinks[part],
             packed=span,
             ring=self.rings[part],
             begin=self.begin,
             count=self.count,
-            rows=rows,
+            rows=dict(side.buffers.tensors),
             device_lengths=self.lengths[LENGTHS],
             # A graph is replayed while tokens are packed: its grid is laid out for all the rows.
-            max_packed=rows["scale"].shape[2] if self.captured else span.shape[2],
+            max_packed=side.buffers.capacity if self.captured else span.shape[2],
             clock=self.clock,
             made_at=self.clock.ticks,
         )

@@ -72,7 +72,7 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
             keys, values = (last(x, self.sliding_window - 1) for x in (keys, values))
             past = len(self.store)
         packed = self.config.num_to_quantise(keys.shape[2])
-        self.store.append(keys[:, :, :packed], values[:, :, :packed])
+        self.store.append_unchecked(keys[:, :, :packed], values[:, :, :packed])
         self.store.drop_front(past)
         self.recent = (keys[:, :, packed:].clone(), values[:, :, packed:].clone())
 

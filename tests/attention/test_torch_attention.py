@@ -127,10 +127,10 @@ def call(
     padding = [torch.cat((x[1][:, :, :2], x[1], x[1][:, :, :5]), dim=2) for x in (keys, values)]
     if packed:
         store.append(*padding)
-        spans = store.key_span(2, 2 + packed), store.value_span(2, 2 + packed)
+        spans = store.keys.span(2, 2 + packed), store.values.span(2, 2 + packed)
     else:
         store.append(keys[2], values[2])
-        spans = store.key_span(0, 0), store.value_span(0, 0)
+        spans = store.keys.span(0, 0), store.values.span(0, 0)
     query = torch.randn(BATCH, HEADS * groups, n, d, generator=generator).to(dtype)
     return Call(
         query,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -259,15 +260,15 @@ def test_vectors_too_large_for_their_scales(kind, history, side):
 def test_running_out_of_memory_while_coding(kind, history, call, monkeypatch):
     layer = layer_with(kind, history)
     before, length, calls = snapshot(vars(layer)), layer.get_seq_length(), itertools.count()
-    quantize = RotorQuantMSE.quantize
+    encode = RotorQuantMSE.encode
 
-    def failing(self, x):
+    def failing(self, u):
         if next(calls) == call:
             raise MemoryError("no memory")
-        return quantize(self, x)
+        return encode(self, u)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RotorQuantMSE, "quantize", failing)
+        patch.setattr(RotorQuantMSE, "encode", failing)
         with pytest.raises(MemoryError, match="no memory"):
             layer.update(*states(8, seed=1))
     assert same(snapshot(vars(layer)), before)
@@ -282,7 +283,7 @@ def test_statistics_of_an_emptied_store_survive_an_error():
     layer.update(*states(10))
     layer.crop(0)
     assert len(layer.store) == 0
-    assert layer.store.key_statistics is not None
+    assert layer.store.keys.statistics is not None
     before, (keys, values) = snapshot(vars(layer)), states(8, seed=1)
     message = message_of(ValueError, lambda: layer.update(keys * 1e9, values))
     assert "too large for its scale" in message
@@ -524,7 +525,7 @@ def test_an_empty_store_stays_empty_after_a_failed_append(side):
 
 
 def test_an_empty_store_has_no_spans():
-    message = message_of(ValueError, RotorQuantKVCache(D_KEY, D_VALUE).key_span)
+    message = message_of(ValueError, RotorQuantKVCache(D_KEY, D_VALUE).keys.span)
     assert message == "the store is empty; append keys and values first"
 
 
@@ -537,3 +538,36 @@ def test_queries_that_do_not_fit(store):
     ):
         message = message_of(ValueError, lambda q=queries: store.attention_scores(q))
         assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize("quantizer", ["mse", "prod"])
+@pytest.mark.parametrize("kind", ["full", "sliding"])
+def test_finite_entries_are_looked_for_once(kind, quantizer, monkeypatch):
+    """At the outermost door: the layer, or the store or the quantiser where it is used alone."""
+    looked, real = [], torch.isfinite
+    monkeypatch.setattr(torch, "isfinite", lambda x: looked.append(x.shape) or real(x))
+    config = dataclasses.replace(SMALL, key_quantizer=quantizer)
+    layer = RotorQuantLayer(config) if kind == "full" else RotorQuantSlidingLayer(config, 9)
+    for seed, tokens in enumerate((15, 1, 1, 1, 9)):
+        keys, values = states(tokens, seed=seed)
+        looked.clear()
+        layer.update(keys, values)
+        assert looked == [keys.shape, values.shape]
+    assert len(layer.store) > 0
+
+    store = RotorQuantKVCache(D_KEY, D_VALUE, config=config)
+    looked.clear()
+    store.append(keys, values)
+    assert looked == [keys.shape, values.shape]
+    looked.clear()
+    store.key_quantizer.quantize(keys)
+    assert looked == [keys.shape]
+
+
+def test_entries_that_overflow_on_the_way_are_refused():
+    """Finite to the layer, not to the quantiser: float32 cannot hold them relative to the first."""
+    layer = LAYERS["full"]()
+    layer.update(*(1e-30 * x for x in states(15)))
+    message = message_of(ValueError, lambda: layer.update(*(1e30 * x for x in states(15))))
+    assert "too large for its scale" in message
+    assert layer.get_seq_length() == 15

@@ -351,13 +351,13 @@ def test_writing_into_what_was_given_or_returned_does_not_reach_the_cache(kind):
 @pytest.fixture
 def quantised(monkeypatch):
     """Numbers of vectors passed to the quantisers, call by call."""
-    counts, quantize = [], RotorQuantMSE.quantize
+    counts, encode = [], RotorQuantMSE.encode
 
     def counting(self, x):
         counts.append(x.shape[:-1].numel())
-        return quantize(self, x)
+        return encode(self, x)
 
-    monkeypatch.setattr(RotorQuantMSE, "quantize", counting)
+    monkeypatch.setattr(RotorQuantMSE, "encode", counting)
     return counts
 
 

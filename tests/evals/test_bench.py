@@ -482,8 +482,8 @@ def test_checks_have_names_of_their_own_and_cover_what_there_is() -> None:
 
 def test_checks_find_planted_faults(monkeypatch) -> None:
     """A kernel that is a little off, codes that are a little off, a ring that lags."""
+    from rotorquant_hf import RotorQuantMSE
     from rotorquant_hf.attention import triton_attention
-    from rotorquant_hf.store import kv_store
 
     small = {"d": 16, "context": 200, "dtype": torch.float32, "batch": 1, "heads": 1}
     case = bench_gpu.AttendCase({"key_bits": 3}, mask="added", sinks=True, softcap=5.0, **small)
@@ -505,8 +505,8 @@ def test_checks_find_planted_faults(monkeypatch) -> None:
             case.run(CPU)
         monkeypatch.undo()
 
-        encode = kv_store.encode
-        monkeypatch.setattr(kv_store, "encode", lambda quantizer, u: encode(quantizer, u * 1.01))
+        encode = RotorQuantMSE.encode
+        monkeypatch.setattr(RotorQuantMSE, "encode", lambda self, u: encode(self, u * 1.01))
         with pytest.raises(bench_attention.WrongResult):
             append.run(CPU)
         monkeypatch.undo()

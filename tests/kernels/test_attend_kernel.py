@@ -31,8 +31,8 @@ def states(
 
     spread = torch.randn(batch, heads, tokens, 1, device=DEVICE).exp()
     store.append(draw(tokens, dk), (draw(tokens, dv) * spread).to(dtype))
-    keys = CachedStates(draw(sinks, dk), store.key_span(), draw(tail, dk))
-    values = CachedStates(draw(sinks, dv), store.value_span(), draw(tail, dv))
+    keys = CachedStates(draw(sinks, dk), store.keys.span(), draw(tail, dk))
+    values = CachedStates(draw(sinks, dv), store.values.span(), draw(tail, dv))
     return keys, values
 
 
@@ -213,8 +213,8 @@ def test_units_of_the_model_do_not_matter(unit, dtype):
     k, v = torch.randn(2, 1, 2, 90, 64, device=DEVICE) * unit
     store.append(k, v)
     empty = k[:, :, :0].to(dtype)
-    keys = CachedStates(empty, store.key_span(), empty)
-    values = CachedStates(empty, store.value_span(), empty)
+    keys = CachedStates(empty, store.keys.span(), empty)
+    values = CachedStates(empty, store.values.span(), empty)
     q = (torch.randn(1, 2, 1, 64, device=DEVICE) / unit).to(dtype)
     assert error(q, keys, values, AttentionOptions(scale=0.125)) < TOLERANCE[dtype]
 
@@ -226,8 +226,8 @@ def test_values_much_smaller_or_larger_than_those_before():
     v *= torch.where(torch.arange(90, device=DEVICE) < 45, 3e2, 3e-5)[:, None]
     store.append(k, v)
     empty = k[:, :, :0].half()
-    keys = CachedStates(empty, store.key_span(), empty)
-    values = CachedStates(empty, store.value_span(), empty)
+    keys = CachedStates(empty, store.keys.span(), empty)
+    values = CachedStates(empty, store.values.span(), empty)
     for seen in (slice(0, 45), slice(45, 90), slice(0, 90)):
         mask = torch.zeros(1, 1, 1, 90, dtype=torch.bool, device=DEVICE)
         mask[..., seen] = True
@@ -247,10 +247,10 @@ def test_one_zero_value_keeps_its_mass():
     k, v = torch.randn(2, 1, 1, 40, 64, device=DEVICE)
     v[:, :, 7] = 0
     store.append(k, v)
-    assert float(store.value_span().rows["scale"][0, 0, 7]) == 0
+    assert float(store.values.span().rows["scale"][0, 0, 7]) == 0
     empty = k[:, :, :0]
-    keys = CachedStates(empty, store.key_span(), empty)
-    values = CachedStates(empty, store.value_span(), empty)
+    keys = CachedStates(empty, store.keys.span(), empty)
+    values = CachedStates(empty, store.values.span(), empty)
     q = k[:, :, 7:8].repeat(1, 2, 1, 1)  # looks at the zero value
     assert error(q, keys, values, AttentionOptions(scale=0.25)) < 1e-5
 

@@ -216,7 +216,7 @@ def test_rows_are_there_before_they_are_written(residual, block, sliding, total)
         strict=True,
     ):
         rows = on_kernels.store.rows_in_use()
-        assert 0 <= rows[0] <= rows[1] <= on_kernels.store.key_rows()["codes"].shape[2]
+        assert 0 <= rows[0] <= rows[1] <= on_kernels.store.keys.buffers.tensors["codes"].shape[2]
         off = (dense(k) - dense(live_k)).abs().amax(dim=-1) > 1e-4
         assert off.float().mean() < 0.02
     assert on_kernels.ring is not None
