@@ -66,7 +66,7 @@ def on_device(values: list[int], device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Use one backend whatever the device, for comparisons and tests.
+    """Use one backend on every device, for comparisons and tests.
 
     "torch" also works on a GPU. "triton" on a CPU needs Triton's interpreter
     (`TRITON_INTERPRET=1` in the environment before Triton is imported).

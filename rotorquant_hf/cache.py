@@ -21,7 +21,7 @@ _SLIDING = ("sliding_attention", "chunked_attention")
 
 
 class RotorQuantCache(Cache):
-    """A KV cache in 2 to 8 bits per number.
+    """A KV cache in 2 to 8 bits per element.
 
         model.generate(**inputs, past_key_values=RotorQuantCache())
 
@@ -123,7 +123,7 @@ class RotorQuantCache(Cache):
     def tokens_until_packing(self) -> int:
         """How many more tokens until a layer quantises some; see `RotorQuantLayer`.
 
-        A number that is never reached where no layer is compressed.
+        `sys.maxsize` if no layer is compressed.
         """
         layers = [layer for layer in self.layers if isinstance(layer, RotorQuantLayer)]
         if not self.layers:
@@ -159,7 +159,7 @@ class RotorQuantCache(Cache):
             device: the device of the model.
 
         Raises:
-            FileNotFoundError: if there is no such file.
+            FileNotFoundError: if the file does not exist.
             ValueError: if the file is truncated, was not written by `save`, or is of another
                 model or version.
         """
@@ -184,16 +184,16 @@ class RotorQuantCache(Cache):
 
 
 class _GrowingLayers(list[Any]):
-    """Layers made as attention first uses them; says so where another kind of layer is sought."""
+    """Layers of full attention, made when they are first used."""
 
     def __init__(self, settings: RotorQuantConfig) -> None:
         super().__init__()
         self.settings = settings
 
     def make(self) -> Any:
-        """The layer that follows those there are."""
-        exact = len(self) in self.settings.exact_layers
-        return _make_layer(self.settings, "full_attention", {}, exact)
+        """The next layer."""
+        uncompressed = len(self) in self.settings.exact_layers
+        return _make_layer(self.settings, "full_attention", {}, uncompressed)
 
     def __getitem__(self, index: Any) -> Any:
         try:
@@ -213,16 +213,18 @@ def _layers_of_model(settings: RotorQuantConfig, config: PreTrainedConfig) -> li
     for index in settings.exact_layers:
         if not -len(types) <= index < len(types):
             raise ValueError(f"exact_layers has {index}, but the model has {len(types)} layers")
-    exact = {index % len(types) for index in settings.exact_layers}
+    uncompressed = {index % len(types) for index in settings.exact_layers}
     return [
-        _make_layer(settings, kind, options, index in exact)
+        _make_layer(settings, kind, options, index in uncompressed)
         for index, (kind, options) in enumerate(zip(types, kwargs, strict=True))
     ]
 
 
-def _make_layer(settings: RotorQuantConfig, kind: str, options: dict[str, Any], exact: bool) -> Any:
-    """A compressed layer, or Transformers' own where `exact` or where there is nothing to code."""
-    if exact or kind not in ("full_attention", *_SLIDING):
+def _make_layer(
+    settings: RotorQuantConfig, kind: str, options: dict[str, Any], uncompressed: bool
+) -> Any:
+    """A compressed layer, or Transformers' own if `uncompressed` or not of attention alone."""
+    if uncompressed or kind not in ("full_attention", *_SLIDING):
         return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
     if kind in _SLIDING:
         return RotorQuantSlidingLayer(settings, options["sliding_window"])

@@ -25,18 +25,19 @@ def _help(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class RotorQuantConfig:
-    """Everything that a `RotorQuantCache` can be told. Immutable and hashable.
+    """All settings of a `RotorQuantCache`. Immutable and hashable.
 
-    The `help` of every field's metadata says what it does; `describe()` prints it.
+    `describe()` prints every field with its default and meaning (the `help` of its metadata).
 
     Raises:
-        ValueError: for a value out of range, naming it and what is possible.
+        ValueError: for a value out of range, naming it and the possible ones.
     """
 
-    key_bits: int = _help(4, "bits per number of a key, 1 to 8 ('prod': 2 to 8)")
-    value_bits: int = _help(4, "bits per number of a value, 1 to 8")
+    key_bits: int = _help(4, "bits per element of a key, 1 to 8 ('prod': 2 to 8)")
+    value_bits: int = _help(4, "bits per element of a value, 1 to 8")
     key_quantizer: str = _help(
-        "mse", "'mse' (least error) or 'prod' (one of the bits goes to QJL signs: unbiased scores)"
+        "mse",
+        "'mse' (least squared error) or 'prod' (unbiased scores: one bit is spent on QJL signs)",
     )
     rotation: str = _help("cascade", "'cascade', 'rotors' (the reference), 'haar' or 'hadamard'")
     rotor_layers: int | None = _help(None, "layers of 'cascade' or 'rotors'; None: their default")
@@ -56,15 +57,13 @@ class RotorQuantConfig:
     rope_layout: str = _help(
         "half",
         "which two channels RoPE turns together: 'half' (i, i + d/2), 'interleaved' (2i, 2i + 1) "
-        "or 'none'; the two share one equalisation weight",
+        "or 'none'; the two share one equalisation scale",
     )
     qjl_dim: int | None = _help(None, "projections of 'prod' keys; None: the head dim")
     qjl_projection: str = _help("orthogonal", "rows of the projection: 'orthogonal', 'gaussian'")
-    residual_length: int = _help(128, "most recent tokens that stay exact")
-    block_length: int = _help(
-        32, "tokens leave the exact window together in multiples of this many"
-    )
-    num_sink_tokens: int = _help(4, "first tokens that stay exact")
+    residual_length: int = _help(128, "latest tokens, kept in full precision")
+    block_length: int = _help(32, "recent tokens are quantised in blocks of this many")
+    num_sink_tokens: int = _help(4, "first tokens, kept in full precision")
     exact_layers: tuple[int, ...] = _help(
         (), "layers left uncompressed; negative counts from the last (needs the model's config)"
     )
@@ -149,7 +148,7 @@ class RotorQuantConfig:
             **options: fields to replace.
 
         Raises:
-            ValueError: for an unknown preset or option, naming those there are.
+            ValueError: for an unknown preset or option, naming the known ones.
         """
         if base is None:
             base = cls()
@@ -222,4 +221,4 @@ PRESETS: dict[str, RotorQuantConfig] = {
         num_sink_tokens=0,
     ),
 }
-"""Settings by name. k4v3 means 4-bit keys and 3-bit values; the last two are other people's."""
+"""Settings by name. k4v3 means 4-bit keys and 3-bit values; the last two are published methods."""

@@ -36,10 +36,10 @@ class DecodeGraph:
         room: tokens that memory is taken for at each capture.
 
     Raises:
-        ValueError: if the model is not on a CUDA device; if the cache is empty, has a layer that
-            is not compressed (such layers concatenate, which no graph can replay) or a sliding
-            window within the exact one, is not decoded by the kernels, or checks its entries
-            for NaN (`check_finite`); or if `room` is less than 1.
+        ValueError: if the model is not on a CUDA device; if the cache is empty or looks for NaN
+            (`check_finite`); if a layer of it is not compressed (such layers concatenate, which
+            no graph can replay), is not decoded by the kernels, or has a sliding window that
+            may hold no quantised token; or if `room` is less than 1.
     """
 
     def __init__(self, model: Any, cache: RotorQuantCache, room: int = 1024) -> None:
@@ -61,11 +61,11 @@ class DecodeGraph:
                     f"layer {index} of the cache is a {type(layer).__name__}, which cannot be "
                     "captured; leave it out of exact_layers, or decode without a graph"
                 )
-            least = cache.settings.residual_length + 2 * cache.settings.block_length
-            if isinstance(layer, RotorQuantSlidingLayer) and layer.sliding_window <= least:
+            max_recent = cache.settings.residual_length + 2 * cache.settings.block_length
+            if isinstance(layer, RotorQuantSlidingLayer) and layer.sliding_window <= max_recent:
                 raise ValueError(
                     f"layer {index} has a sliding window of {layer.sliding_window} tokens, of "
-                    f"which the exact window takes up to {least}; choose a smaller "
+                    f"which up to {max_recent} stay in full precision; choose a smaller "
                     "residual_length or block_length, or decode without a graph"
                 )
             if not layer.store.kernels_take(layer.dtype):
@@ -145,7 +145,7 @@ class DecodeGraph:
         return all(x.ring is not None and x.ring.captured for x in self._layers)
 
     def _fits(self) -> bool:
-        """Whether there is room, and what was captured is still what the layers hold."""
+        """Whether the next block fits, and the layers still hold the memory that was captured."""
         block = self.cache.settings.block_length
         if not self._is_prepared() or any(x.store.room < block for x in self._layers):
             return False

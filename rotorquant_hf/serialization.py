@@ -1,4 +1,4 @@
-"""Saving and loading a cache: one safetensors file, exact.
+"""Saving and loading a cache: one safetensors file, without loss.
 
 The metadata has a JSON header with the settings and one entry per layer; the tensors are named
 "<layer>.<name>". The rotations are not stored but drawn again from the seed; their first rows
@@ -64,7 +64,7 @@ def save(path: str | os.PathLike[str], settings: RotorQuantConfig, layers: Seque
     }
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent}; make it first")
+        raise FileNotFoundError(f"folder {path.parent} does not exist; make it first")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.touch()
@@ -81,7 +81,7 @@ def read(
 ) -> tuple[RotorQuantConfig, list[LayerEntry]]:
     """Read settings and layers of a file, its tensors on `device`. See `RotorQuantCache.load`."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}; pass the path that save() was given")
+        raise FileNotFoundError(f"file {path} does not exist; pass the path that save() was given")
     try:
         with safe_open(path, framework="pt", device=str(torch.device(device))) as file:
             metadata = file.metadata() or {}
@@ -95,7 +95,9 @@ def read(
     try:
         return _parse(path, json.loads(metadata["header"]), tensors)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} has a header that makes no sense ({error!r})") from error
+        raise ValueError(
+            f"{path} has an invalid header ({error!r}); save the cache again"
+        ) from error
 
 
 def _parse(

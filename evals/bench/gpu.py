@@ -167,7 +167,7 @@ def check_attention(
         exact = double(keys), double(values)
     wide = {
         name: value.double()
-        for name in ("mask", "sinks")
+        for name in ("mask", "sink_logits")
         if (value := getattr(options, name)) is not None and value.is_floating_point()
     }
     reference = dataclasses.replace(options, **wide)

@@ -56,7 +56,7 @@ def needs_gradient(
     if not torch.is_grad_enabled():
         return False
     stored = (keys.sinks, keys.recent, values.sinks, values.recent)
-    inputs = (query, *stored, options.mask, options.sinks)
+    inputs = (query, *stored, options.mask, options.sink_logits)
     return any(x is not None and x.requires_grad for x in inputs)
 
 
@@ -87,13 +87,16 @@ def why_unsupported(
 
 
 def _why_options_unsupported(options: AttentionOptions, scores: tuple[int, ...]) -> str | None:
-    mask, sinks, softcap = options.mask, options.sinks, options.softcap
+    mask, sink_logits, softcap = options.mask, options.sink_logits, options.softcap
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
         return f"mask is {mask.dtype}; pass a boolean or a floating one"
     if mask is not None and not _broadcasts(mask.shape, scores):
         return f"mask has shape {tuple(mask.shape)}; pass one that broadcasts to {scores}"
-    if sinks is not None and sinks.shape != scores[1:2]:
-        return f"sinks have shape {tuple(sinks.shape)}; pass one per query head, ({scores[1]},)"
+    if sink_logits is not None and sink_logits.shape != scores[1:2]:
+        return (
+            f"sink_logits have shape {tuple(sink_logits.shape)}; pass one per query head, "
+            f"({scores[1]},)"
+        )
     if softcap is not None and softcap <= 0:
         return f"softcap is {softcap}; pass a positive number, or None"
     return None

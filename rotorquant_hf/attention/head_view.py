@@ -56,8 +56,8 @@ class HeadView:
             return None
         stand_in = torch.empty(self.shape(states.shape), dtype=states.sinks.dtype, device="meta")
         result = func(stand_in, *args, **kwargs)
-        # All functions of `VIEWS` keep the order of the numbers, or repeat them along one axis
-        # that they leave in its place: if the shapes are equal, so are the numbers.
+        # All functions of `VIEWS` keep the order of the elements, or repeat them along one axis
+        # that they leave in its place: if the shapes are equal, so are the elements.
         ratio = result.numel() // max(1, stand_in.numel())
         views = HeadView(self.repeats * ratio, self.split), HeadView(self.repeats, not self.split)
         if result.dtype != stand_in.dtype:
@@ -70,7 +70,7 @@ AS_STORED = HeadView()
 
 
 def _keeps_order(index: Any) -> bool:
-    """Whether an index that drops no number leaves them in their order."""
+    """Whether an index that drops no element leaves them in their order."""
     items = index if isinstance(index, tuple) else (index,)
     return all(item is None or item is Ellipsis or isinstance(item, slice) for item in items)
 

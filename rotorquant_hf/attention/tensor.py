@@ -1,7 +1,7 @@
 """The tensor that attention receives: the shape of all cached keys (or values), packed inside.
 
 `Cache.update` must return tensors. Returning dequantised ones would put the whole history in
-memory at every step of every layer's attention, whatever kernel follows. So it returns a
+memory at every step, in every layer. So it returns a
 `CompressedTensor`: `scaled_dot_product_attention` on it reads the packed codes, and so can any
 attention function that knows it; for all others it is a tensor, since any other operation on it
 first materialises it.
@@ -69,7 +69,7 @@ class CompressedTensor(Tensor):
         if func is functional.scaled_dot_product_attention:
             result = _attend(*args, **kwargs)
         elif args and type(args[0]) is cls:
-            result = _presented_otherwise(func, *args, **kwargs)
+            result = _as_view(func, *args, **kwargs)
         if result is not None:
             return result
         # Here rather than in __torch_dispatch__, so that a function made of several operators,
@@ -126,10 +126,13 @@ def _attend(
     return compute(query, key.states, value.states, options)
 
 
-def _presented_otherwise(
+def _as_view(
     func: Callable[..., Any], x: CompressedTensor, *args: Any, **kwargs: Any
 ) -> CompressedTensor | None:
-    """The result of an operation that takes nothing away and adds nothing, None for others."""
+    """Handle no-op conversions and views that repeat heads without dequantising.
+
+    None for every other operation.
+    """
     if func in VIEWS:
         view = x.view_of_heads.after(func, x.states, args, kwargs)
         return None if view is None else CompressedTensor(x.states, view)
@@ -171,4 +174,4 @@ _METADATA = frozenset(
 _CONVERSIONS = frozenset(
     [Tensor.to, Tensor.contiguous, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.cpu]
 )
-"""Return the tensor itself where there is nothing to convert."""
+"""Return the tensor itself if dtype and device are right already."""

@@ -1,8 +1,8 @@
 """Attention over packed codes in plain torch.
 
-Sinks, packed tokens and tail are read one after the other, each tile by tile with a running
-softmax (Milakov and Gimelshein, arXiv:1805.02867), which leaves the largest score m, the mass
-l = sum_t exp(s_t - m) and the average value a. Two of these are joined as
+Sinks, packed tokens and recent tokens are read one after the other, each tile by tile with a
+running softmax (Milakov and Gimelshein, arXiv:1805.02867), which leaves the largest score m, the
+mass l = sum_t exp(s_t - m) and the average value a. Two of these are joined as
 
     M = max(m, m'),  w = l exp(m - M),  w' = l' exp(m' - M),  A = (w a + w' a') / (w + w').
 
@@ -21,12 +21,12 @@ from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.states import KVStates
 from rotorquant_hf.quant.packed import PackedSpan
 
-# Numbers of a tile of keys or values, and of its scores: 2 and 4 MiB in float32.
-_TILE_NUMBERS = 1 << 19
-_SCORE_NUMBERS = 1 << 20
-_LEAST_TILE = 32  # tokens, however many rows and heads there are
+# Elements of a tile of keys or values, and of its scores: 2 and 4 MiB in float32.
+_TILE_ELEMENTS = 1 << 19
+_MAX_SCORES = 1 << 20
+_MIN_TILE = 32  # tokens, however many rows and heads there are
 
-# The largest score of no tokens. Finite, so that differences are never inf - inf.
+# The largest score over no tokens. Finite, so that differences are never inf - inf.
 _NO_SCORE = torch.finfo(torch.float32).min
 
 
@@ -47,8 +47,8 @@ def attend_tiled(
     batch, query_heads, n, _ = query.shape
     _, heads, tokens, d = keys.shape
     groups, value_dim = query_heads // heads, values.shape[3]
-    tile = max(_LEAST_TILE, _TILE_NUMBERS // (batch * heads * max(d, value_dim)))
-    size = max(1, _SCORE_NUMBERS // (batch * query_heads * tile))
+    tile = max(_MIN_TILE, _TILE_ELEMENTS // (batch * heads * max(d, value_dim)))
+    size = max(1, _MAX_SCORES // (batch * query_heads * tile))
     recent_keys, recent_values = keys.recent, values.recent
     out = query.new_empty(batch, query_heads, n, value_dim)
     with torch.autocast(query.device.type, enabled=False):
@@ -57,12 +57,12 @@ def attend_tiled(
             rules = ScoreRules(options, (batch, heads, groups, n, tokens), rows)
             q = query[:, :, rows].float() * options.scale
             q = q.unflatten(1, (heads, groups)).flatten(2, 3)
-            seen = _start(q, value_dim, options.sinks)
+            seen = _start(q, value_dim, options.sink_logits)
             first = 0
             for part in (
-                ExactPart(q, keys.sinks, values.sinks),
+                FullPrecisionPart(q, keys.sinks, values.sinks),
                 PackedPart(q, keys.packed, values.packed),
-                ExactPart(q, recent_keys, recent_values),
+                FullPrecisionPart(q, recent_keys, recent_values),
             ):
                 if min(part.tokens, rules.end - first) > 0:
                     seen = seen.join(_read(q, part, first, rules, tile))
@@ -93,13 +93,15 @@ class _Summary(NamedTuple):
         return _Summary(peak, mass, average)
 
 
-def _start(query: Tensor, value_dim: int, sinks: Tensor | None) -> _Summary:
-    """Attention of queries (batch, heads, m, key dim) over no tokens but the learned sinks."""
+def _start(query: Tensor, value_dim: int, sink_logits: Tensor | None) -> _Summary:
+    """Attention of queries (batch, heads, m, key dim) over the sink logits and no token."""
     average = query.new_zeros(*query.shape[:3], value_dim)
     peak = torch.full_like(average[..., :1], _NO_SCORE)
-    if sinks is None:
+    if sink_logits is None:
         return _Summary(peak, torch.zeros_like(peak), average)
-    per_group = sinks.view(query.shape[1], -1, 1, 1)  # m holds the rows of one group, then the next
+    per_group = sink_logits.view(
+        query.shape[1], -1, 1, 1
+    )  # m holds the rows of one group, then the next
     peak.unflatten(2, (per_group.shape[1], -1)).copy_(per_group)
     return _Summary(peak, torch.ones_like(peak), average)
 
@@ -147,7 +149,7 @@ class Part(Protocol):
         """The values' average (batch, heads, m, value dim), if the weights sum to 1."""
 
 
-class ExactPart:
+class FullPrecisionPart:
     """Tokens stored as they are.
 
     Args:
@@ -216,7 +218,7 @@ class ScoreRules:
             mask = self._mask.expand(batch, heads * self._groups, n, tokens)[:, :, rows]
             self._mask = mask.unflatten(1, (heads, self._groups))
         last = tokens - n + rows.start if options.causal else tokens  # that the first row sees
-        self._first_hidden = last + 1  # each row sees one token more
+        self._first_unseen = last + 1  # each row sees one token more
         self.end = min(tokens, last + rows.stop - rows.start)  # of the tokens that some row sees
 
     def apply(self, scores: Tensor, tokens: slice) -> Tensor:
@@ -235,7 +237,7 @@ class ScoreRules:
                 scores = torch.where(mask, scores, -math.inf)
             else:
                 scores += mask
-        if tokens.stop > self._first_hidden:
-            hidden = scores.new_ones(scores.shape[-2:], dtype=torch.bool)
-            scores.masked_fill_(hidden.triu(self._first_hidden - tokens.start), -math.inf)
+        if tokens.stop > self._first_unseen:
+            unseen = scores.new_ones(scores.shape[-2:], dtype=torch.bool)
+            scores.masked_fill_(unseen.triu(self._first_unseen - tokens.start), -math.inf)
         return scores.flatten(2, 3)

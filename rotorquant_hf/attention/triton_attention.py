@@ -18,10 +18,10 @@ from rotorquant_hf.kernels.queries import prepare_queries
 from rotorquant_hf.kernels.sizes import pieces
 
 # A split of fewer tokens is not worth its partial result.
-_LEAST_SPLIT = 256
+_MIN_SPLIT = 256
 _PROGRAMS_PER_PROCESSOR = 6
-# Numbers of the float32 partial results: 256 MiB.
-_MOST_SUMS = 1 << 26
+# Elements of the float32 partial results: 256 MiB.
+_MAX_SUMS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Tiling:
     """How the attention kernel is cut up.
 
     Attributes:
-        block_m: query rows of a program. block_n: packed tokens of a step. exact_n: exact tokens
-            of a step. splits: programs that share the packed tokens. warps, stages: of Triton.
+        block_m: query rows of a program. block_n: packed tokens of a step.
+        exact_n: full-precision tokens of a step.
+        splits: programs that share the packed tokens. warps, stages: of Triton.
     """
 
     block_m: int
@@ -50,7 +51,7 @@ def choose_tiling(
     block_m = min(max(1 << (rows - 1).bit_length(), 8 if half else 16), 16 if wide else 64)
     programs *= pieces(rows, block_m)
     wanted = pieces(processors * _PROGRAMS_PER_PROCESSOR, programs)
-    splits = max(1, min(wanted, pieces(tokens, _LEAST_SPLIT)))
+    splits = max(1, min(wanted, pieces(tokens, _MIN_SPLIT)))
     return Tiling(
         block_m=block_m,
         block_n=(64 if half else 32) if d <= 128 or (half and d <= 256) else 16,
@@ -84,7 +85,7 @@ def attend_packed(
 ) -> Tensor:
     """Attention of queries (batch, query heads, n, key dim) over cached keys and values.
 
-    Many queries are taken some at a time, so that partial results stay within `_MOST_SUMS`.
+    Many queries are split up, so that their partial results stay within `_MAX_SUMS` elements.
     Float16 and bfloat16 queries compute with float16 operands and float32 sums, float32 queries
     with float32 throughout. Returns (batch, query heads, n, value dim) in the query's dtype.
     """
@@ -100,12 +101,12 @@ def _attend_all(
     tiling: Tiling | None,
 ) -> Tensor:
     batch, query_heads, n, _ = query.shape
-    most = max(1, _MOST_SUMS // (2 * batch * query_heads * values.shape[3]))
-    if n <= most:
+    max_n = max(1, _MAX_SUMS // (2 * batch * query_heads * values.shape[3]))
+    if n <= max_n:
         return _attend_some(query, keys, values, options, n, tiling)
     out = query.new_empty(batch, query_heads, n, values.shape[3])
-    for start in range(0, n, most):
-        some = slice(start, min(start + most, n))
+    for start in range(0, n, max_n):
+        some = slice(start, min(start + max_n, n))
         mask = options.mask
         if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
             mask = mask[..., some, :]
@@ -217,8 +218,8 @@ def _attend_some(
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
-    sinks = None if options.sinks is None else options.sinks.contiguous()
-    combine(sums, stats, values.packed, out, tiling.splits, sinks)
+    logits = None if options.sink_logits is None else options.sink_logits.contiguous()
+    combine(sums, stats, values.packed, out, tiling.splits, logits)
     return out
 
 

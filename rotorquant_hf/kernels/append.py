@@ -4,7 +4,7 @@
 The plain-torch reference is `quantizer.encode(statistics.normalize(x))`. One
 program codes 32 tokens of one head (16 of more than 256 channels):
 
-    u = (x - mean) / weight        y = T u                   in chunks of the channels
+    u = (x - mean) / channel scale        y = T u                   in chunks of the channels
     index_j = #{boundaries < y_j / |y|}        s = |y| rule(y / |y|, centroid[index])
     prod: r = y - s centroid[index]            |r|, signs of S r
 
@@ -28,9 +28,9 @@ from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.packing import plane_bytes, planes
 from rotorquant_hf.quant.quantizer import Quantizer
 
-_CHUNK = tl.constexpr(16)  # numbers that one step of a matrix product sums
+_CHUNK = tl.constexpr(16)  # elements that one step of a matrix product sums
 _TINY = tl.constexpr(2.0**-126)
-_MOST = tl.constexpr(65504.0)  # of float16
+_MAX_SCALE = tl.constexpr(65504.0)  # of float16
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def append_block(bounds: Tensor, max_count: int, keys: AppendPart, values: Appen
     Args:
         bounds: (3,) int32 on the device: begin, count and row. They are read by the kernel, so
             that a CUDA graph can replay the launch; with count = 0 nothing is written.
-        max_count: the most that count can be. It sizes the grid.
+        max_count: upper bound of count, for the size of the grid.
         keys, values: what to code. Their batch and heads agree.
     """
     if max_count == 0:
@@ -122,7 +122,7 @@ def _arguments(part: AppendPart) -> dict[str, Any]:
     return {
         "x": _strided(part.x),
         "slots": part.x.shape[2],
-        "weight": _strided(part.statistics.weight.expand(-1, -1, -1, mse.d)),
+        "channel_scale": _strided(part.statistics.scale.expand(-1, -1, -1, mse.d)),
         "mean": _strided(part.statistics.mean),
         "rotation": _strided(mse.rotation.matrix()),
         "codebook": (mse.boundaries, mse.centroids),
@@ -144,7 +144,7 @@ def append_kernel(
     p_bounds,
     k_x,
     k_slots,
-    k_weight,
+    k_channel_scale,
     k_mean,
     k_rotation,
     k_codebook,
@@ -155,7 +155,7 @@ def append_kernel(
     k_residual_norm,
     v_x,
     v_slots,
-    v_weight,
+    v_channel_scale,
     v_mean,
     v_rotation,
     v_codebook,
@@ -181,7 +181,7 @@ def append_kernel(
         _append(
             k_x,
             k_slots,
-            k_weight,
+            k_channel_scale,
             k_mean,
             k_rotation,
             k_codebook,
@@ -201,7 +201,7 @@ def append_kernel(
         _append(
             v_x,
             v_slots,
-            v_weight,
+            v_channel_scale,
             v_mean,
             v_rotation,
             v_codebook,
@@ -223,7 +223,7 @@ def append_kernel(
 def _append(
     x,
     slots,
-    weight,
+    channel_scale,
     mean,
     rotation,
     codebook,
@@ -241,20 +241,20 @@ def _append(
 ):
     """Code the tokens `o_x`, counted from slot 0 and beyond the last, into the rows `o_row`."""
     o_x = (o_x % slots).to(tl.int64)
-    b_y = _rotate(x, weight, mean, rotation, i_b, i_h, o_x, m_i, SHAPE)
+    b_y = _rotate(x, channel_scale, mean, rotation, i_b, i_h, o_x, m_i, SHAPE)
     b_r, b_peak = _code(b_y, codebook, codes, scale, i_b, i_h, o_row, m_i, SHAPE)
     if SHAPE.projections > 0:
         _project(b_r, b_peak, projection, signs, residual_norm, i_b, i_h, o_row, m_i, SHAPE)
 
 
 @triton.jit
-def _rotate(x, weight, mean, rotation, i_b, i_h, o_x, m_i, SHAPE: tl.constexpr):
-    """T((x - mean) / weight) of the slots `o_x`: (tokens, columns)."""
+def _rotate(x, channel_scale, mean, rotation, i_b, i_h, o_x, m_i, SHAPE: tl.constexpr):
+    """T((x - mean) / channel_scale) of the slots `o_x`: (tokens, columns)."""
     D: tl.constexpr = SHAPE.d
     o_n = tl.arange(0, 8 // SHAPE.width * SHAPE.pad)
     m_n = o_n % SHAPE.pad < SHAPE.slot
     p_x = _head(x, i_b, i_h) + o_x[:, None] * x[3]
-    p_w = _head(weight, i_b, i_h)
+    p_w = _head(channel_scale, i_b, i_h)
     p_t = rotation[0] + _element(o_n, SHAPE)[None, :] * rotation[1]
     b_y = tl.zeros((o_x.shape[0], o_n.shape[0]), tl.float32)
     for k in range(0, D, _CHUNK):
@@ -263,7 +263,7 @@ def _rotate(x, weight, mean, rotation, i_b, i_h, o_x, m_i, SHAPE: tl.constexpr):
         b_u = tl.load(p_x + o_k[None, :] * x[4], m_i[:, None] & m_k[None, :], 0.0).to(tl.float32)
         if mean is not None:
             b_u -= tl.load(_head(mean, i_b, i_h) + o_k * mean[4], m_k, 0.0)[None, :]
-        b_u *= (1.0 / tl.load(p_w + o_k * weight[4], m_k, 1.0))[None, :]
+        b_u *= (1.0 / tl.load(p_w + o_k * channel_scale[4], m_k, 1.0))[None, :]
         b_t = tl.load(p_t + o_k[:, None] * rotation[2], m_k[:, None] & m_n[None, :], 0.0)
         # Three products in tf32 make nearly float32, on tensor cores.
         b_y = tl.dot(b_u, b_t, b_y, input_precision="tf32x3")
@@ -288,7 +288,7 @@ def _code(b_y, codebook, codes, scale, i_b, i_h, o_row, m_i, SHAPE: tl.constexpr
     o_n = tl.arange(0, b_y.shape[1])
     b_c = tl.where((o_n % SHAPE.pad < SHAPE.slot)[None, :], b_c, 0.0)
     b_scale = b_norm * _scale_of_unit(b_unit, b_c, RULE) * b_peak
-    b_scale = tl.where(b_scale > _MOST, _MOST, b_scale).to(tl.float16)
+    b_scale = tl.where(b_scale > _MAX_SCALE, _MAX_SCALE, b_scale).to(tl.float16)
     tl.store(_head(scale, i_b, i_h) + o_row * scale[3], b_scale, m_i)
 
     p_codes = _head(codes, i_b, i_h) + o_row[:, None] * codes[3]

@@ -1,12 +1,12 @@
-"""The attention kernel: softmax(q K^T) V over packed and exact tokens, split over programs.
+"""The attention kernel: softmax(q K^T) V over packed and full-precision tokens, in splits.
 
 One program holds a tile of query rows of one kv head (all query heads of its group, all query
 tokens) and walks over its share of the tokens; `combine` puts the shares together. Splits
-[0, packed_splits) take the packed tokens, the last split the exact ones (sinks, recent window,
-new tokens).
+[0, packed_splits) take the packed tokens, the last split those in full precision (sinks
+and recent tokens).
 
 A packed key's score is q~ . c s + offset and a packed value's contribution p s c, with centroids
-c read by `lookup` and everything else outside the loop over numbers (see `queries`, `combine`).
+c read by `lookup` and everything else outside the loop over elements (see `queries`, `combine`).
 Tokens lie along the rows of a tile, so that few query rows (8 at least) fill the tensor cores.
 
 The sums are kept in units of 2^top, where top is the largest base-2 logit plus the exponent of
@@ -31,9 +31,9 @@ from rotorquant_hf.kernels.lookup import (
 
 NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LEAST_LOGIT = tl.constexpr(-3.0e38)
-# A scale is 0 or at least 2^-24, the least float16.
-_LEAST_EXPONENT = tl.constexpr(-24)
+_MIN_LOGIT = tl.constexpr(-3.0e38)
+# A scale is 0 or at least 2^-24, the smallest float16.
+_MIN_EXPONENT = tl.constexpr(-24)
 
 
 @triton.jit(do_not_specialize=["rows", "from_end", "splits"])
@@ -67,7 +67,7 @@ def attend_kernel(
     p_vscale,
     stride_vsb,
     stride_vsh,
-    # exact tokens
+    # tokens in full precision
     p_sink_k,
     stride_skb,
     stride_skh,
@@ -76,22 +76,22 @@ def attend_kernel(
     stride_svb,
     stride_svh,
     stride_svt,
-    p_tail_k,
-    stride_tkb,
-    stride_tkh,
-    stride_tkt,
-    p_tail_v,
-    stride_tvb,
-    stride_tvh,
-    stride_tvt,
-    tail_slots,
+    p_recent_k,
+    stride_rkb,
+    stride_rkh,
+    stride_rkt,
+    p_recent_v,
+    stride_rvb,
+    stride_rvh,
+    stride_rvt,
+    recent_slots,
     # mask (batch, query heads, n, tokens)
     p_mask,
     stride_mb,
     stride_mh,
     stride_mn,
     stride_mt,
-    # lengths: sinks, first packed row, packed tokens, first slot of the tail, tokens of the tail
+    # lengths: sinks, first packed row, packed tokens, first slot and number of the recent tokens
     p_lengths,
     # partial results
     p_sums,
@@ -132,9 +132,9 @@ def attend_kernel(
 
     n_sinks = tl.load(p_lengths)
     packed_begin, n_packed = tl.load(p_lengths + 1), tl.load(p_lengths + 2)
-    tail_begin, n_tail = tl.load(p_lengths + 3), tl.load(p_lengths + 4)
+    recent_begin, n_recent = tl.load(p_lengths + 3), tl.load(p_lengths + 4)
     # The last token that a row's query sees, and where its mask lies.
-    o_last = n_sinks + n_packed + n_tail - from_end + o_r // group
+    o_last = n_sinks + n_packed + n_recent - from_end + o_r // group
     p_mrow = p_mask + i_b * stride_mb + (i_h * group + o_r % group) * stride_mh
     p_mrow += (o_r // group).to(tl.int64) * stride_mn
     p_stat = p_stats + (i_bh * splits + i_split) * rows + o_r
@@ -184,7 +184,7 @@ def attend_kernel(
             BLOCK_N,
         )
     else:
-        top, mass = _exact_split(
+        top, mass = _full_precision_split(
             p_q + i_b * stride_qb + (i_h * group + o_r % group) * stride_qh,
             (o_r // group).to(tl.int64) * stride_qn,
             stride_qd,
@@ -192,15 +192,15 @@ def attend_kernel(
             stride_skt,
             p_sink_v + i_b * stride_svb + i_h * stride_svh,
             stride_svt,
-            p_tail_k + i_b * stride_tkb + i_h * stride_tkh,
-            stride_tkt,
-            p_tail_v + i_b * stride_tvb + i_h * stride_tvh,
-            stride_tvt,
-            tail_slots,
+            p_recent_k + i_b * stride_rkb + i_h * stride_rkh,
+            stride_rkt,
+            p_recent_v + i_b * stride_rvb + i_h * stride_rvh,
+            stride_rvt,
+            recent_slots,
             n_sinks,
             n_packed,
-            tail_begin,
-            n_tail,
+            recent_begin,
+            n_recent,
             m_r,
             o_last,
             p_mrow,
@@ -343,7 +343,7 @@ def _packed_split(
         # The value's scale is 2^e f with 1 <= f < 2 (f = 0 for scale 0).
         v_scale = tl.load(p_vscale + o_row, mask=m_n, other=0).to(tl.float32)
         e = ((v_scale.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
-        e = tl.maximum(e, _LEAST_EXPONENT)
+        e = tl.maximum(e, _MIN_EXPONENT)
         unit = ((127 - e) << 23).to(tl.float32, bitcast=True)  # 2^-e
         b_p, keep, top = _rescale(b_z + e.to(tl.float32)[:, None], top)
         mass = mass * keep + tl.sum(b_p * unit[:, None], axis=0)
@@ -365,7 +365,7 @@ def _packed_split(
 
 
 @triton.jit
-def _exact_split(
+def _full_precision_split(
     p_q,
     o_q,
     stride_qd,
@@ -373,15 +373,15 @@ def _exact_split(
     stride_sk,
     p_sink_v,
     stride_sv,
-    p_tail_k,
-    stride_tk,
-    p_tail_v,
-    stride_tv,
-    tail_slots,
+    p_recent_k,
+    stride_rk,
+    p_recent_v,
+    stride_rv,
+    recent_slots,
     n_sinks,
     n_packed,
-    tail_begin,
-    n_tail,
+    recent_begin,
+    n_recent,
     m_r,
     o_last,
     p_mrow,
@@ -397,7 +397,7 @@ def _exact_split(
     BLOCK_M: tl.constexpr,
     EXACT_N: tl.constexpr,
 ):
-    """Attention over sinks and tail; stores the sums, returns top and mass."""
+    """Attention over sinks and recent tokens; stores the sums, returns top and mass."""
     # tf32 holds float16 and bfloat16 exactly, and three bits more of p than bfloat16 would.
     PRECISION: tl.constexpr = "tf32x3" if p_q.dtype.element_ty == tl.float32 else "tf32"
     o_dk = tl.arange(0, max(16, triton.next_power_of_2(D_K)))
@@ -408,15 +408,15 @@ def _exact_split(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([o_dv.shape[0], BLOCK_M], tl.float32)
-    # Two walks, as the parts lie in different tensors: the tail in a ring.
+    # Two walks, as the parts lie in different tensors: the recent tokens in a ring.
     for part in tl.static_range(2):
-        p_k, stride_k = (p_tail_k, stride_tk) if part else (p_sink_k, stride_sk)
-        p_v, stride_v = (p_tail_v, stride_tv) if part else (p_sink_v, stride_sv)
-        count = n_tail if part else n_sinks
+        p_k, stride_k = (p_recent_k, stride_rk) if part else (p_sink_k, stride_sk)
+        p_v, stride_v = (p_recent_v, stride_rv) if part else (p_sink_v, stride_sv)
+        count = n_recent if part else n_sinks
         for t in range(0, count, EXACT_N):
             o_n = t + tl.arange(0, EXACT_N)
             m_n = o_n < count
-            o_slot = (tail_begin + o_n) % tail_slots if part else o_n
+            o_slot = (recent_begin + o_n) % recent_slots if part else o_n
             o_slot = o_slot.to(tl.int64)[:, None]
             m_k = m_n[:, None] & (o_dk < D_K)[None, :]
             b_k = tl.load(p_k + o_slot * stride_k + o_dk[None, :], mask=m_k, other=0)
@@ -474,10 +474,10 @@ def _logits(
         if MASK == 1:
             m_seen = m_seen & (b_mask != 0)
         else:
-            # The least float32, which masks are made of, must not become -inf in base 2: a row
+            # The smallest float32, which masks are made of, must not become -inf in base 2: a row
             # that has nothing else is an average then, as elsewhere.
             b_mask = b_mask.to(tl.float32)
-            b_z = tl.maximum(b_z + b_mask * _LOG2_E, _LEAST_LOGIT)
+            b_z = tl.maximum(b_z + b_mask * _LOG2_E, _MIN_LOGIT)
             b_z = tl.where(b_mask == float("-inf"), float("-inf"), b_z)
     if CAUSAL:
         m_seen = m_seen & (o_col[:, None] <= o_last[None, :])

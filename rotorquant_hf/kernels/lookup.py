@@ -13,8 +13,8 @@ Two ways from code to centroid:
 - portable: shift, mask, and a load from a table in memory (any width; also the interpreter).
 - PTX, for 2, 3 and 4 bits: `prmt.b32` picks 4 bytes of an 8-byte table by the 4 nibbles of a
   word, so two of them look up the upper and lower bytes of four float16 centroids. Codes of four
-  bytes are brought into nibble positions by shifts and masks of whole words: 1.6 instructions a
-  number at 3 bits, 2.8 at 4, in place of about ten.
+  bytes are brought into nibble positions by shifts and masks of whole words: 1.6 instructions an
+  element at 3 bits, 2.8 at 4, in place of about ten.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CENTROID_OPERANDS = tl.constexpr("=r,=r" + ",r" * 19)
 
 @triton.constexpr_function
 def plane_width(bits, i):
-    """Width of plane `i` of a code, 0 where there is none: `packing.planes`."""
+    """Width of plane `i` of a code, 0 where the code has fewer planes: `packing.planes`."""
     widths = ((1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (8,))[int(bits) - 1]
     return widths[int(i)] if int(i) < len(widths) else 0
 
@@ -49,13 +49,13 @@ def slots(bits):
 
 @functools.lru_cache(maxsize=8)
 def table_unit(bits: int) -> float:
-    """What centroids are divided by: of the units from 2 to 4, the one that float16 rounds least.
+    """What centroids are divided by: the unit from 2 to 4 with the smallest float16 rounding.
 
-    Any unit will do for the numbers; at 4 bits the best has a quarter of the rounding of 2.
+    Any unit will do for the elements; at 4 bits the best has a quarter of the rounding of 2.
     """
-    exact = LloydMaxCodebook.for_dimension(1, bits).centroids
+    centroids = LloydMaxCodebook.for_dimension(1, bits).centroids
     units = torch.linspace(2, 4, 4097, dtype=torch.float64)[:-1]
-    scaled = exact / units[:, None]
+    scaled = centroids / units[:, None]
     error = (_halves(scaled, bits).double() - scaled) * units[:, None]
     return float(units[error.square().sum(dim=1).argmin()])
 
@@ -215,7 +215,7 @@ def ptx_centroids(bits, k):
 
     In each variant `n` first gets eight selectors, one per nibble: nibble 2 i + h belongs to byte
     i and to slot k of h = 0 or 1. The look-up of the low, then of the high 16 bits gives the
-    bytes of four numbers each, of which the wanted slot's two are put together.
+    bytes of four elements each, of which the wanted slot's two are put together.
     """
     bits, k = int(bits), int(k)
     if bits == 4:

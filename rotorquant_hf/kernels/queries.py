@@ -6,8 +6,8 @@ on the query alone is done once, here:
 
     rotated = T(q w),  projected = S T(q w),  offset = <q, mean>.
 
-The first two are stored as unit-sized float16 rows with a float32 factor each, so that no unit of
-the model leaves float16 (or as float32 with factor 1, for float32 attention).
+The first two are stored as unit-sized float16 rows with a float32 factor each, so inputs of any
+magnitude stay within the range of float16 (or as float32 with factor 1, for float32 attention).
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class PreparedQueries:
 def prepare_queries(query: Tensor, keys: PackedSpan, dtype: torch.dtype) -> PreparedQueries:
     """Rotate and project queries (batch, query heads, n, d) for attention over `keys`."""
     batch, query_heads, n, d = query.shape
-    heads = keys.statistics.weight.shape[1]
+    heads = keys.statistics.scale.shape[1]
     group = query_heads // heads
     rows = n * group
-    weight, mean = keys.statistics.weight, keys.statistics.mean
+    scale, mean = keys.statistics.scale, keys.statistics.mean
     rotation = keys.quantizer.stage_one.rotation.matrix()
     m = keys.quantizer.num_signs
     projection = _projection(keys.quantizer) if m else rotation
@@ -59,9 +59,9 @@ def prepare_queries(query: Tensor, keys: PackedSpan, dtype: torch.dtype) -> Prep
     prepare_kernel[(pieces(rows, _ROWS), batch * heads)](
         query,
         *query.stride(),
-        weight,
-        int(weight.shape[3] != 1),
-        weight if mean is None else mean,
+        scale,
+        int(scale.shape[3] != 1),
+        scale if mean is None else mean,
         rotation,
         projection,
         rotated,
@@ -107,8 +107,8 @@ def prepare_kernel(
     stride_qh,
     stride_qn,
     stride_qd,
-    p_weight,
-    stride_weight,
+    p_channel_scale,
+    stride_channel_scale,
     p_mean,
     p_rotation,
     p_projection,
@@ -137,7 +137,7 @@ def prepare_kernel(
     p_row = p_q + i_bh // heads * stride_qb
     p_row += (i_bh % heads * group + o_r % group) * stride_qh
     p_row += (o_r // group).to(tl.int64) * stride_qn
-    p_w = p_weight + i_bh * tl.where(stride_weight == 1, d, 1)
+    p_w = p_channel_scale + i_bh * tl.where(stride_channel_scale == 1, d, 1)
     offset = tl.zeros([ROWS], tl.float32)
     b_y = tl.zeros([ROWS, PAD_D], tl.float32)
     b_g = tl.zeros([ROWS, PAD_M], tl.float32)
@@ -150,7 +150,7 @@ def prepare_kernel(
         if MEAN:
             b_mean = tl.load(p_mean + i_bh * d + o_k, mask=m_k, other=0)
             offset += tl.sum(b_q * b_mean[None, :], axis=1)
-        b_q *= tl.load(p_w + o_k * stride_weight, mask=m_k, other=0)[None, :]
+        b_q *= tl.load(p_w + o_k * stride_channel_scale, mask=m_k, other=0)[None, :]
         # Row k of T^T is column k of T.
         p_t = p_rotation + o_d[None, :] * d + o_k[:, None]
         b_t = tl.load(p_t, mask=m_d[None, :] & m_k[:, None], other=0)

@@ -43,7 +43,7 @@ class RotorQuantMSE(Quantizer):
 
     Args:
         d: vector dimension, 8 to 576.
-        bits: bits per number, 1 to 8.
+        bits: bits per element, 1 to 8.
         seed: seed of the rotation.
         grade_bits: bits per grade, as in the reference. Only {"vector": b} means anything (and
             overrides `bits`): R v ~R of a vector v is a vector, its other grades are
@@ -82,7 +82,7 @@ class RotorQuantMSE(Quantizer):
         if isinstance(rotation, str):
             rotation = make_rotation(d, rotation, rotor_layers, seed)
         elif rotation.d != d:
-            raise ValueError(f"the rotation given is for vectors of {rotation.d} numbers, not {d}")
+            raise ValueError(f"the rotation given is for vectors of {rotation.d} elements, not {d}")
         self.rotation = rotation
         codebook = LloydMaxCodebook.for_dimension(d, self.bits)
         self.centroids: Tensor

@@ -42,40 +42,40 @@ class PackedSpan:
         return _terms(self.quantizer)
 
     def fold(self, queries: Tensor) -> FoldedQueries:
-        """Take equalisation, centre, rotation and the order of the numbers into the queries.
+        """Take equalisation, centre, rotation and the order of the elements into the queries.
 
         Args:
             queries: (batch, heads, n, d) float32.
         """
         mean = self.statistics.mean
-        weighted = queries * self.statistics.weight
+        scaled = queries * self.statistics.scale
         return FoldedQueries(
-            [weighted @ term.basis.T for term in self.terms],
+            [scaled @ term.basis.T for term in self.terms],
             None if mean is None else queries @ mean.mT,
         )
 
     def unfold(self, sums: list[Tensor]) -> Tensor:
-        """Vectors from their numbers, or averages of vectors from averages of their numbers.
+        """Vectors from their elements, or averages of vectors from averages of their elements.
 
         Args:
-            sums: for each term scale * numbers, (batch, heads, n, size) float32, or averages of
+            sums: for each term scale * elements, (batch, heads, n, size) float32, or averages of
                 these (over any tokens, with weights that sum to 1).
 
         Returns:
             (batch, heads, n, d) float32.
         """
-        parts = [numbers @ term.basis for numbers, term in zip(sums, self.terms, strict=True)]
+        parts = [elements @ term.basis for elements, term in zip(sums, self.terms, strict=True)]
         return self.statistics.denormalize(functools.reduce(torch.add, parts))
 
     def look_up(self, tokens: slice) -> list[tuple[Tensor, Tensor]]:
-        """For each term the numbers (batch, heads, n, size) and scales (batch, heads, n), float32.
+        """For each term the elements (batch, heads, n, size) and scales (batch, heads, n), float32.
 
-        The numbers are not scaled: scores and weights are fewer.
+        The elements are not scaled: scores and weights are fewer.
         """
         found = []
         for term in self.terms:
-            numbers = term.table.look_up(self.rows[term.codes][:, :, tokens])
-            found.append((numbers, self.rows[term.scale][:, :, tokens].float()))
+            elements = term.table.look_up(self.rows[term.codes][:, :, tokens])
+            found.append((elements, self.rows[term.scale][:, :, tokens].float()))
         return found
 
     def _tiles(self) -> Iterator[slice]:
@@ -107,15 +107,15 @@ class PackedSpan:
     def inner_products(self, folded: FoldedQueries, tokens: slice) -> Tensor:
         """Inner products of the folded queries with some tokens, (batch, heads, n, tokens)."""
         parts = [
-            (q @ numbers.mT).mul_(scale.unsqueeze(2))
-            for q, (numbers, scale) in zip(folded.terms, self.look_up(tokens), strict=True)
+            (q @ elements.mT).mul_(scale.unsqueeze(2))
+            for q, (elements, scale) in zip(folded.terms, self.look_up(tokens), strict=True)
         ]
         if folded.offset is not None:
             parts.append(folded.offset)
         return functools.reduce(Tensor.add_, parts)
 
     def weighted_sums(self, weights: Tensor, tokens: slice) -> list[Tensor]:
-        """Sums over some tokens of weight * scale * numbers, for `unfold`.
+        """Sums over some tokens of weight * scale * elements, for `unfold`.
 
         Args:
             weights: (batch, heads, n, tokens) float32.
@@ -127,7 +127,7 @@ class PackedSpan:
 
 
 class FoldedQueries(NamedTuple):
-    """Queries ready for looked-up numbers: <q, x> = offset + sum_terms <term, numbers> scale.
+    """Queries ready for looked-up elements: <q, x> = offset + sum_terms <term, elements> scale.
 
     `terms`: (batch, heads, n, size) each; `offset`: <q, mean>, (batch, heads, n, 1), or None.
     """

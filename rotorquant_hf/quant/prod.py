@@ -1,4 +1,4 @@
-"""RotorQuantProd: unbiased inner products from b bits per number.
+"""RotorQuantProd: unbiased inner products from b bits per element.
 
 Stage 1 is `RotorQuantMSE` with b - 1 bits. Stage 2 stores of its residual r the signs of m
 projections and the norm (QJL, Zandieh et al., arXiv:2406.03482), and estimates
@@ -49,7 +49,7 @@ class RotorQuantProd(Quantizer):
 
     Args:
         d: vector dimension, 8 to 576.
-        bits: bits per number in all, 2 to 8: bits - 1 for stage 1 and, with qjl_dim = d, 1 for
+        bits: bits per element in all, 2 to 8: bits - 1 for stage 1 and, with qjl_dim = d, 1 for
             the signs.
         qjl_dim: m, the number of projections; by default d.
         seed: seed of the rotation; S is drawn from seed + 1.
@@ -194,7 +194,7 @@ class RotorQuantProd(Quantizer):
     def decode(self, codes: ProdCodes) -> Tensor:
         """The vectors z (..., d) float32 with <rotate(q), z> = inner_product(q, codes).
 
-        The estimate is linear in q: its second term is <T q, S^T sign(S r)> times a number.
+        The estimate is linear in q: its second term is <T q, S^T sign(S r)> times a scalar.
         """
         signs = unpack(codes["qjl_signs"], 1, self.qjl_dim).float() * 2 - 1
         with torch.autocast(signs.device.type, enabled=False):

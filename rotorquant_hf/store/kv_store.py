@@ -192,7 +192,7 @@ class RotorQuantKVCache:
             side.buffers.start, side.buffers.end = start, end
 
     def pin(self, pinned: bool) -> None:
-        """Keep the rows where they are, whatever is dropped, or no longer."""
+        """Keep the rows where they are, even if tokens are dropped; False ends that."""
         for side in self.sides:
             side.buffers.pinned = pinned
 
@@ -209,8 +209,8 @@ class RotorQuantKVCache:
             )
         if x.device != self.device:
             raise ValueError(f"{name} are on {x.device}, the store is on {self.device}; move one")
-        if side.statistics is not None and x.shape[:2] != side.statistics.weight.shape[:2]:
-            batch, heads = side.statistics.weight.shape[:2]
+        if side.statistics is not None and x.shape[:2] != side.statistics.scale.shape[:2]:
+            batch, heads = side.statistics.scale.shape[:2]
             raise ValueError(
                 f"{name} have batch {x.shape[0]} and {x.shape[1]} heads, the store holds batch "
                 f"{batch} and {heads} heads; use a new store, or reset this one"

@@ -130,10 +130,13 @@ class PackedSide:
             self.statistics = self.statistics.map(fn)
 
     def state(self) -> dict[str, Tensor]:
-        """The rows in use and the statistics by name, for saving; empty before the first token."""
+        """The rows in use and the statistics by name, for saving; empty before the first token.
+
+        The channel scales are called "weight" in files.
+        """
         if self.statistics is None:
             return {}
-        state = {**self.buffers.rows(0, len(self)), "weight": self.statistics.weight}
+        state = {**self.buffers.rows(0, len(self)), "weight": self.statistics.scale}
         if self.statistics.mean is not None:
             state["mean"] = self.statistics.mean
         return state

@@ -37,9 +37,9 @@ SINKS, PACKED, TAIL = 3, 61, 9
 def tiles(request, monkeypatch) -> None:
     """Both with everything in one tile and with ends of tiles everywhere."""
     if request.param == "many tiles":
-        monkeypatch.setattr(torch_attention, "_LEAST_TILE", 7)
-        monkeypatch.setattr(torch_attention, "_TILE_NUMBERS", 1)
-        monkeypatch.setattr(torch_attention, "_SCORE_NUMBERS", 7 * BATCH * HEADS * 4 * 5)
+        monkeypatch.setattr(torch_attention, "_MIN_TILE", 7)
+        monkeypatch.setattr(torch_attention, "_TILE_ELEMENTS", 1)
+        monkeypatch.setattr(torch_attention, "_MAX_SCORES", 7 * BATCH * HEADS * 4 * 5)
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def test_reference_is_that_of_the_models_with_softcap_and_with_sinks():
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
     expected, _ = gpt_oss_attention(module, query, key, value, mask, scaling=0.3)
-    options = AttentionOptions(0.3, mask, sinks=sinks)
+    options = AttentionOptions(0.3, mask, sink_logits=sinks)
     actual = attention_reference(query, key, value, options).transpose(1, 2)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
@@ -358,12 +358,12 @@ def test_a_query_that_sees_nothing_gives_zeros(seen_before, tiles):
     mask[0, :, 2] = mask[1, :, :4] = False
     added = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
     for each in (mask, added):
-        options = AttentionOptions(0.25, each, sinks=torch.ones(4) if seen_before else None)
+        options = AttentionOptions(0.25, each, sink_logits=torch.ones(4) if seen_before else None)
         out = attend(made.query, made.keys, made.values, options)
         assert not bool(out[0, :, 2].any())
         assert not bool(out[1, :, :4].any())
         assert bool((out[1, :, 4] != 0).all())
-        assert made.error(mask=each, sinks=options.sinks) < 1e-5
+        assert made.error(mask=each, sink_logits=options.sink_logits) < 1e-5
 
 
 def test_all_tokens_at_the_lowest_number_are_seen_alike(tiles):
@@ -396,15 +396,15 @@ def test_softcap(softcap, tiles):
 def test_learned_sinks(height, tiles):
     made = call(16, n=5, groups=3)
     sinks = height + made.query[0, :, 0, 0]
-    assert made.error(sinks=sinks) < 1e-5
-    assert made.error(sinks=sinks, causal=True, softcap=3.0) < 1e-5
+    assert made.error(sink_logits=sinks) < 1e-5
+    assert made.error(sink_logits=sinks, causal=True, softcap=3.0) < 1e-5
 
 
 def test_everything_at_once(tiles):
     made = call(20, 24, n=7, groups=3, key_quantizer="prod", center_keys=True)
     mask = torch.randn(BATCH, 6, 7, made.scores[3], generator=torch.Generator().manual_seed(5))
     sinks = mask[0, :, 0, 0]
-    options = {"mask": mask, "causal": True, "softcap": 4.0, "sinks": sinks, "scale": 0.9}
+    options = {"mask": mask, "causal": True, "softcap": 4.0, "sink_logits": sinks, "scale": 0.9}
     assert made.error(**options) < 1e-5
 
 
@@ -490,8 +490,8 @@ def test_what_does_not_fit_is_refused_with_a_remedy():
         AttentionOptions(0.25, torch.ones(5, 73, dtype=torch.int64)),
     )
     refused(
-        r"sinks have shape \(2,\); pass one per query head, \(4,\)",
-        AttentionOptions(0.25, sinks=torch.ones(2)),
+        r"sink_logits have shape \(2,\); pass one per query head, \(4,\)",
+        AttentionOptions(0.25, sink_logits=torch.ones(2)),
     )
     refused("softcap is 0.0; pass a positive number, or None", AttentionOptions(0.25, softcap=0.0))
 

@@ -496,8 +496,8 @@ def store() -> RotorQuantKVCache:
     ("make", "error", "parts"),
     [
         (lambda: (states()[0].int(), states()[1]), TypeError, ("keys", "int32", "float32")),
-        (lambda: states(d_key=8), ValueError, ("keys", "(2, 3, 5, 8)", "16 numbers")),
-        (lambda: states(d_value=8), ValueError, ("values", "(2, 3, 5, 8)", "12 numbers")),
+        (lambda: states(d_key=8), ValueError, ("keys", "(2, 3, 5, 8)", "16 elements")),
+        (lambda: states(d_value=8), ValueError, ("values", "(2, 3, 5, 8)", "12 elements")),
         (lambda: (states(5)[0], states(6)[1]), ValueError, ("(2, 3, 5, 16)", "(2, 3, 6, 12)")),
         (lambda: states(rows=1), ValueError, ("batch 1", "batch 2", "use a new store")),
         (lambda: states(heads=6), ValueError, ("6 heads", "3 heads", "use a new store")),
@@ -531,7 +531,7 @@ def test_an_empty_store_has_no_spans():
 
 def test_queries_that_do_not_fit(store):
     for queries, parts in (
-        (torch.zeros(ROWS, HEADS, 1, 8), ("(2, 3, 1, 8)", "16 numbers")),
+        (torch.zeros(ROWS, HEADS, 1, 8), ("(2, 3, 1, 8)", "16 elements")),
         (torch.zeros(ROWS, 4, 1, D_KEY), ("(2, 4, 1, 16)", "a multiple of 3")),
         (torch.zeros(1, HEADS, 1, D_KEY), ("(1, 3, 1, 16)", "pass (2, ")),
         (torch.zeros(ROWS, HEADS, D_KEY), ("(2, 3, 16)", "pass (2, ")),

@@ -97,9 +97,9 @@ def coded(part: AppendPart, begin: int, count: int, row: int) -> tuple[Tensor, d
 def check_valid(part: AppendPart, begin: int, count: int, row: int) -> None:
     """The rows follow, in float64, from the tokens up to float32's rounding."""
     x, rows = coded(part, begin, count, row)
-    quantizer, weight, mean = part.quantizer, part.statistics.weight, part.statistics.mean
+    quantizer, channel_scale, mean = part.quantizer, part.statistics.scale, part.statistics.mean
     mse = quantizer.mse if isinstance(quantizer, RotorQuantProd) else quantizer
-    u = (x.double() - (0 if mean is None else mean.double())) / weight.double()
+    u = (x.double() - (0 if mean is None else mean.double())) / channel_scale.double()
     norm = u.norm(dim=-1, keepdim=True)
     unit = quantizer.rotation.rotate(u / norm.clamp(min=1e-300))
 

@@ -108,7 +108,7 @@ def test_several_queries_and_groups(n, heads):
 
 @pytest.mark.parametrize("mask", [None, "by query", "shared"])
 def test_many_queries_are_taken_some_at_a_time(mask, monkeypatch):
-    monkeypatch.setattr(triton_attention, "_MOST_SUMS", 2 * 2 * 4 * 64 * 5)  # five queries
+    monkeypatch.setattr(triton_attention, "_MAX_SUMS", 2 * 2 * 4 * 64 * 5)  # five queries
     launches = []
     real = triton_attention.combine
     monkeypatch.setattr(
@@ -158,7 +158,7 @@ def test_softcap_and_learned_sinks(dtype):
     keys, values = states(dtype=dtype)
     q = query(n=2, dtype=dtype)
     plain = attend_packed(q, keys, values, AttentionOptions(scale=0.125)).float()
-    for extra in ({"softcap": 2.0}, {"sinks": 3 + torch.rand(4, device=DEVICE)}):
+    for extra in ({"softcap": 2.0}, {"sink_logits": 3 + torch.rand(4, device=DEVICE)}):
         options = AttentionOptions(scale=0.125, **extra)
         assert error(q, keys, values, options) < TOLERANCE[dtype]
         changed = attend_packed(q, keys, values, options).float()

@@ -226,7 +226,7 @@ def test_queries_must_fit() -> None:
     store.append(states(4), states(4))
     with pytest.raises(ValueError, match="multiple of 3"):
         store.attention_scores(states(1, heads=4))
-    with pytest.raises(ValueError, match="32 numbers"):
+    with pytest.raises(ValueError, match="32 elements"):
         store.attention_scores(states(1, d=16))
 
 
