@@ -24,22 +24,34 @@ class RotorQuantCache(Cache):
     """A KV cache in 2 to 8 bits per element.
 
         model.generate(**inputs, past_key_values=RotorQuantCache())
+        RotorQuantCache("k3v3")                      # a preset: 3-bit keys, 3-bit values
+        RotorQuantCache(key_bits=3, residual_length=64, config=model.config)
 
-    Sink tokens and the most recent window stay exact; every other token is quantised once, when
-    it leaves the window. Attention layers, full and sliding, are compressed; layers of other
-    kinds (linear attention, convolutions, attention and a recurrent state in one, indexed sparse
-    attention) keep Transformers' own cache, uncompressed.
+    The first tokens (sinks) and the most recent ones stay in full precision; every other token is
+    quantised once, when it is no longer recent. Attention layers, full and sliding, are
+    compressed. Layers of other kinds (linear attention, convolutions, attention and a recurrent
+    state in one, indexed sparse attention) keep Transformers' own cache, uncompressed.
 
     Args:
         settings: a preset name (see `PRESETS`), a `RotorQuantConfig`, or None for the defaults.
-        config: the model's config. Needed for models with sliding-window or other layers than
-            full attention to be stored as such, and for negative `exact_layers`.
+        config: the model's config. Needed to store sliding-window and other layers than full
+            attention as such, and for negative `exact_layers`.
         offloading: keep the layers on the CPU between their uses (CUDA only).
         offload_only_non_sliding: leave sliding layers on the GPU when offloading.
-        **options: fields of `RotorQuantConfig` that replace those of `settings`.
+        **options: fields of `RotorQuantConfig` that replace those of `settings`;
+            `print(RotorQuantConfig.describe())` shows all with defaults and meaning:
+
+            - size: `key_bits`, `value_bits`
+            - full precision: `residual_length` (recent tokens), `block_length`,
+              `num_sink_tokens`, `exact_layers`
+            - quantiser: `key_quantizer`, `key_scale`, `value_scale`, `rotation`,
+              `rotor_layers`, `qjl_dim`, `qjl_projection`, `seed`
+            - channel statistics: `equalize_keys`, `equalize_values`, `center_keys`,
+              `rope_layout`
+            - safety: `check_finite`
 
     Raises:
-        TypeError, ValueError: naming the value that is not possible and what is.
+        TypeError, ValueError: naming the value that is not possible and the possible ones.
 
     Source: RotorQuant; the protocol is that of `transformers.Cache`.
     """

@@ -114,9 +114,10 @@ def _read(query: Tensor, part: Part, first: int, rules: ScoreRules, tile: int) -
     sums: list[Tensor] = []
     for start in range(0, end, tile):
         tokens = slice(start, min(start + tile, end))
-        scores = part.scores(tokens)
+        scores = part.scores(tokens)  # (batch, heads, m, tile)
         scores = rules.apply(scores, slice(first + tokens.start, first + tokens.stop))
-        highest = torch.maximum(peak, scores.amax(dim=-1, keepdim=True))
+        # What was summed so far is in units of exp(peak); a higher peak shrinks it.
+        highest = torch.maximum(peak, scores.amax(dim=-1, keepdim=True))  # (batch, heads, m, 1)
         weights = scores.sub_(highest).exp_()
         shrink, peak = (peak - highest).exp_(), highest
         mass = mass * shrink + weights.sum(dim=-1, keepdim=True)

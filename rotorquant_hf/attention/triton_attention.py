@@ -140,7 +140,7 @@ def _attend_some(
     if tiling is None:
         tiling = default_tiling(query, values)
     prepared = prepare_queries(query, keys.packed, dtype)
-    splits = tiling.splits + 1
+    splits = tiling.splits + 1  # the last is that of the full-precision tokens
     sums = query.new_empty(batch * heads, splits, rows, d_v, dtype=torch.float32)
     stats = query.new_empty(2, batch * heads, splits, rows, dtype=torch.float32)
     out = query.new_empty(batch, query_heads, n, d_v)
@@ -153,6 +153,7 @@ def _attend_some(
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
         mask = mask.expand(batch, query_heads, n, keys.shape[2])
         mask = mask.view(torch.uint8) if kind == BOOL_MASK else mask
+    # The kernel takes pointers that it does not read: without signs or a mask, those of others.
     k_signs = k_rows["signs"] if signs else k_rows["codes"]
     k_norm = k_rows["residual_norm"] if signs else k_rows["scale"]
     device = query.device
@@ -192,8 +193,8 @@ def _attend_some(
         stats.stride(0),
         options.scale,
         options.softcap or 1.0,
-        table_unit(k_bits) / math.sqrt(d_k),
-        math.sqrt(math.pi / 2) / max(signs, 1),
+        table_unit(k_bits) / math.sqrt(d_k),  # from the table's centroids to those of N(0, 1/d)
+        math.sqrt(math.pi / 2) / max(signs, 1),  # of the QJL estimate; see `RotorQuantProd`
         heads,
         group,
         rows,

@@ -169,12 +169,13 @@ def append_kernel(
     TOKENS: tl.constexpr,
 ):
     """Grid (tiles of tokens, heads, 2 batch): the keys and the values of row b, side by side."""
+    # One grid for both sides, so that a step launches once; program z is side z % 2 of row z // 2.
     i_tile, i_h, i_z = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     begin, count, row = tl.load(p_bounds), tl.load(p_bounds + 1), tl.load(p_bounds + 2)
-    if i_tile * TOKENS >= count:
+    if i_tile * TOKENS >= count:  # the grid is sized for the largest count
         return
     i_b = (i_z // 2).to(tl.int64)
-    o_i = i_tile * TOKENS + tl.arange(0, TOKENS)
+    o_i = i_tile * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
     m_i = o_i < count
     o_row = (row + o_i).to(tl.int64)
     if i_z % 2 == 0:
@@ -240,7 +241,7 @@ def _append(
     SHAPE: tl.constexpr,
 ):
     """Code the tokens `o_x`, counted from slot 0 and beyond the last, into the rows `o_row`."""
-    o_x = (o_x % slots).to(tl.int64)
+    o_x = (o_x % slots).to(tl.int64)  # a ring's block may wrap around
     b_y = _rotate(x, channel_scale, mean, rotation, i_b, i_h, o_x, m_i, SHAPE)
     b_r, b_peak = _code(b_y, codebook, codes, scale, i_b, i_h, o_row, m_i, SHAPE)
     if SHAPE.projections > 0:
@@ -256,15 +257,18 @@ def _rotate(x, channel_scale, mean, rotation, i_b, i_h, o_x, m_i, SHAPE: tl.cons
     p_x = _head(x, i_b, i_h) + o_x[:, None] * x[3]
     p_w = _head(channel_scale, i_b, i_h)
     p_t = rotation[0] + _element(o_n, SHAPE)[None, :] * rotation[1]
-    b_y = tl.zeros((o_x.shape[0], o_n.shape[0]), tl.float32)
+    b_y = tl.zeros((o_x.shape[0], o_n.shape[0]), tl.float32)  # [TOKENS, columns]
     for k in range(0, D, _CHUNK):
         o_k = k + tl.arange(0, _CHUNK)
         m_k = o_k < D
-        b_u = tl.load(p_x + o_k[None, :] * x[4], m_i[:, None] & m_k[None, :], 0.0).to(tl.float32)
+        m_u = m_i[:, None] & m_k[None, :]
+        b_u = tl.load(p_x + o_k[None, :] * x[4], m_u, 0.0).to(tl.float32)  # [TOKENS, _CHUNK]
         if mean is not None:
             b_u -= tl.load(_head(mean, i_b, i_h) + o_k * mean[4], m_k, 0.0)[None, :]
         b_u *= (1.0 / tl.load(p_w + o_k * channel_scale[4], m_k, 1.0))[None, :]
-        b_t = tl.load(p_t + o_k[:, None] * rotation[2], m_k[:, None] & m_n[None, :], 0.0)
+        # Columns that only fill up a slot are zero: they add nothing to the norm of y.
+        m_t = m_k[:, None] & m_n[None, :]
+        b_t = tl.load(p_t + o_k[:, None] * rotation[2], m_t, 0.0)  # [_CHUNK, columns]
         # Three products in tf32 make nearly float32, on tensor cores.
         b_y = tl.dot(b_u, b_t, b_y, input_precision="tf32x3")
     return b_y
@@ -286,13 +290,14 @@ def _code(b_y, codebook, codes, scale, i_b, i_h, o_row, m_i, SHAPE: tl.constexpr
 
     b_index, b_c = _nearest(b_unit, codebook[0], codebook[1], BITS)
     o_n = tl.arange(0, b_y.shape[1])
+    # They have a centroid nevertheless, which must not enter the scale.
     b_c = tl.where((o_n % SHAPE.pad < SHAPE.slot)[None, :], b_c, 0.0)
     b_scale = b_norm * _scale_of_unit(b_unit, b_c, RULE) * b_peak
     b_scale = tl.where(b_scale > _MAX_SCALE, _MAX_SCALE, b_scale).to(tl.float16)
     tl.store(_head(scale, i_b, i_h) + o_row * scale[3], b_scale, m_i)
 
     p_codes = _head(codes, i_b, i_h) + o_row[:, None] * codes[3]
-    for i in tl.static_range(4):
+    for i in tl.static_range(4):  # planes of 8, 4, 2 and 1 bits
         if BITS & (8 >> i):
             _store_plane(p_codes, codes[4], b_index, m_i, 8 >> i, SHAPE)
     return b_y - b_c * (b_scale.to(tl.float32) / b_peak)[:, None], b_peak
@@ -308,7 +313,7 @@ def _nearest(b_unit, p_boundaries, p_centroids, BITS: tl.constexpr):
             m_above = b_unit > tl.load(p_boundaries + i - 1)
             b_index = tl.where(m_above, i, b_index)
             b_c = tl.where(m_above, tl.load(p_centroids + i), b_c)
-    else:
+    else:  # binary search: a boundary per bit
         for i in tl.static_range(BITS):
             b_upper = b_index + (1 << (BITS - 1 - i))
             b_index = tl.where(b_unit > tl.load(p_boundaries + b_upper - 1), b_upper, b_index)
@@ -363,7 +368,8 @@ def _project(b_r, b_peak, projection, signs, norm, i_b, i_h, o_row, m_i, SHAPE: 
         m_m = (o_byte < SIZE) & (o_s < M)
         b_dot = tl.zeros((b_r.shape[0], 8 * BYTES), tl.float32)
         for i in range(CHUNKS):
-            b_chunk = tl.sum(tl.where(o_chunk == i, b_chunks, 0.0), axis=1)
+            # Columns [i _CHUNK, (i + 1) _CHUNK) of the residual; a sum, as Triton has no slices.
+            b_chunk = tl.sum(tl.where(o_chunk == i, b_chunks, 0.0), axis=1)  # [TOKENS, _CHUNK]
             o_n = i * _CHUNK + tl.arange(0, _CHUNK)
             p_s = projection[0] + _element(o_n, SHAPE)[:, None] * projection[2]
             m_s = (o_n % SHAPE.pad < SHAPE.slot)[:, None] & m_m[None, :]

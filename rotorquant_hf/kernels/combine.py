@@ -108,6 +108,7 @@ def combine_kernel(
     PAD_D: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    """Grid (tiles of query rows, batch * kv heads)."""
     i_bh = tl.program_id(1).to(tl.int64)
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, PAD_D)
@@ -123,9 +124,11 @@ def combine_kernel(
         top = tl.load(p_sink_logits + o_h, mask=m_r, other=0).to(tl.float32) * 1.4426950408889634
         mass += 1.0
     packed_mass = tl.zeros([ROWS], tl.float32)
+    # First all masses, so that the sums can be added up in their final unit, 2^top.
     for i in range(splits):
-        m_i = tl.load(p_stat + i * rows, mask=m_r, other=float("-inf"))
+        m_i = tl.load(p_stat + i * rows, mask=m_r, other=float("-inf"))  # [ROWS]
         l_i = tl.load(p_stat + stride_stats + i * rows, mask=m_r, other=0)
+        # As in `attend._rescale`: no -inf - -inf in rows that have seen no token.
         new = tl.maximum(top, m_i)
         base = tl.where(new == float("-inf"), 0.0, new)
         keep, gain = tl.exp2(top - base), tl.exp2(m_i - base)
@@ -133,21 +136,22 @@ def combine_kernel(
         packed_mass = packed_mass * keep + tl.where(i < packed_splits, l_i * gain, 0.0)
         top = new
     base = tl.where(top == float("-inf"), 0.0, top)
+    # Rows that see no token are zeros.
     inverse = tl.where(mass > 0, 1 / tl.where(mass > 0, mass, 1.0), 0.0)
 
-    # The packed sums, a few channels at a time, through T^-1.
+    # The packed sums, some channels at a time, through T^-1: once per row, not per token.
     b_out = tl.zeros([ROWS, PAD_D], tl.float32)
     for k in range(0, d, CHUNK):
         o_k = k + tl.arange(0, CHUNK)
         m_k = o_k < d
         p_sum = p_sums + (i_bh * splits * rows + o_r[:, None]) * d + o_k[None, :]
-        b_sum = tl.zeros([ROWS, CHUNK], tl.float32)
+        b_sum = tl.zeros([ROWS, CHUNK], tl.float32)  # in rotated space
         for i in range(packed_splits):
             m_i = tl.load(p_stat + i * rows, mask=m_r, other=float("-inf"))
             b_i = tl.load(p_sum + i * rows * d, mask=m_r[:, None] & m_k[None, :], other=0)
             b_sum += b_i * tl.exp2(m_i - base)[:, None]
-        p_t = p_rotation + o_k[:, None] * d + o_d[None, :]
-        b_t = tl.load(p_t, mask=m_d[None, :] & m_k[:, None], other=0)
+        p_t = p_rotation + o_k[:, None] * d + o_d[None, :]  # row k of T, as T^-1 is T^T
+        b_t = tl.load(p_t, mask=m_d[None, :] & m_k[:, None], other=0)  # [CHUNK, PAD_D]
         b_out = tl.dot(b_sum, b_t, b_out, input_precision="tf32x3")
     p_w = (
         p_channel_scale
@@ -158,6 +162,7 @@ def combine_kernel(
     if MEAN:
         b_mean = tl.load(p_mean + i_bh * d + o_d, mask=m_d, other=0)
         b_out += packed_mass[:, None] * b_mean[None, :]
+    # The full-precision sums are in the model's space already.
     for i in range(packed_splits, splits):
         m_i = tl.load(p_stat + i * rows, mask=m_r, other=float("-inf"))
         p_sum = p_sums + ((i_bh * splits + i) * rows + o_r[:, None]) * d + o_d[None, :]

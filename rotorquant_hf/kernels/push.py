@@ -104,6 +104,7 @@ def push_kernel(
     PAD_K: tl.constexpr,
     PAD_V: tl.constexpr,
 ):
+    """Grid (batch * heads): every program writes the new tokens of its head into the ring."""
     i_bh = tl.program_id(0).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
     o_k, o_v = tl.arange(0, PAD_K), tl.arange(0, PAD_V)
@@ -114,27 +115,33 @@ def push_kernel(
 
     p_row_k = p_k + i_b * stride_kb + i_h * stride_kh + o_k * stride_kd
     p_row_v = p_v + i_b * stride_vb + i_h * stride_vh + o_v * stride_vd
+    # Behind the newest token. That may overwrite the block that the last step coded, which is
+    # still counted in recent_count here, but never a token that is still read.
     for i in range(n):
         slot = i_bh * slots + (recent_begin + recent_count + i) % slots
         tl.store(p_ring_k + slot * d_k + o_k, tl.load(p_row_k + i * stride_kn, mask=m_k), mask=m_k)
         tl.store(p_ring_v + slot * d_v + o_v, tl.load(p_row_v + i * stride_vn, mask=m_v), mask=m_v)
 
-    # Every program has read the state when the last one arrives, and writes it.
+    # The last program to arrive writes the new state: by then all the others have read the old
+    # one. The barrier keeps the reads of this program's threads before its arrival.
     tl.debug_barrier()
     arrived = tl.atomic_add(p_state + 8, 1)
     if arrived == tl.num_programs(0) - 1:
+        # The block of the last step was coded after its attention; it is packed from now on.
         packed_count += flushed
         recent_begin += flushed
         recent_count += n - flushed
         if window > 0:
-            hidden = tl.maximum(packed_count + recent_count - (window - 1 + n), 0)
-            packed_begin += hidden
-            packed_count -= hidden
+            # Packed tokens that the first new query does not see any more.
+            outside = tl.maximum(packed_count + recent_count - (window - 1 + n), 0)
+            packed_begin += outside
+            packed_count -= outside
         recent_begin = recent_begin % slots
         tl.store(p_state + 1, packed_begin)
         tl.store(p_state + 2, packed_count)
         tl.store(p_state + 3, recent_begin)
         tl.store(p_state + 4, recent_count)
+        # The block for `append_block` in this step: first slot, count (0: none) and row.
         tl.store(p_state + 5, recent_begin)
         tl.store(p_state + 6, tl.maximum(recent_count - residual, 0) // block * block)
         tl.store(p_state + 7, packed_begin + packed_count)

@@ -129,6 +129,7 @@ def prepare_kernel(
     PAD_M: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    """Grid (tiles of query rows, batch * kv heads)."""
     i_bh = tl.program_id(1).to(tl.int64)
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_d, o_m = tl.arange(0, PAD_D), tl.arange(0, PAD_M)
@@ -137,27 +138,29 @@ def prepare_kernel(
     p_row = p_q + i_bh // heads * stride_qb
     p_row += (i_bh % heads * group + o_r % group) * stride_qh
     p_row += (o_r // group).to(tl.int64) * stride_qn
+    # Scales are (heads, d), or (heads, 1) of which the one is read for every channel.
     p_w = p_channel_scale + i_bh * tl.where(stride_channel_scale == 1, d, 1)
-    offset = tl.zeros([ROWS], tl.float32)
-    b_y = tl.zeros([ROWS, PAD_D], tl.float32)
-    b_g = tl.zeros([ROWS, PAD_M], tl.float32)
+    offset = tl.zeros([ROWS], tl.float32)  # <q, mean>
+    b_y = tl.zeros([ROWS, PAD_D], tl.float32)  # T(q w)
+    b_g = tl.zeros([ROWS, PAD_M], tl.float32)  # S T(q w)
+    # Some channels at a time: T and S are too large for registers.
     for k in range(0, d, CHUNK):
         o_k = k + tl.arange(0, CHUNK)
         m_k = o_k < d
         m_q = m_r[:, None] & m_k[None, :]
         b_q = tl.load(p_row[:, None] + o_k[None, :] * stride_qd, mask=m_q, other=0)
-        b_q = b_q.to(tl.float32)
+        b_q = b_q.to(tl.float32)  # [ROWS, CHUNK]
         if MEAN:
             b_mean = tl.load(p_mean + i_bh * d + o_k, mask=m_k, other=0)
             offset += tl.sum(b_q * b_mean[None, :], axis=1)
         b_q *= tl.load(p_w + o_k * stride_channel_scale, mask=m_k, other=0)[None, :]
         # Row k of T^T is column k of T.
         p_t = p_rotation + o_d[None, :] * d + o_k[:, None]
-        b_t = tl.load(p_t, mask=m_d[None, :] & m_k[:, None], other=0)
+        b_t = tl.load(p_t, mask=m_d[None, :] & m_k[:, None], other=0)  # [CHUNK, PAD_D]
         b_y = tl.dot(b_q, b_t, b_y, input_precision="tf32x3")
         if PROD:
             p_s = p_projection + o_m[None, :] * d + o_k[:, None]
-            b_s = tl.load(p_s, mask=m_m[None, :] & m_k[:, None], other=0)
+            b_s = tl.load(p_s, mask=m_m[None, :] & m_k[:, None], other=0)  # [CHUNK, PAD_M]
             b_g = tl.dot(b_q, b_s, b_g, input_precision="tf32x3")
 
     p_factor = p_factors + i_bh * rows + o_r

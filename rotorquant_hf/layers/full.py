@@ -172,7 +172,7 @@ class RotorQuantLayer(CacheLayerMixin):
                 torch.cat((self.sinks[0], keys[:, :, :filled]), dim=2),
                 torch.cat((self.sinks[1], values[:, :, :filled]), dim=2),
             )
-        # Copies: a slice would keep the whole prompt's states alive.
+        # Copies: a slice would keep the states of the whole prompt alive.
         self.recent = (keys[:, :, kept:].clone(), values[:, :, kept:].clone())
 
     def _states(

@@ -126,14 +126,19 @@ def _offset_channels(energy: Tensor, mean: Tensor, rope_layout: str) -> Tensor:
 
 
 def _share_pairs(energy: Tensor, rope_layout: str) -> Tensor:
-    """Give both channels of a RoPE pair the mean of their energies, (..., d)."""
+    """Give both channels of a RoPE pair the mean of their energies, (..., d).
+
+    RoPE turns the pair by an angle that grows with the position: what is in one channel of a
+    token is in the other of a later token. A scale of its own for each would fit the first block
+    only.
+    """
     d = energy.shape[-1]
     if rope_layout == "none" or d % 2:
         return energy
     if rope_layout not in ("half", "interleaved"):
         raise ValueError(f"rope_layout is {rope_layout!r}; choose half, interleaved or none")
     if rope_layout == "half":
-        pairs = energy.unflatten(-1, (2, d // 2)).mean(dim=-2, keepdim=True)
+        pairs = energy.unflatten(-1, (2, d // 2)).mean(dim=-2, keepdim=True)  # (..., 1, d / 2)
         return pairs.expand(*pairs.shape[:-2], 2, d // 2).flatten(-2)
-    pairs = energy.unflatten(-1, (d // 2, 2)).mean(dim=-1, keepdim=True)
+    pairs = energy.unflatten(-1, (d // 2, 2)).mean(dim=-1, keepdim=True)  # (..., d / 2, 1)
     return pairs.expand(*pairs.shape[:-1], 2).flatten(-2)
