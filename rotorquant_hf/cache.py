@@ -120,7 +120,7 @@ class RotorQuantCache(Cache):
             raise
 
     def _undo(self, failed: int, tokens: int) -> bool:
-        """Take the newest tokens out of the layers before `failed`; False where that cannot be."""
+        """Take the newest tokens out of the layers before `failed`; False if that is impossible."""
         before: list[Any] = [x for x in self.layers[:failed] if hasattr(x, "get_seq_length")]
         advanced = self.get_seq_length(failed) + tokens
         if not before or any(layer.get_seq_length() != advanced for layer in before):
@@ -235,7 +235,7 @@ def _layers_of_model(settings: RotorQuantConfig, config: PreTrainedConfig) -> li
 def _make_layer(
     settings: RotorQuantConfig, kind: str, options: dict[str, Any], uncompressed: bool
 ) -> Any:
-    """A compressed layer, or Transformers' own if `uncompressed` or not of attention alone."""
+    """A compressed layer, or Transformers' own if it is not to be compressed or cannot be."""
     if uncompressed or kind not in ("full_attention", *_SLIDING):
         return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
     if kind in _SLIDING:

@@ -1,4 +1,4 @@
-"""Where the bytes of a cache are: measured on its tensors, everything included."""
+"""The bytes of a cache by part, measured on its tensors, everything included."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PART_NAMES = {
     "value_codes": "value codes",
     "value_scale": "value scales",
     "statistics": "channel statistics",
-    "sinks": "exact sinks",
-    "window": "exact window",
+    "sinks": "sinks, full precision",
+    "window": "recent, full precision",
     "spare": "spare capacity",
     "tables": "rotations and codebooks",
     "exact_layers": "uncompressed layers",

@@ -14,7 +14,7 @@ from rotorquant_hf.attention.states import KVStates
 
 @dataclass(frozen=True)
 class HeadView:
-    """How states (batch, heads, tokens, d) are presented.
+    """How stored states (batch, heads, tokens, d) are viewed.
 
     Attributes:
         repeats: every head stands this many times, one after the other.
@@ -26,7 +26,7 @@ class HeadView:
     split: bool = False
 
     def shape(self, states: tuple[int, int, int, int]) -> tuple[int, ...]:
-        """The shape that states of this shape are given."""
+        """The shape of the view of states of this shape."""
         batch, heads, tokens, d = states
         if self.split:
             return batch, heads, self.repeats, tokens, d
@@ -70,7 +70,7 @@ AS_STORED = HeadView()
 
 
 def _keeps_order(index: Any) -> bool:
-    """Whether an index that drops no element leaves them in their order."""
+    """Whether an index that drops no element keeps the elements in their order."""
     items = index if isinstance(index, tuple) else (index,)
     return all(item is None or item is Ellipsis or isinstance(item, slice) for item in items)
 

@@ -1,4 +1,4 @@
-"""Attention spelt out, the measure of the fast ones."""
+"""Plain attention, the reference for the fast implementations."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
 def _attend_packed(
     query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
 ) -> Tensor | None:
-    """Attention over packed codes, (batch, query heads, n, value dim); None where it cannot be."""
+    """Attention over packed codes, (batch, query heads, n, value dim); None if not possible."""
     if not (isinstance(key, CompressedTensor) and isinstance(value, CompressedTensor)):
         return None
     states = key.states, value.states

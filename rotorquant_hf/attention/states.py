@@ -110,7 +110,7 @@ class Clock:
     ticks: int = 0
 
     def tick(self) -> None:
-        """Make all states of before stale."""
+        """Make all states made so far stale."""
         self.ticks += 1
 
 

@@ -99,9 +99,8 @@ def _start(query: Tensor, value_dim: int, sink_logits: Tensor | None) -> _Summar
     peak = torch.full_like(average[..., :1], _NO_SCORE)
     if sink_logits is None:
         return _Summary(peak, torch.zeros_like(peak), average)
-    per_group = sink_logits.view(
-        query.shape[1], -1, 1, 1
-    )  # m holds the rows of one group, then the next
+    # The m rows are those of the first query head of the group, then of the next.
+    per_group = sink_logits.view(query.shape[1], -1, 1, 1)
     peak.unflatten(2, (per_group.shape[1], -1)).copy_(per_group)
     return _Summary(peak, torch.ones_like(peak), average)
 

@@ -72,7 +72,7 @@ def default_tiling(query: Tensor, values: KVStates) -> Tiling:
 
 
 def _operands(query: Tensor) -> torch.dtype:
-    """What the products are of."""
+    """The dtype of the operands of matrix products."""
     return torch.float32 if query.dtype == torch.float32 else torch.float16
 
 

@@ -129,7 +129,7 @@ class RotorQuantMSE(Quantizer):
         return self.code(x)
 
     def code(self, x: Tensor) -> tuple[Tensor, MSECodes]:
-        """`quantize` of float32 vectors that were looked through for NaN and infinity before."""
+        """`quantize` without its checks, for float32 vectors known to be finite."""
         x, peak = peak_and_rest(x)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         unit = self.rotation.rotate(x / norm.clamp(min=1))  # |x| >= 1 unless x = 0
@@ -175,7 +175,7 @@ class RotorQuantMSE(Quantizer):
 
     @property
     def stage_one(self) -> RotorQuantMSE:
-        """Itself: there is one stage."""
+        """Itself, the only stage."""
         return self
 
     def decode(self, codes: MSECodes) -> Tensor:

@@ -120,7 +120,7 @@ class Quantizer(nn.Module, abc.ABC):
 
     @property
     def stage_one(self) -> Any:
-        """The `RotorQuantMSE` that codes the vectors, for the kernels; None: it is another."""
+        """The `RotorQuantMSE` whose codes and scales the rows hold; None if another class codes."""
         return None
 
     @property
