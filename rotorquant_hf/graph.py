@@ -70,8 +70,9 @@ class DecodeGraph:
                 )
             if not layer.store.kernels_take(layer.dtype):
                 raise ValueError(
-                    f"layer {index} does not decode through the Triton kernels, which take head "
-                    "dims that are multiples of 8 and 16- or 32-bit floats, and need Triton"
+                    f"layer {index} does not decode through the Triton kernels, which need Triton "
+                    "and take the quantisers 'mse' and 'prod', head dims that are multiples of 8 "
+                    "(in float32 to 512), and 16- or 32-bit floats"
                 )
             self._layers.append(layer)
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -17,7 +17,7 @@ HARNESS = read_house(ROOT / "evals")
 # These modules are made of Triton's functions; nothing imports them before a kernel is launched.
 TRITON_ROOMS = ("rotorquant_hf.kernels", "rotorquant_hf.attention.triton_attention")
 EXAMPLES = ("examples.sample_text",)
-"""Examples that can be copied out of the clone: they need the package and what it needs."""
+"""Examples that can be copied out of the clone: they need no harness and no more libraries."""
 
 
 def test_every_room_has_a_storey() -> None:
@@ -94,7 +94,7 @@ hidden = {
     for top, owners in metadata.packages_distributions().items()
     if not allowed & {re.sub("[-_.]+", "-", owner).lower() for owner in owners}
 }
-hidden |= set() if triton else {"triton"}
+hidden |= {"evals", "rotorquant_evals"} | (set() if triton else {"triton"})
 assert "pytest" in hidden, hidden  # it is here, and not to be needed
 
 class Hiding:

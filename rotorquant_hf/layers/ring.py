@@ -64,7 +64,7 @@ class RingBuffer:
     def step(self, keys: Tensor, values: Tensor) -> tuple[RingStates, RingStates]:
         """Take in new tokens (batch, heads, n, d), n <= block_length; what attention reads."""
         from rotorquant_hf.kernels.append import AppendPart, append_block
-        from rotorquant_hf.kernels.push import FLUSH, push_tokens
+        from rotorquant_hf.kernels.push import FLUSH, LENGTHS, push_tokens
 
         config, store, n = self.config, self.store, keys.shape[2]
         if config.num_to_quantise(self.count + n):
@@ -84,7 +84,8 @@ class RingBuffer:
                 window=self.sliding_window,
             )
             self._push(n)
-            seen = self._states(0), self._states(1)
+            lengths = self.lengths[LENGTHS]
+            seen = self._states(0, lengths), self._states(1, lengths)
             # A graph replays the launch in every step, so it is captured in any; the device's
             # count is 0 in the steps in which no block leaves.
             if config.num_to_quantise(self.count) or self.captured:
@@ -153,10 +154,8 @@ class RingBuffer:
             raise RuntimeError("the lengths on the device are not up to date; step once before")
         self.lengths.copy_(on_device([*lengths, 0, 0, 0, 0], self.lengths.device))
 
-    def _states(self, part: int) -> RingStates:
+    def _states(self, part: int, lengths: Tensor) -> RingStates:
         """What attention reads of the keys (part 0) or values (1) until the next step."""
-        from rotorquant_hf.kernels.push import LENGTHS
-
         side = self.store.sides[part]
         span = side.span()
         return RingStates(
@@ -166,7 +165,7 @@ class RingBuffer:
             begin=self.begin,
             count=self.count,
             rows=dict(side.buffers.tensors),
-            device_lengths=self.lengths[LENGTHS],
+            device_lengths=lengths,
             # A graph is replayed while tokens are packed: its grid is laid out for all the rows.
             max_packed=side.buffers.capacity if self.captured else span.shape[2],
             clock=self.clock,
