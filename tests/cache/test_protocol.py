@@ -769,6 +769,9 @@ def test_prefetch_moves_every_tensor_to_the_device_of_the_layer(kind):
     moved = [*layer.store.state().values(), *layer.sinks, *layer.recent]
     assert {x.device.type for x in moved} == {"meta"}
     assert layer.store.device.type == "meta"
+    for side in layer.store.sides:  # its tables follow, and are not copied into the side
+        assert side.span().quantizer is side.quantizer
+        assert {x.device.type for x in side.quantizer.buffers()} == {"meta"}
     assert (len(layer.store), layer.keys.shape) == (packed, shape)
 
 
