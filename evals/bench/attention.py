@@ -584,7 +584,7 @@ class Tuner:
 
     def run(self, limit: int | None = None) -> list[tuple[Tiling, Timing]]:
         """The best tilings and the default, timed in turn, the fastest first."""
-        tokens = self.steps[0].keys.most
+        tokens = self.steps[0].keys.max_packed
         self.try_all(tilings(self.default)[:limit], 0.5)
         for tiling in self.best(10):
             self.try_all(variations(tiling, tokens)[:limit], 0.75)
