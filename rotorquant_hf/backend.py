@@ -9,8 +9,39 @@ from contextlib import contextmanager
 
 import torch
 
+from rotorquant_hf.quant.mse import RotorQuantMSE
+from rotorquant_hf.quant.prod import RotorQuantProd
+from rotorquant_hf.quant.quantizer import Quantizer
+
 BACKENDS = ("triton", "torch")
 _forced: str | None = None
+
+# In float32, larger tiles do not fit the shared memory of most GPUs.
+_MAX_FLOAT32_DIM = 512
+
+
+def kernels_take(device: torch.device, dtype: torch.dtype, *quantizers: Quantizer) -> bool:
+    """Whether the Triton kernels do this work, or else plain torch: the one answer for all.
+
+    Args:
+        device: where the tensors lie.
+        dtype: of the keys and values to be coded, or of the queries. Float64 is torch's.
+        quantizers: of the packed keys and values. The kernels take the classes they know, with
+            16-bit scales and whole bytes in every slot of a plane (d a multiple of 8).
+    """
+    if not uses_triton(device) or dtype == torch.float64:
+        return False
+    max_dim = max(quantizer.d for quantizer in quantizers)
+    if dtype == torch.float32 and max_dim > _MAX_FLOAT32_DIM:
+        return False
+    return all(_is_known(quantizer) for quantizer in quantizers)
+
+
+def _is_known(quantizer: Quantizer) -> bool:
+    # The very classes: a subclass may code in a way of its own.
+    if type(quantizer) not in (RotorQuantMSE, RotorQuantProd):
+        return False
+    return quantizer.d % 8 == 0 and quantizer.stage_one.scale_dtype == torch.float16
 
 
 def uses_triton(device: torch.device) -> bool:
@@ -35,7 +66,7 @@ def on_device(values: list[int], device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Use one backend whatever the device, for comparisons and tests.
+    """Use one backend on every device, for comparisons and tests.
 
     "torch" also works on a GPU. "triton" on a CPU needs Triton's interpreter
     (`TRITON_INTERPRET=1` in the environment before Triton is imported).

@@ -13,32 +13,45 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types
 
 from rotorquant_hf import serialization
 from rotorquant_hf.config import RotorQuantConfig
-from rotorquant_hf.layers.full import RotorQuantLayer, RotorQuantSlidingLayer
+from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import MemoryReport, measure
 
 _SLIDING = ("sliding_attention", "chunked_attention")
 
 
 class RotorQuantCache(Cache):
-    """A KV cache in 2 to 8 bits per number.
+    """A KV cache in 2 to 8 bits per element.
 
         model.generate(**inputs, past_key_values=RotorQuantCache())
+        RotorQuantCache("k3v3")                      # a preset: 3-bit keys, 3-bit values
+        RotorQuantCache(key_bits=3, residual_length=64, config=model.config)
 
-    Sink tokens and the most recent window stay exact; every other token is quantised once, when
-    it leaves the window. Attention layers, full and sliding, are compressed; layers of other
-    kinds (linear attention, convolutions, attention and a recurrent state in one, indexed sparse
-    attention) keep Transformers' own cache, uncompressed.
+    The first tokens (sinks) and the most recent ones stay in full precision; every other token is
+    quantised once, when it is no longer recent. Attention layers, full and sliding, are
+    compressed. Layers of other kinds (linear attention, convolutions, attention and a recurrent
+    state in one, indexed sparse attention) keep Transformers' own cache, uncompressed.
 
     Args:
         settings: a preset name (see `PRESETS`), a `RotorQuantConfig`, or None for the defaults.
-        config: the model's config. Needed for models with sliding-window or other layers than
-            full attention to be stored as such, and for negative `exact_layers`.
+        config: the model's config. Needed to store sliding-window and other layers than full
+            attention as such, and for negative `exact_layers`.
         offloading: keep the layers on the CPU between their uses (CUDA only).
         offload_only_non_sliding: leave sliding layers on the GPU when offloading.
-        **options: fields of `RotorQuantConfig` that replace those of `settings`.
+        **options: fields of `RotorQuantConfig` that replace those of `settings`;
+            `print(RotorQuantConfig.describe())` shows all with defaults and meaning:
+
+            - size: `key_bits`, `value_bits`
+            - full precision: `residual_length` (recent tokens), `block_length`,
+              `num_sink_tokens`, `exact_layers`
+            - quantiser: `key_quantizer`, `key_scale`, `value_scale`, `rotation`,
+              `rotor_layers`, `qjl_dim`, `qjl_projection`, `seed`
+            - channel statistics: `equalize_keys`, `equalize_values`, `center_keys`,
+              `rope_layout`
+            - safety: `check_finite`
 
     Raises:
-        TypeError, ValueError: naming the value that is not possible and what is.
+        TypeError, ValueError: naming the value that is not possible and the possible ones.
 
     Source: RotorQuant; the protocol is that of `transformers.Cache`.
     """
@@ -107,7 +120,7 @@ class RotorQuantCache(Cache):
             raise
 
     def _undo(self, failed: int, tokens: int) -> bool:
-        """Take the newest tokens out of the layers before `failed`; False where that cannot be."""
+        """Take the newest tokens out of the layers before `failed`; False if that is impossible."""
         before: list[Any] = [x for x in self.layers[:failed] if hasattr(x, "get_seq_length")]
         advanced = self.get_seq_length(failed) + tokens
         if not before or any(layer.get_seq_length() != advanced for layer in before):
@@ -122,7 +135,7 @@ class RotorQuantCache(Cache):
     def tokens_until_packing(self) -> int:
         """How many more tokens until a layer quantises some; see `RotorQuantLayer`.
 
-        A number that is never reached where no layer is compressed.
+        `sys.maxsize` if no layer is compressed.
         """
         layers = [layer for layer in self.layers if isinstance(layer, RotorQuantLayer)]
         if not self.layers:
@@ -158,7 +171,7 @@ class RotorQuantCache(Cache):
             device: the device of the model.
 
         Raises:
-            FileNotFoundError: if there is no such file.
+            FileNotFoundError: if the file does not exist.
             ValueError: if the file is truncated, was not written by `save`, or is of another
                 model or version.
         """
@@ -183,16 +196,16 @@ class RotorQuantCache(Cache):
 
 
 class _GrowingLayers(list[Any]):
-    """Layers made as attention first uses them; says so where another kind of layer is sought."""
+    """Layers of full attention, made when they are first used."""
 
     def __init__(self, settings: RotorQuantConfig) -> None:
         super().__init__()
         self.settings = settings
 
     def make(self) -> Any:
-        """The layer that follows those there are."""
-        exact = len(self) in self.settings.exact_layers
-        return _make_layer(self.settings, "full_attention", {}, exact)
+        """The next layer."""
+        uncompressed = len(self) in self.settings.exact_layers
+        return _make_layer(self.settings, "full_attention", {}, uncompressed)
 
     def __getitem__(self, index: Any) -> Any:
         try:
@@ -212,16 +225,18 @@ def _layers_of_model(settings: RotorQuantConfig, config: PreTrainedConfig) -> li
     for index in settings.exact_layers:
         if not -len(types) <= index < len(types):
             raise ValueError(f"exact_layers has {index}, but the model has {len(types)} layers")
-    exact = {index % len(types) for index in settings.exact_layers}
+    uncompressed = {index % len(types) for index in settings.exact_layers}
     return [
-        _make_layer(settings, kind, options, index in exact)
+        _make_layer(settings, kind, options, index in uncompressed)
         for index, (kind, options) in enumerate(zip(types, kwargs, strict=True))
     ]
 
 
-def _make_layer(settings: RotorQuantConfig, kind: str, options: dict[str, Any], exact: bool) -> Any:
-    """A compressed layer, or Transformers' own where `exact` or where there is nothing to code."""
-    if exact or kind not in ("full_attention", *_SLIDING):
+def _make_layer(
+    settings: RotorQuantConfig, kind: str, options: dict[str, Any], uncompressed: bool
+) -> Any:
+    """A compressed layer, or Transformers' own if it is not to be compressed or cannot be."""
+    if uncompressed or kind not in ("full_attention", *_SLIDING):
         return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
     if kind in _SLIDING:
         return RotorQuantSlidingLayer(settings, options["sliding_window"])

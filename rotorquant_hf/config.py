@@ -9,10 +9,14 @@ from typing import Any
 from rotorquant_hf.quant.lloyd_max import MAX_BITS, MIN_BITS
 from rotorquant_hf.quant.mse import SCALES
 from rotorquant_hf.quant.prod import PROJECTIONS
+from rotorquant_hf.quant.quantizer import QuantizerSpec
+from rotorquant_hf.quant.registry import QUANTIZERS
 from rotorquant_hf.quant.rotations import ROTATIONS
 
-KEY_QUANTIZERS = ("mse", "prod")
 ROPE_LAYOUTS = ("half", "interleaved", "none")
+
+# Values get other rotations than keys, as in the reference.
+_VALUE_SEED_OFFSET = 100
 
 
 def _help(default: Any, text: str) -> Any:
@@ -21,18 +25,19 @@ def _help(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class RotorQuantConfig:
-    """Everything that a `RotorQuantCache` can be told. Immutable and hashable.
+    """All settings of a `RotorQuantCache`. Immutable and hashable.
 
-    The `help` of every field's metadata says what it does; `describe()` prints it.
+    `describe()` prints every field with its default and meaning (the `help` of its metadata).
 
     Raises:
-        ValueError: for a value out of range, naming it and what is possible.
+        ValueError: for a value out of range, naming it and the possible ones.
     """
 
-    key_bits: int = _help(4, "bits per number of a key, 1 to 8 ('prod': 2 to 8)")
-    value_bits: int = _help(4, "bits per number of a value, 1 to 8")
+    key_bits: int = _help(4, "bits per element of a key, 1 to 8 ('prod': 2 to 8)")
+    value_bits: int = _help(4, "bits per element of a value, 1 to 8")
     key_quantizer: str = _help(
-        "mse", "'mse' (least error) or 'prod' (one of the bits goes to QJL signs: unbiased scores)"
+        "mse",
+        "'mse' (least squared error) or 'prod' (unbiased scores: one bit is spent on QJL signs)",
     )
     rotation: str = _help("cascade", "'cascade', 'rotors' (the reference), 'haar' or 'hadamard'")
     rotor_layers: int | None = _help(None, "layers of 'cascade' or 'rotors'; None: their default")
@@ -52,15 +57,13 @@ class RotorQuantConfig:
     rope_layout: str = _help(
         "half",
         "which two channels RoPE turns together: 'half' (i, i + d/2), 'interleaved' (2i, 2i + 1) "
-        "or 'none'; the two share one equalisation weight",
+        "or 'none'; the two share one equalisation scale",
     )
     qjl_dim: int | None = _help(None, "projections of 'prod' keys; None: the head dim")
     qjl_projection: str = _help("orthogonal", "rows of the projection: 'orthogonal', 'gaussian'")
-    residual_length: int = _help(128, "most recent tokens that stay exact")
-    block_length: int = _help(
-        32, "tokens leave the exact window together in multiples of this many"
-    )
-    num_sink_tokens: int = _help(4, "first tokens that stay exact")
+    residual_length: int = _help(128, "latest tokens, kept in full precision")
+    block_length: int = _help(32, "recent tokens are quantised in blocks of this many")
+    num_sink_tokens: int = _help(4, "first tokens, kept in full precision")
     exact_layers: tuple[int, ...] = _help(
         (), "layers left uncompressed; negative counts from the last (needs the model's config)"
     )
@@ -70,10 +73,10 @@ class RotorQuantConfig:
     )
 
     def __post_init__(self) -> None:
-        least = 2 if self.key_quantizer == "prod" else MIN_BITS
-        _check_int("key_bits", self.key_bits, least, MAX_BITS)
+        _check_choice("key_quantizer", self.key_quantizer, tuple(QUANTIZERS))
+        min_bits = QUANTIZERS[self.key_quantizer].min_bits
+        _check_int("key_bits", self.key_bits, min_bits, MAX_BITS)
         _check_int("value_bits", self.value_bits, MIN_BITS, MAX_BITS)
-        _check_choice("key_quantizer", self.key_quantizer, KEY_QUANTIZERS)
         _check_choice("rotation", self.rotation, ROTATIONS)
         _check_choice("key_scale", self.key_scale, SCALES)
         _check_choice("value_scale", self.value_scale, SCALES)
@@ -104,9 +107,35 @@ class RotorQuantConfig:
             raise ValueError(f"exact_layers is {layers!r}; pass layer indices such as (0, -1)")
         object.__setattr__(self, "exact_layers", tuple(layers))
 
-    def leaving(self, window: int) -> int:
-        """How many of `window` exact tokens are quantised now."""
-        return max(0, window - self.residual_length) // self.block_length * self.block_length
+    def num_to_quantise(self, recent: int) -> int:
+        """How many of `recent` tokens in full precision are quantised now: whole blocks."""
+        return max(0, recent - self.residual_length) // self.block_length * self.block_length
+
+    @property
+    def key_spec(self) -> QuantizerSpec:
+        """The quantiser of keys."""
+        return QuantizerSpec(
+            name=self.key_quantizer,
+            bits=self.key_bits,
+            seed=self.seed,
+            rotation=self.rotation,
+            rotor_layers=self.rotor_layers,
+            scale=self.key_scale,
+            qjl_dim=self.qjl_dim,
+            qjl_projection=self.qjl_projection,
+        )
+
+    @property
+    def value_spec(self) -> QuantizerSpec:
+        """The quantiser of values."""
+        return QuantizerSpec(
+            name="mse",
+            bits=self.value_bits,
+            seed=self.seed + _VALUE_SEED_OFFSET,
+            rotation=self.rotation,
+            rotor_layers=self.rotor_layers,
+            scale=self.value_scale,
+        )
 
     @classmethod
     def from_options(
@@ -119,7 +148,7 @@ class RotorQuantConfig:
             **options: fields to replace.
 
         Raises:
-            ValueError: for an unknown preset or option, naming those there are.
+            ValueError: for an unknown preset or option, naming the known ones.
         """
         if base is None:
             base = cls()
@@ -150,9 +179,9 @@ class RotorQuantConfig:
         return dataclasses.asdict(self)
 
 
-def _check_int(name: str, value: Any, least: int, most: int | None = None) -> None:
-    if type(value) is not int or value < least or (most is not None and value > most):
-        reach = f"from {least} to {most}" if most is not None else f"of at least {least}"
+def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if type(value) is not int or value < low or (high is not None and value > high):
+        reach = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise ValueError(f"{name} is {value!r}; choose a whole number {reach}")
 
 
@@ -192,4 +221,4 @@ PRESETS: dict[str, RotorQuantConfig] = {
         num_sink_tokens=0,
     ),
 }
-"""Settings by name. k4v3 means 4-bit keys and 3-bit values; the last two are other people's."""
+"""Settings by name. k4v3 means 4-bit keys and 3-bit values; the last two are published methods."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rotorquant_hf.cache import RotorQuantCache
-from rotorquant_hf.layers.full import RotorQuantLayer, RotorQuantSlidingLayer
+from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 
 # Steps run as they are before the capture, so that every kernel is compiled and every library
 # has its workspace.
@@ -35,10 +36,10 @@ class DecodeGraph:
         room: tokens that memory is taken for at each capture.
 
     Raises:
-        ValueError: if the model is not on a CUDA device; if the cache is empty, has a layer that
-            is not compressed (such layers concatenate, which no graph can replay) or a sliding
-            window within the exact one, is not decoded by the kernels, or checks its entries
-            for NaN (`check_finite`); or if `room` is less than 1.
+        ValueError: if the model is not on a CUDA device; if the cache is empty or looks for NaN
+            (`check_finite`); if a layer of it is not compressed (such layers concatenate, which
+            no graph can replay), is not decoded by the kernels, or has a sliding window that
+            may hold no quantised token; or if `room` is less than 1.
     """
 
     def __init__(self, model: Any, cache: RotorQuantCache, room: int = 1024) -> None:
@@ -60,17 +61,18 @@ class DecodeGraph:
                     f"layer {index} of the cache is a {type(layer).__name__}, which cannot be "
                     "captured; leave it out of exact_layers, or decode without a graph"
                 )
-            least = cache.settings.residual_length + 2 * cache.settings.block_length
-            if isinstance(layer, RotorQuantSlidingLayer) and layer.sliding_window <= least:
+            max_recent = cache.settings.residual_length + 2 * cache.settings.block_length
+            if isinstance(layer, RotorQuantSlidingLayer) and layer.sliding_window <= max_recent:
                 raise ValueError(
                     f"layer {index} has a sliding window of {layer.sliding_window} tokens, of "
-                    f"which the exact window takes up to {least}; choose a smaller "
+                    f"which up to {max_recent} stay in full precision; choose a smaller "
                     "residual_length or block_length, or decode without a graph"
                 )
-            if not layer.store.runs_on_kernels or layer.dtype == torch.float64:
+            if not layer.store.kernels_take(layer.dtype):
                 raise ValueError(
-                    f"layer {index} does not decode through the Triton kernels, which take head "
-                    "dims that are multiples of 8 and 16- or 32-bit floats, and need Triton"
+                    f"layer {index} does not decode through the Triton kernels, which need Triton "
+                    "and take the quantisers 'mse' and 'prod', head dims that are multiples of 8 "
+                    "(in float32 to 512), and 16- or 32-bit floats"
                 )
             self._layers.append(layer)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -126,7 +128,7 @@ class DecodeGraph:
         with torch.inference_mode(False):  # also written to outside of it
             self._input_ids, self._position_ids = input_ids.clone(), position_ids.clone()
         graph = torch.cuda.CUDAGraph()
-        before = [x.decoding.snapshot() for x in self._layers if x.decoding is not None]
+        before = [x.ring.snapshot() for x in self._layers if x.ring is not None]
         length = self.cache.get_seq_length()
         try:
             with torch.cuda.graph(graph):
@@ -141,10 +143,10 @@ class DecodeGraph:
         self._memory = [_memory(x) for x in self._layers]
 
     def _is_prepared(self) -> bool:
-        return all(x.decoding is not None and x.decoding.captured for x in self._layers)
+        return all(x.ring is not None and x.ring.captured for x in self._layers)
 
     def _fits(self) -> bool:
-        """Whether there is room, and what was captured is still what the layers hold."""
+        """Whether the next block fits, and the layers still hold the memory that was captured."""
         block = self.cache.settings.block_length
         if not self._is_prepared() or any(x.store.room < block for x in self._layers):
             return False
@@ -158,11 +160,11 @@ class DecodeGraph:
         """Take memory and fix it, in the layers that can decode on the device alone."""
         self._graph, self._memory, self._warm = None, [], 0
         for layer in self._layers:
-            if layer.decoding is not None:
+            if layer.ring is not None:
                 layer.store.pin(False)
                 layer.store.reserve(self.room + self.cache.settings.block_length)
                 layer.store.pin(True)
-                layer.decoding.captured = True
+                layer.ring.captured = True
 
     def close(self) -> None:
         """Forget the graph; the cache gives memory back again as it shrinks."""
@@ -170,8 +172,8 @@ class DecodeGraph:
         for layer in self._layers:
             if layer.is_initialized:
                 layer.store.pin(False)
-            if layer.decoding is not None:
-                layer.decoding.captured = False
+            if layer.ring is not None:
+                layer.ring.captured = False
 
     def __enter__(self) -> DecodeGraph:
         return self
@@ -182,5 +184,5 @@ class DecodeGraph:
 
 def _memory(layer: RotorQuantLayer) -> tuple[Any, ...]:
     """What a captured step of a layer refers to."""
-    rows = layer.store.key_rows(), layer.store.value_rows()
-    return layer.decoding, layer.sinks, *rows[0].values(), *rows[1].values()
+    rows = [x for side in layer.store.sides for x in side.buffers.tensors.values()]
+    return layer.ring, layer.sinks, *rows

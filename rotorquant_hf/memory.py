@@ -1,4 +1,4 @@
-"""Where the bytes of a cache are: measured on its tensors, everything included."""
+"""The bytes of a cache by part, measured on its tensors, everything included."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ PART_NAMES = {
     "value_codes": "value codes",
     "value_scale": "value scales",
     "statistics": "channel statistics",
-    "sinks": "exact sinks",
-    "window": "exact window",
+    "sinks": "sinks, full precision",
+    "window": "recent, full precision",
     "spare": "spare capacity",
     "tables": "rotations and codebooks",
     "exact_layers": "uncompressed layers",
 }
-_PACKED_PARTS = frozenset(name for name in PART_NAMES if name.startswith(("key_", "value_")))
+# Every tensor of a store's rows is a part of its own, as its quantiser names it.
+_PACKED_PREFIXES = ("key_", "value_")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class MemoryReport:
 
     Attributes:
         tokens: tokens seen.
-        parts: bytes by part; the names are those of `PART_NAMES`.
+        parts: bytes by part. `PART_NAMES` has the names, but for what other quantisers than this
+            package's store.
         numbers: key and value numbers that the cache stands for (of a sliding window those it
             still holds).
         packed_numbers: those of them that are stored quantised.
@@ -70,7 +72,7 @@ class MemoryReport:
     @property
     def packed_bytes(self) -> int:
         """Bytes of the quantised tokens alone: codes, scales, signs, residual norms."""
-        return sum(size for name, size in self.parts.items() if name in _PACKED_PARTS)
+        return sum(size for name, size in self.parts.items() if name.startswith(_PACKED_PREFIXES))
 
     @property
     def packed_ratio(self) -> float:
@@ -115,13 +117,13 @@ def measure(layers: Iterable[Any], tokens: int) -> MemoryReport:
     for layer in layers:
         if isinstance(layer, RotorQuantLayer):
             for name, size in layer.nbytes().items():
-                parts[name] += size
+                parts[name] = parts.get(name, 0) + size
             all_numbers, packed_numbers = layer.numbers()
             numbers, packed = numbers + all_numbers, packed + packed_numbers
             if layer.is_initialized:
                 dtype = layer.dtype
                 if len(layer.store):
-                    quantizers = layer.store.key_quantizer, layer.store.value_quantizer
+                    quantizers = [side.quantizer for side in layer.store.sides]
                     tables |= {id(q): _module_bytes(q) for q in quantizers}
         else:
             for tensor in tensors_of(layer).values():

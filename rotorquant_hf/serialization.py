@@ -1,4 +1,4 @@
-"""Saving and loading a cache: one safetensors file, exact.
+"""Saving and loading a cache: one safetensors file, without loss.
 
 The metadata has a JSON header with the settings and one entry per layer; the tensors are named
 "<layer>.<name>". The rotations are not stored but drawn again from the seed; their first rows
@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rotorquant_hf.config import RotorQuantConfig
-from rotorquant_hf.layers.full import RotorQuantLayer, RotorQuantSlidingLayer
+from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import tensors_of
-from rotorquant_hf.quant import RotorQuantProd
 from rotorquant_hf.version import __version__
 
 FORMAT = "rotorquant-cache"
@@ -64,7 +64,7 @@ def save(path: str | os.PathLike[str], settings: RotorQuantConfig, layers: Seque
     }
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent}; make it first")
+        raise FileNotFoundError(f"folder {path.parent} does not exist; make it first")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.touch()
@@ -81,7 +81,7 @@ def read(
 ) -> tuple[RotorQuantConfig, list[LayerEntry]]:
     """Read settings and layers of a file, its tensors on `device`. See `RotorQuantCache.load`."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}; pass the path that save() was given")
+        raise FileNotFoundError(f"file {path} does not exist; pass the path that save() was given")
     try:
         with safe_open(path, framework="pt", device=str(torch.device(device))) as file:
             metadata = file.metadata() or {}
@@ -95,7 +95,9 @@ def read(
     try:
         return _parse(path, json.loads(metadata["header"]), tensors)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} has a header that makes no sense ({error!r})") from error
+        raise ValueError(
+            f"{path} has an invalid header ({error!r}); save the cache again"
+        ) from error
 
 
 def _parse(
@@ -151,23 +153,19 @@ def _entry_of(layer: Any) -> LayerEntry:
     if not layer.is_initialized:
         return LayerEntry(kind, attributes, {})
     tensors = {f"store.{name}": tensor for name, tensor in layer.store.state().items()}
-    for name in ("sinks", "window"):
-        tensors[f"{name}.keys"], tensors[f"{name}.values"] = getattr(layer, name)
+    for name, pair in (("sinks", layer.sinks), ("window", layer.recent)):
+        tensors[f"{name}.keys"], tensors[f"{name}.values"] = pair
     tensors |= _fingerprints(layer)
     return LayerEntry(kind, attributes, tensors)
 
 
 def _fingerprints(layer: RotorQuantLayer) -> dict[str, Tensor]:
     """The first rows of the matrices that the seed draws."""
-    rows = {}
-    for role, quantizer in (
-        ("key", layer.store.key_quantizer),
-        ("value", layer.store.value_quantizer),
-    ):
-        rows[f"drawn.{role}_rotation"] = quantizer.rotation.matrix()[0].clone()
-        if isinstance(quantizer, RotorQuantProd):
-            rows[f"drawn.{role}_projection"] = quantizer.S[0].clone()
-    return rows
+    return {
+        f"drawn.{role}_{name}": row
+        for role, side in (("key", layer.store.keys), ("value", layer.store.values))
+        for name, row in side.quantizer.drawn().items()
+    }
 
 
 def _restore_packed(
@@ -182,12 +180,12 @@ def _restore_packed(
         layer.cumulative_length = entry.attributes["cumulative_length"]
     if not entry.tensors:
         return
-    sinks, window = (
+    sinks, recent = (
         (entry.tensors[f"{name}.keys"], entry.tensors[f"{name}.values"])
         for name in ("sinks", "window")
     )
-    layer.lazy_initialization(*window)
-    layer.sinks, layer.window = sinks, window
+    layer.lazy_initialization(*recent)
+    layer.sinks, layer.recent = sinks, recent
     for name, row in _fingerprints(layer).items():
         if not torch.allclose(row, entry.tensors[name].to(row.device), atol=1e-4):
             raise ValueError(

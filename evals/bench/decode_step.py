@@ -15,9 +15,9 @@ from torch import Tensor
 from rotorquant_hf import RotorQuantConfig
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
-from rotorquant_hf.attention.tensor import CachedStates, CompressedTensor
+from rotorquant_hf.attention.states import CachedStates, RingStates
+from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.layers import RotorQuantLayer
-from rotorquant_hf.layers.ring import LiveStates
 
 from ..environment import Versions, device_of
 from ..failures import DeviceLost, guarded
@@ -95,8 +95,8 @@ class Step:
     shape: AttentionShape
     layer: RotorQuantLayer
     query: Tensor
-    keys: LiveStates
-    values: LiveStates
+    keys: RingStates
+    values: RingStates
 
     def attend(self, tiling: Tiling | None = None) -> Tensor:
         """Attention by the kernels, (batch, heads, 1, head dim)."""
@@ -121,7 +121,7 @@ class Step:
     def nbytes(self) -> int:
         """Bytes of the stored keys and values that attention reads."""
         return sum(
-            x.sinks.nbytes + x.tail.nbytes + sum(rows.nbytes for rows in x.packed.rows.values())
+            x.sinks.nbytes + x.recent.nbytes + sum(rows.nbytes for rows in x.packed.rows.values())
             for x in (self.keys, self.values)
         )
 
@@ -142,7 +142,7 @@ def take_step(
     return Step(shape, layer, shape.query(generator), keys, values)
 
 
-def ring_states(x: Tensor) -> LiveStates:
+def ring_states(x: Tensor) -> RingStates:
     """What attention reads of the keys or values that an update through the kernels returned.
 
     Raises:
@@ -150,14 +150,14 @@ def ring_states(x: Tensor) -> LiveStates:
     """
     if not isinstance(x, CompressedTensor):
         raise ValueError(f"nothing is packed of {x.shape[2]} tokens: the recent window has all")
-    if not isinstance(x.states, LiveStates):
+    if not isinstance(x.states, RingStates):
         raise ValueError("the layer does not decode through the kernels here")
     return x.states
 
 
-def in_double(states: CachedStates | LiveStates) -> Tensor:
+def in_double(states: CachedStates | RingStates) -> Tensor:
     """The dequantised tensor, not rounded to its dtype."""
-    return CachedStates(states.sinks.double(), states.packed, states.tail.double()).materialize()
+    return CachedStates(states.sinks.double(), states.packed, states.recent.double()).materialize()
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

@@ -154,7 +154,7 @@ def attention_cost(
     operand = torch.float16 if half else torch.float32
     tiling = choose_tiling(rows, 8, 1 << 20, d, PROCESSORS, operand)
     model, decoded = ("bf16", "fp16") if half else ("fp32", "fp32")
-    pointers = dict.fromkeys(["p_q", "p_sink_k", "p_sink_v", "p_tail_k", "p_tail_v"], model)
+    pointers = dict.fromkeys(["p_q", "p_sink_k", "p_sink_v", "p_recent_k", "p_recent_v"], model)
     pointers |= dict.fromkeys(["p_rotated", "p_projected", "p_ktable", "p_vtable"], decoded)
     pointers |= dict.fromkeys(["p_kcodes", "p_ksigns", "p_vcodes"], "u8")
     pointers |= dict.fromkeys(["p_kscale", "p_knorm", "p_vscale"], "fp16")
@@ -184,9 +184,17 @@ def other_costs(d: int, signs: int = 0, arch: int = 90) -> dict[str, Cost]:
     from rotorquant_hf.kernels.push import push_kernel, push_options
     from rotorquant_hf.kernels.queries import prepare_kernel, prepare_options
 
-    floats = ["p_weight", "p_mean", "p_rotation", "p_projection", "p_factors", "p_sums", "p_stats"]
+    floats = [
+        "p_channel_scale",
+        "p_mean",
+        "p_rotation",
+        "p_projection",
+        "p_factors",
+        "p_sums",
+        "p_stats",
+    ]
     pointers = dict.fromkeys(floats, "fp32")
-    pointers |= dict.fromkeys(["p_q", "p_sinks", "p_out"], "bf16")
+    pointers |= dict.fromkeys(["p_q", "p_sink_logits", "p_out"], "bf16")
     pointers |= dict.fromkeys(["p_k", "p_v", "p_ring_k", "p_ring_v"], "bf16")
     pointers |= {"p_rotated": "fp16", "p_projected": "fp16", "p_state": "i32"}
     found = {}

@@ -80,14 +80,14 @@ class RotorQuant(Kind):
             return super().quantised_states(layer)
         if not layer.is_initialized or not len(layer.store):
             return {}
-        spans = {"keys": layer.store.key_span(), "values": layer.store.value_span()}
+        spans = {"keys": layer.store.keys.span(), "values": layer.store.values.span()}
         return {part: dict(span.rows) for part, span in spans.items()}
 
     def span(self, layer: Any) -> tuple[int, int]:
         """Between the sinks and the recent window."""
         if not isinstance(layer, RotorQuantLayer):
             return super().span(layer)
-        last = layer.get_seq_length() - layer.window_length
+        last = layer.get_seq_length() - layer.recent_length
         return last - len(layer.store), last
 
     def parts(self, cache: Cache) -> dict[str, int]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from rotorquant_hf.attention.options import AttentionOptions
+from rotorquant_hf.attention.states import KVStates
 from rotorquant_hf.attention.torch_attention import attend_tiled
-from rotorquant_hf.backend import uses_triton
-
-if TYPE_CHECKING:
-    from rotorquant_hf.attention.tensor import States
+from rotorquant_hf.backend import kernels_take
 
 
-def attend(query: Tensor, keys: States, values: States, options: AttentionOptions) -> Tensor:
+def attend(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions) -> Tensor:
     """Attention that reads the packed codes and never holds the dequantised history.
 
     Args:
@@ -33,7 +29,7 @@ def attend(query: Tensor, keys: States, values: States, options: AttentionOption
         ValueError: for shapes, dtypes or devices that do not fit.
         RuntimeError: if a gradient is needed, which packed codes do not give.
     """
-    problem = misfit(query, keys, values, options)
+    problem = why_unsupported(query, keys, values, options)
     if problem is not None:
         raise ValueError(problem)
     if needs_gradient(query, keys, values, options):
@@ -44,26 +40,29 @@ def attend(query: Tensor, keys: States, values: States, options: AttentionOption
     return compute(query, keys, values, options)
 
 
-def compute(query: Tensor, keys: States, values: States, options: AttentionOptions) -> Tensor:
+def compute(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions) -> Tensor:
     """`attend` without its checks, for callers that have made them."""
-    if uses_triton(query.device):
-        from rotorquant_hf.attention.triton_attention import attend_packed, supports
+    if kernels_take(query.device, query.dtype, keys.packed.quantizer, values.packed.quantizer):
+        from rotorquant_hf.attention.triton_attention import attend_packed
 
-        if supports(keys.packed, values.packed, query.dtype):
-            return attend_packed(query, keys, values, options)
+        return attend_packed(query, keys, values, options)
     return attend_tiled(query, keys, values, options)
 
 
-def needs_gradient(query: Tensor, keys: States, values: States, options: AttentionOptions) -> bool:
+def needs_gradient(
+    query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions
+) -> bool:
     """Whether autograd would record this call."""
     if not torch.is_grad_enabled():
         return False
-    exact = (keys.sinks, keys.tail, values.sinks, values.tail)
-    inputs = (query, *exact, options.mask, options.sinks)
+    stored = (keys.sinks, keys.recent, values.sinks, values.recent)
+    inputs = (query, *stored, options.mask, options.sink_logits)
     return any(x is not None and x.requires_grad for x in inputs)
 
 
-def misfit(query: Tensor, keys: States, values: States, options: AttentionOptions) -> str | None:
+def why_unsupported(
+    query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions
+) -> str | None:
     """Why `attend` would not take these, and what to pass instead; None if it takes them."""
     for part, ours, theirs in (
         ("sinks", keys.sinks, values.sinks),
@@ -84,17 +83,20 @@ def misfit(query: Tensor, keys: States, values: States, options: AttentionOption
         return f"query is {query.dtype}; pass float32, bfloat16 or float16"
     if query.device != keys.sinks.device:
         return f"query is on {query.device}, the keys are on {keys.sinks.device}; move one"
-    return _misfit_of_options(options, (*query.shape[:3], tokens))
+    return _why_options_unsupported(options, (*query.shape[:3], tokens))
 
 
-def _misfit_of_options(options: AttentionOptions, scores: tuple[int, ...]) -> str | None:
-    mask, sinks, softcap = options.mask, options.sinks, options.softcap
+def _why_options_unsupported(options: AttentionOptions, scores: tuple[int, ...]) -> str | None:
+    mask, sink_logits, softcap = options.mask, options.sink_logits, options.softcap
     if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
         return f"mask is {mask.dtype}; pass a boolean or a floating one"
     if mask is not None and not _broadcasts(mask.shape, scores):
         return f"mask has shape {tuple(mask.shape)}; pass one that broadcasts to {scores}"
-    if sinks is not None and sinks.shape != scores[1:2]:
-        return f"sinks have shape {tuple(sinks.shape)}; pass one per query head, ({scores[1]},)"
+    if sink_logits is not None and sink_logits.shape != scores[1:2]:
+        return (
+            f"sink_logits have shape {tuple(sink_logits.shape)}; pass one per query head, "
+            f"({scores[1]},)"
+        )
     if softcap is not None and softcap <= 0:
         return f"softcap is {softcap}; pass a positive number, or None"
     return None

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from rotorquant_hf.attention.tensor import States
+from rotorquant_hf.attention.states import KVStates
 
 
 @dataclass(frozen=True)
 class HeadView:
-    """How states (batch, heads, tokens, d) are presented.
+    """How stored states (batch, heads, tokens, d) are viewed.
 
     Attributes:
         repeats: every head stands this many times, one after the other.
@@ -27,7 +26,7 @@ class HeadView:
     split: bool = False
 
     def shape(self, states: tuple[int, int, int, int]) -> tuple[int, ...]:
-        """The shape that states of this shape are given."""
+        """The shape of the view of states of this shape."""
         batch, heads, tokens, d = states
         if self.split:
             return batch, heads, self.repeats, tokens, d
@@ -41,7 +40,7 @@ class HeadView:
         return x if self.split else x.flatten(1, 2)
 
     def after(
-        self, func: Callable[..., Any], states: States, args: Any, kwargs: dict[str, Any]
+        self, func: Callable[..., Any], states: KVStates, args: Any, kwargs: dict[str, Any]
     ) -> HeadView | None:
         """What `func`, one of `VIEWS`, makes of this view; None if that is no head view.
 
@@ -57,8 +56,8 @@ class HeadView:
             return None
         stand_in = torch.empty(self.shape(states.shape), dtype=states.sinks.dtype, device="meta")
         result = func(stand_in, *args, **kwargs)
-        # All functions of `VIEWS` keep the order of the numbers, or repeat them along one axis
-        # that they leave in its place: if the shapes are equal, so are the numbers.
+        # All functions of `VIEWS` keep the order of the elements, or repeat them along one axis
+        # that they leave in its place: if the shapes are equal, so are the elements.
         ratio = result.numel() // max(1, stand_in.numel())
         views = HeadView(self.repeats * ratio, self.split), HeadView(self.repeats, not self.split)
         if result.dtype != stand_in.dtype:
@@ -71,7 +70,7 @@ AS_STORED = HeadView()
 
 
 def _keeps_order(index: Any) -> bool:
-    """Whether an index that drops no number leaves them in their order."""
+    """Whether an index that drops no element keeps the elements in their order."""
     items = index if isinstance(index, tuple) else (index,)
     return all(item is None or item is Ellipsis or isinstance(item, slice) for item in items)
 

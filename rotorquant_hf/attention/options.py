@@ -18,12 +18,12 @@ class AttentionOptions:
         causal: query i of n sees the tokens up to its own position, tokens - n + i. Holds in
             addition to `mask`.
         softcap: scores become softcap * tanh(scores / softcap) before the mask (gemma2).
-        sinks: (query heads,), learned logits that take part in the softmax and bring no value
-            (gpt_oss).
+        sink_logits: (query heads,), learned logits that take part in the softmax and bring no
+            value (gpt_oss).
     """
 
     scale: float
     mask: Tensor | None = None
     causal: bool = False
     softcap: float | None = None
-    sinks: Tensor | None = None
+    sink_logits: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Attention spelt out, the measure of the fast ones."""
+"""Plain attention, the reference for the fast implementations."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def attention_reference(
         n, tokens = scores.shape[-2:]
         seen = torch.ones(n, tokens, dtype=torch.bool, device=scores.device).tril(tokens - n)
         scores = scores.masked_fill(~seen, -math.inf)
-    if options.sinks is not None:
-        sinks = options.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat((scores, sinks), dim=-1)
+    if options.sink_logits is not None:
+        logits = options.sink_logits.to(scores.dtype).view(1, -1, 1, 1)
+        scores = torch.cat((scores, logits.expand(*scores.shape[:3], 1)), dim=-1)
     shares = torch.softmax(scores, dim=-1).nan_to_num(0.0)  # NaN where all scores are -inf
     return shares[..., : key.shape[2]] @ value

@@ -5,7 +5,7 @@
 Over a `RotorQuantCache` it reads the packed codes; over plain keys and values it computes the same
 from them. Besides what "sdpa" computes it knows soft-capping (gemma2) and learned sinks (gpt_oss).
 
-A causal mask that hides nothing else is not built: where there is no mask, query i of n sees the
+A mask that is merely causal is not built: without a mask, query i of n sees the
 tokens up to its own, tokens - n + i. With "sdpa" that is so for a prompt and for single tokens
 only; several tokens over a past have a mask of n x tokens there.
 """
@@ -36,7 +36,7 @@ from rotorquant_hf.attention.tensor import CompressedTensor
 
 NAME = "rotorquant"
 
-_SCORE_NUMBERS = 1 << 22
+_MAX_SCORES = 1 << 22
 """Scores held at a time where torch has no kernel: 16 MiB in float32."""
 
 _NOT_COMPUTED = ("output_attentions", "sinks", "indices", "block_indices")
@@ -102,7 +102,7 @@ def rotorquant_attention(
         mask=mask,
         causal=causal and query.shape[2] > 1,
         softcap=softcap,
-        sinks=s_aux,
+        sink_logits=s_aux,
     )
     out = None if dropout else _attend_packed(query, key, value, options)
     if out is None:
@@ -125,7 +125,7 @@ def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
 def _attend_packed(
     query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
 ) -> Tensor | None:
-    """Attention over packed codes, (batch, query heads, n, value dim); None where it cannot be."""
+    """Attention over packed codes, (batch, query heads, n, value dim); None if not possible."""
     if not (isinstance(key, CompressedTensor) and isinstance(value, CompressedTensor)):
         return None
     states = key.states, value.states
@@ -147,11 +147,11 @@ def _attend_plain(
     dropout: float,
 ) -> Tensor:
     """Attention over plain tensors, (batch, query heads, n, value dim)."""
-    if options.softcap is not None or options.sinks is not None:
+    if options.softcap is not None or options.sink_logits is not None:
         if dropout:
             raise ValueError(
-                f"attention implementation {NAME!r} has no dropout with soft-capping or sinks; "
-                "train with model.set_attn_implementation('eager')"
+                f"attention implementation {NAME!r} has no dropout with soft-capping or sink "
+                "logits; train with model.set_attn_implementation('eager')"
             )
         return _attend_by_rows(query, key, value, options)
     n, tokens = query.shape[2], key.shape[2]
@@ -183,7 +183,7 @@ def _attend_by_rows(query: Tensor, key: Tensor, value: Tensor, options: Attentio
     batch, heads, n, _ = query.shape
     tokens = key.shape[2]
     mask = None if options.mask is None else options.mask.expand(batch, heads, n, tokens)
-    size = max(1, _SCORE_NUMBERS // (batch * heads * tokens))
+    size = max(1, _MAX_SCORES // (batch * heads * tokens))
     parts = []
     for start in range(0, n, size):
         stop = min(start + size, n)

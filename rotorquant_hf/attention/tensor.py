@@ -1,7 +1,7 @@
 """The tensor that attention receives: the shape of all cached keys (or values), packed inside.
 
 `Cache.update` must return tensors. Returning dequantised ones would put the whole history in
-memory at every step of every layer's attention, whatever kernel follows. So it returns a
+memory at every step, in every layer. So it returns a
 `CompressedTensor`: `scaled_dot_product_attention` on it reads the packed codes, and so can any
 attention function that knows it; for all others it is a tensor, since any other operation on it
 first materialises it.
@@ -10,69 +10,21 @@ first materialises it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rotorquant_hf.attention.dispatch import compute, misfit, needs_gradient
+from rotorquant_hf.attention.dispatch import compute, needs_gradient, why_unsupported
 from rotorquant_hf.attention.head_view import AS_STORED, VIEWS, HeadView
 from rotorquant_hf.attention.options import AttentionOptions
-from rotorquant_hf.quant.packed import PackedSpan
-
-
-class States(Protocol):
-    """All keys (or values) that one attention call may read, oldest token first."""
-
-    @property
-    def sinks(self) -> Tensor:
-        """(batch, heads, n, d), the first tokens, exact; n may be 0."""
-
-    @property
-    def packed(self) -> PackedSpan:
-        """The quantised tokens that follow."""
-
-    @property
-    def tail(self) -> Tensor:
-        """(batch, heads, m, d), the recent window and the new tokens, exact; dtype of `sinks`."""
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(batch, heads, tokens, d)."""
-
-    def materialize(self) -> Tensor:
-        """The dequantised tensor, in the dtype of the exact tokens."""
-
-
-@dataclass(frozen=True)
-class CachedStates:
-    """`States` of tensors that nothing changes later."""
-
-    sinks: Tensor
-    packed: PackedSpan
-    tail: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(batch, heads, tokens, d)."""
-        batch, heads, m, d = self.tail.shape
-        return batch, heads, self.sinks.shape[2] + self.packed.shape[2] + m, d
-
-    def materialize(self) -> Tensor:
-        """The dequantised tensor, in the dtype of the tail."""
-        out = self.tail.new_empty(self.shape)
-        first, last = self.sinks.shape[2], self.shape[2] - self.tail.shape[2]
-        out[:, :, :first] = self.sinks
-        self.packed.materialize(out[:, :, first:last])
-        out[:, :, last:] = self.tail
-        return out
+from rotorquant_hf.attention.states import KVStates
 
 
 class CompressedTensor(Tensor):
-    """A read-only tensor (batch, heads, tokens, d) over `States`, or a head view of it.
+    """A read-only tensor (batch, heads, tokens, d) over `KVStates`, or a head view of it.
 
     Asking for its shape, dtype or device reads nothing, `scaled_dot_product_attention` reads the
     packed codes, and repeating the heads, as for grouped queries, gives another of its kind. Any
@@ -80,11 +32,11 @@ class CompressedTensor(Tensor):
     one when the operation is done.
     """
 
-    states: States
+    states: KVStates
     view_of_heads: HeadView
 
     @staticmethod
-    def __new__(cls, states: States, view: HeadView = AS_STORED) -> CompressedTensor:
+    def __new__(cls, states: KVStates, view: HeadView = AS_STORED) -> CompressedTensor:
         tensor = Tensor._make_wrapper_subclass(
             cls, view.shape(states.shape), dtype=states.sinks.dtype, device=states.sinks.device
         )
@@ -117,7 +69,7 @@ class CompressedTensor(Tensor):
         if func is functional.scaled_dot_product_attention:
             result = _attend(*args, **kwargs)
         elif args and type(args[0]) is cls:
-            result = _presented_otherwise(func, *args, **kwargs)
+            result = _as_view(func, *args, **kwargs)
         if result is not None:
             return result
         # Here rather than in __torch_dispatch__, so that a function made of several operators,
@@ -164,7 +116,7 @@ def _attend(
     ):
         return None
     options = AttentionOptions(query.shape[-1] ** -0.5 if scale is None else scale, attn_mask)
-    if misfit(query, key.states, value.states, options) is not None:
+    if why_unsupported(query, key.states, value.states, options) is not None:
         return None
     # A single head is broadcast even without enable_gqa.
     if not (enable_gqa or key.shape[1] in (1, query.shape[1])) or query.shape[1] % key.shape[1]:
@@ -174,18 +126,22 @@ def _attend(
     return compute(query, key.states, value.states, options)
 
 
-def _presented_otherwise(
+def _as_view(
     func: Callable[..., Any], x: CompressedTensor, *args: Any, **kwargs: Any
 ) -> CompressedTensor | None:
-    """The result of an operation that takes nothing away and adds nothing, None for others."""
+    """Handle no-op conversions and views that repeat heads without dequantising.
+
+    None for every other operation.
+    """
     if func in VIEWS:
         view = x.view_of_heads.after(func, x.states, args, kwargs)
         return None if view is None else CompressedTensor(x.states, view)
     if func in _CONVERSIONS:
         probe = torch.empty((0,) * x.dim(), dtype=x.dtype, device=x.device)
         return x if func(probe, *args, **kwargs) is probe else None
-    if func is Tensor.detach and not (x.states.sinks.requires_grad or x.states.tail.requires_grad):
-        return CompressedTensor(x.states, x.view_of_heads)
+    if func is Tensor.detach:
+        recorded = x.states.sinks.requires_grad or x.states.recent.requires_grad
+        return None if recorded else CompressedTensor(x.states, x.view_of_heads)
     return None
 
 
@@ -218,4 +174,4 @@ _METADATA = frozenset(
 _CONVERSIONS = frozenset(
     [Tensor.to, Tensor.contiguous, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.cpu]
 )
-"""Return the tensor itself where there is nothing to convert."""
+"""Return the tensor itself if dtype and device are right already."""

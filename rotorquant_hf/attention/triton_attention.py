@@ -10,22 +10,18 @@ import torch
 from torch import Tensor
 
 from rotorquant_hf.attention.options import AttentionOptions
-from rotorquant_hf.attention.tensor import States
-from rotorquant_hf.backend import on_device
+from rotorquant_hf.attention.states import KVStates, unit_stride
 from rotorquant_hf.kernels.attend import ADDED_MASK, BOOL_MASK, NO_MASK, attend_kernel
 from rotorquant_hf.kernels.combine import combine
 from rotorquant_hf.kernels.lookup import centroid_table, ptx_words, table_unit
-from rotorquant_hf.kernels.push import LENGTHS
 from rotorquant_hf.kernels.queries import prepare_queries
 from rotorquant_hf.kernels.sizes import pieces
-from rotorquant_hf.layers.ring import LiveStates
-from rotorquant_hf.quant.packed import PackedSpan, projections, stage_one
 
 # A split of fewer tokens is not worth its partial result.
-_LEAST_SPLIT = 256
+_MIN_SPLIT = 256
 _PROGRAMS_PER_PROCESSOR = 6
-# Numbers of the float32 partial results: 256 MiB.
-_MOST_SUMS = 1 << 26
+# Elements of the float32 partial results: 256 MiB.
+_MAX_SUMS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -33,8 +29,9 @@ class Tiling:
     """How the attention kernel is cut up.
 
     Attributes:
-        block_m: query rows of a program. block_n: packed tokens of a step. exact_n: exact tokens
-            of a step. splits: programs that share the packed tokens. warps, stages: of Triton.
+        block_m: query rows of a program. block_n: packed tokens of a step.
+        exact_n: full-precision tokens of a step.
+        splits: programs that share the packed tokens. warps, stages: of Triton.
     """
 
     block_m: int
@@ -43,15 +40,6 @@ class Tiling:
     splits: int
     warps: int
     stages: int
-
-
-def supports(keys: PackedSpan, values: PackedSpan, dtype: torch.dtype) -> bool:
-    """Whether the kernels take these: head dims that are multiples of 8, in float32 to 512.
-
-    (Larger ones in float32 leave the shared memory of most GPUs.)
-    """
-    dims = keys.quantizer.d, values.quantizer.d
-    return not any(d % 8 for d in dims) and (dtype != torch.float32 or max(dims) <= 512)
 
 
 def choose_tiling(
@@ -63,7 +51,7 @@ def choose_tiling(
     block_m = min(max(1 << (rows - 1).bit_length(), 8 if half else 16), 16 if wide else 64)
     programs *= pieces(rows, block_m)
     wanted = pieces(processors * _PROGRAMS_PER_PROCESSOR, programs)
-    splits = max(1, min(wanted, pieces(tokens, _LEAST_SPLIT)))
+    splits = max(1, min(wanted, pieces(tokens, _MIN_SPLIT)))
     return Tiling(
         block_m=block_m,
         block_n=(64 if half else 32) if d <= 128 or (half and d <= 256) else 16,
@@ -74,65 +62,30 @@ def choose_tiling(
     )
 
 
-def default_tiling(query: Tensor, values: States) -> Tiling:
+def default_tiling(query: Tensor, values: KVStates) -> Tiling:
     """The tiling of attention of queries (batch, query heads, n, key dim) over `values`."""
     batch, query_heads, n, d_k = query.shape
     heads, d_v = values.shape[1], values.shape[3]
-    rows, tokens = n * query_heads // heads, _source(values).most
+    rows, tokens = n * query_heads // heads, values.max_packed
     processors = _processors(query.device)
     return choose_tiling(rows, batch * heads, tokens, max(d_k, d_v), processors, _operands(query))
 
 
 def _operands(query: Tensor) -> torch.dtype:
-    """What the products are of."""
+    """The dtype of the operands of matrix products."""
     return torch.float32 if query.dtype == torch.float32 else torch.float16
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where the kernels find keys or values.
-
-    Attributes:
-        rows: packed tensors (batch, heads, capacity, ...) by name.
-        tail: (batch, heads, slots, d), a ring.
-        most: packed tokens that the launch is laid out for.
-    """
-
-    rows: dict[str, Tensor]
-    tail: Tensor
-    most: int
-
-
-def _source(states: States) -> _Source:
-    if isinstance(states, LiveStates):
-        states.require_current()
-        return _Source(states.base, states.ring.ring[states.part], states.most)
-    return _Source(states.packed.rows, _unit_stride(states.tail), states.packed.shape[2])
-
-
-def _lengths(states: States) -> Tensor:
-    """How many tokens there are and where, (5,) int32 on the device; see `kernels.push`."""
-    if isinstance(states, LiveStates):
-        return states.ring.lengths[LENGTHS]
-    counts = [states.sinks.shape[2], 0, states.packed.shape[2], 0, states.tail.shape[2]]
-    return on_device(counts, states.tail.device)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """x with neighbouring channels side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def attend_packed(
     query: Tensor,
-    keys: States,
-    values: States,
+    keys: KVStates,
+    values: KVStates,
     options: AttentionOptions,
     tiling: Tiling | None = None,
 ) -> Tensor:
     """Attention of queries (batch, query heads, n, key dim) over cached keys and values.
 
-    Many queries are taken some at a time, so that partial results stay within `_MOST_SUMS`.
+    Many queries are split up, so that their partial results stay within `_MAX_SUMS` elements.
     Float16 and bfloat16 queries compute with float16 operands and float32 sums, float32 queries
     with float32 throughout. Returns (batch, query heads, n, value dim) in the query's dtype.
     """
@@ -141,15 +94,19 @@ def attend_packed(
 
 
 def _attend_all(
-    query: Tensor, keys: States, values: States, options: AttentionOptions, tiling: Tiling | None
+    query: Tensor,
+    keys: KVStates,
+    values: KVStates,
+    options: AttentionOptions,
+    tiling: Tiling | None,
 ) -> Tensor:
     batch, query_heads, n, _ = query.shape
-    most = max(1, _MOST_SUMS // (2 * batch * query_heads * values.shape[3]))
-    if n <= most:
+    max_n = max(1, _MAX_SUMS // (2 * batch * query_heads * values.shape[3]))
+    if n <= max_n:
         return _attend_some(query, keys, values, options, n, tiling)
     out = query.new_empty(batch, query_heads, n, values.shape[3])
-    for start in range(0, n, most):
-        some = slice(start, min(start + most, n))
+    for start in range(0, n, max_n):
+        some = slice(start, min(start + max_n, n))
         mask = options.mask
         if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
             mask = mask[..., some, :]
@@ -161,8 +118,8 @@ def _attend_all(
 
 def _attend_some(
     query: Tensor,
-    keys: States,
-    values: States,
+    keys: KVStates,
+    values: KVStates,
     options: AttentionOptions,
     from_end: int,
     tiling: Tiling | None,
@@ -173,8 +130,8 @@ def _attend_some(
     group = query_heads // heads
     rows = n * group
     dtype = _operands(query)
-    k_source, v_source = _source(keys), _source(values)
-    k_sinks, v_sinks = _unit_stride(keys.sinks), _unit_stride(values.sinks)
+    (k_rows, k_recent), (v_rows, v_recent) = keys.device_view(), values.device_view()
+    k_sinks, v_sinks = unit_stride(keys.sinks), unit_stride(values.sinks)
     if options.mask is not None and query.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             "this attention has a mask, whose length a CUDA graph would freeze; decode rows "
@@ -183,20 +140,20 @@ def _attend_some(
     if tiling is None:
         tiling = default_tiling(query, values)
     prepared = prepare_queries(query, keys.packed, dtype)
-    splits = tiling.splits + 1
+    splits = tiling.splits + 1  # the last is that of the full-precision tokens
     sums = query.new_empty(batch * heads, splits, rows, d_v, dtype=torch.float32)
     stats = query.new_empty(2, batch * heads, splits, rows, dtype=torch.float32)
     out = query.new_empty(batch, query_heads, n, d_v)
 
-    k_bits = stage_one(keys.packed.quantizer).bits
-    v_bits = stage_one(values.packed.quantizer).bits
-    signs = projections(keys.packed.quantizer)
-    k_rows, v_rows = k_source.rows, v_source.rows
+    k_bits = keys.packed.quantizer.stage_one.bits
+    v_bits = values.packed.quantizer.stage_one.bits
+    signs = keys.packed.quantizer.num_signs
     mask, kind = options.mask, NO_MASK
     if mask is not None:
         kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
         mask = mask.expand(batch, query_heads, n, keys.shape[2])
         mask = mask.view(torch.uint8) if kind == BOOL_MASK else mask
+    # The kernel takes pointers that it does not read: without signs or a mask, those of others.
     k_signs = k_rows["signs"] if signs else k_rows["codes"]
     k_norm = k_rows["residual_norm"] if signs else k_rows["scale"]
     device = query.device
@@ -223,21 +180,21 @@ def _attend_some(
         *k_sinks.stride()[:3],
         v_sinks,
         *v_sinks.stride()[:3],
-        k_source.tail,
-        *k_source.tail.stride()[:3],
-        v_source.tail,
-        *v_source.tail.stride()[:3],
-        k_source.tail.shape[2],
+        k_recent,
+        *k_recent.stride()[:3],
+        v_recent,
+        *v_recent.stride()[:3],
+        k_recent.shape[2],
         query if mask is None else mask,
         *((0, 0, 0, 0) if mask is None else mask.stride()),
-        _lengths(keys),
+        keys.lengths(),
         sums,
         stats,
         stats.stride(0),
         options.scale,
         options.softcap or 1.0,
-        table_unit(k_bits) / math.sqrt(d_k),
-        math.sqrt(math.pi / 2) / max(signs, 1),
+        table_unit(k_bits) / math.sqrt(d_k),  # from the table's centroids to those of N(0, 1/d)
+        math.sqrt(math.pi / 2) / max(signs, 1),  # of the QJL estimate; see `RotorQuantProd`
         heads,
         group,
         rows,
@@ -262,8 +219,8 @@ def _attend_some(
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
-    sinks = None if options.sinks is None else options.sinks.contiguous()
-    combine(sums, stats, values.packed, out, tiling.splits, sinks)
+    logits = None if options.sink_logits is None else options.sink_logits.contiguous()
+    combine(sums, stats, values.packed, out, tiling.splits, logits)
     return out
 
 

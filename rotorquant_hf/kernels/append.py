@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs
 """Coding a block of tokens into the store's rows, in one launch for keys and values.
 
-The plain-torch reference is `encode(quantizer, statistics.normalize(x))` of `packed.py`. One
+The plain-torch reference is `quantizer.encode(statistics.normalize(x))`. One
 program codes 32 tokens of one head (16 of more than 256 channels):
 
-    u = (x - mean) / weight        y = T u                   in chunks of the channels
+    u = (x - mean) / channel scale        y = T u                   in chunks of the channels
     index_j = #{boundaries < y_j / |y|}        s = |y| rule(y / |y|, centroid[index])
     prod: r = y - s centroid[index]            |r|, signs of S r
 
@@ -24,14 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from rotorquant_hf.kernels.sizes import pieces
-from rotorquant_hf.quant import RotorQuantProd
 from rotorquant_hf.quant.channels import ChannelStatistics
-from rotorquant_hf.quant.packed import Quantizer, projections, stage_one
 from rotorquant_hf.quant.packing import plane_bytes, planes
+from rotorquant_hf.quant.quantizer import Quantizer
 
-_CHUNK = tl.constexpr(16)  # numbers that one step of a matrix product sums
+_CHUNK = tl.constexpr(16)  # elements that one step of a matrix product sums
 _TINY = tl.constexpr(2.0**-126)
-_MOST = tl.constexpr(65504.0)  # of float16
+_MAX_SCALE = tl.constexpr(65504.0)  # of float16
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class AppendPart:
 
     Attributes:
         x: (batch, heads, slots, d), float16, bfloat16 or float32, any strides.
-        quantizer: one that `supports` accepts.
+        quantizer: one that `backend.kernels_take` accepts.
         statistics: equalisation and centring.
         out: the store's tensors (batch, heads, capacity, ...) by name, as in `PackedSpan.rows`:
             "codes", "scale" and for `RotorQuantProd` "signs" and "residual_norm". Any strides;
@@ -53,11 +52,6 @@ class AppendPart:
     out: dict[str, Tensor]
 
 
-def supports(quantizer: Quantizer) -> bool:
-    """Whether the kernel can code for `quantizer`: whole bytes per slot, 16-bit scales."""
-    return quantizer.d % 8 == 0 and stage_one(quantizer).scale_dtype == torch.float16
-
-
 def append_block(bounds: Tensor, max_count: int, keys: AppendPart, values: AppendPart) -> None:
     """Code tokens into rows of the store, keys and values in one launch.
 
@@ -66,7 +60,7 @@ def append_block(bounds: Tensor, max_count: int, keys: AppendPart, values: Appen
     Args:
         bounds: (3,) int32 on the device: begin, count and row. They are read by the kernel, so
             that a CUDA graph can replay the launch; with count = 0 nothing is written.
-        max_count: the most that count can be. It sizes the grid.
+        max_count: upper bound of count, for the size of the grid.
         keys, values: what to code. Their batch and heads agree.
     """
     if max_count == 0:
@@ -115,29 +109,28 @@ class _Shape(NamedTuple):
 
 
 def _shape(quantizer: Quantizer) -> _Shape:
-    mse, d = stage_one(quantizer), quantizer.d
+    mse, d = quantizer.stage_one, quantizer.d
     width = planes(mse.bits)[-1]
     slot = plane_bytes(d, width)
     pad = max(triton.next_power_of_2(slot), 2 * width)  # 16 columns at least
-    return _Shape(d, mse.bits, mse.scale, projections(quantizer), width, slot, pad)
+    return _Shape(d, mse.bits, mse.scale, quantizer.num_signs, width, slot, pad)
 
 
 def _arguments(part: AppendPart) -> dict[str, Any]:
     """The kernel's arguments for keys or values; tensors as (pointer, *strides)."""
-    mse, out = stage_one(part.quantizer), part.out
-    prod = part.quantizer if isinstance(part.quantizer, RotorQuantProd) else None
+    mse, out = part.quantizer.stage_one, part.out
     return {
         "x": _strided(part.x),
         "slots": part.x.shape[2],
-        "weight": _strided(part.statistics.weight.expand(-1, -1, -1, mse.d)),
+        "channel_scale": _strided(part.statistics.scale.expand(-1, -1, -1, mse.d)),
         "mean": _strided(part.statistics.mean),
         "rotation": _strided(mse.rotation.matrix()),
         "codebook": (mse.boundaries, mse.centroids),
-        "projection": _strided(prod.S if prod else None),
+        "projection": _strided(part.quantizer.sign_matrix),
         "codes": _strided(out["codes"]),
         "scale": _strided(out["scale"]),
-        "signs": _strided(out["signs"] if prod else None),
-        "residual_norm": _strided(out["residual_norm"] if prod else None),
+        "signs": _strided(out.get("signs")),
+        "residual_norm": _strided(out.get("residual_norm")),
     }
 
 
@@ -151,7 +144,7 @@ def append_kernel(
     p_bounds,
     k_x,
     k_slots,
-    k_weight,
+    k_channel_scale,
     k_mean,
     k_rotation,
     k_codebook,
@@ -162,7 +155,7 @@ def append_kernel(
     k_residual_norm,
     v_x,
     v_slots,
-    v_weight,
+    v_channel_scale,
     v_mean,
     v_rotation,
     v_codebook,
@@ -176,19 +169,20 @@ def append_kernel(
     TOKENS: tl.constexpr,
 ):
     """Grid (tiles of tokens, heads, 2 batch): the keys and the values of row b, side by side."""
+    # One grid for both sides, so that a step launches once; program z is side z % 2 of row z // 2.
     i_tile, i_h, i_z = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     begin, count, row = tl.load(p_bounds), tl.load(p_bounds + 1), tl.load(p_bounds + 2)
-    if i_tile * TOKENS >= count:
+    if i_tile * TOKENS >= count:  # the grid is sized for the largest count
         return
     i_b = (i_z // 2).to(tl.int64)
-    o_i = i_tile * TOKENS + tl.arange(0, TOKENS)
+    o_i = i_tile * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
     m_i = o_i < count
     o_row = (row + o_i).to(tl.int64)
     if i_z % 2 == 0:
         _append(
             k_x,
             k_slots,
-            k_weight,
+            k_channel_scale,
             k_mean,
             k_rotation,
             k_codebook,
@@ -208,7 +202,7 @@ def append_kernel(
         _append(
             v_x,
             v_slots,
-            v_weight,
+            v_channel_scale,
             v_mean,
             v_rotation,
             v_codebook,
@@ -230,7 +224,7 @@ def append_kernel(
 def _append(
     x,
     slots,
-    weight,
+    channel_scale,
     mean,
     rotation,
     codebook,
@@ -247,31 +241,34 @@ def _append(
     SHAPE: tl.constexpr,
 ):
     """Code the tokens `o_x`, counted from slot 0 and beyond the last, into the rows `o_row`."""
-    o_x = (o_x % slots).to(tl.int64)
-    b_y = _rotate(x, weight, mean, rotation, i_b, i_h, o_x, m_i, SHAPE)
+    o_x = (o_x % slots).to(tl.int64)  # a ring's block may wrap around
+    b_y = _rotate(x, channel_scale, mean, rotation, i_b, i_h, o_x, m_i, SHAPE)
     b_r, b_peak = _code(b_y, codebook, codes, scale, i_b, i_h, o_row, m_i, SHAPE)
     if SHAPE.projections > 0:
         _project(b_r, b_peak, projection, signs, residual_norm, i_b, i_h, o_row, m_i, SHAPE)
 
 
 @triton.jit
-def _rotate(x, weight, mean, rotation, i_b, i_h, o_x, m_i, SHAPE: tl.constexpr):
-    """T((x - mean) / weight) of the slots `o_x`: (tokens, columns)."""
+def _rotate(x, channel_scale, mean, rotation, i_b, i_h, o_x, m_i, SHAPE: tl.constexpr):
+    """T((x - mean) / channel_scale) of the slots `o_x`: (tokens, columns)."""
     D: tl.constexpr = SHAPE.d
     o_n = tl.arange(0, 8 // SHAPE.width * SHAPE.pad)
     m_n = o_n % SHAPE.pad < SHAPE.slot
     p_x = _head(x, i_b, i_h) + o_x[:, None] * x[3]
-    p_w = _head(weight, i_b, i_h)
+    p_w = _head(channel_scale, i_b, i_h)
     p_t = rotation[0] + _element(o_n, SHAPE)[None, :] * rotation[1]
-    b_y = tl.zeros((o_x.shape[0], o_n.shape[0]), tl.float32)
+    b_y = tl.zeros((o_x.shape[0], o_n.shape[0]), tl.float32)  # [TOKENS, columns]
     for k in range(0, D, _CHUNK):
         o_k = k + tl.arange(0, _CHUNK)
         m_k = o_k < D
-        b_u = tl.load(p_x + o_k[None, :] * x[4], m_i[:, None] & m_k[None, :], 0.0).to(tl.float32)
+        m_u = m_i[:, None] & m_k[None, :]
+        b_u = tl.load(p_x + o_k[None, :] * x[4], m_u, 0.0).to(tl.float32)  # [TOKENS, _CHUNK]
         if mean is not None:
             b_u -= tl.load(_head(mean, i_b, i_h) + o_k * mean[4], m_k, 0.0)[None, :]
-        b_u *= (1.0 / tl.load(p_w + o_k * weight[4], m_k, 1.0))[None, :]
-        b_t = tl.load(p_t + o_k[:, None] * rotation[2], m_k[:, None] & m_n[None, :], 0.0)
+        b_u *= (1.0 / tl.load(p_w + o_k * channel_scale[4], m_k, 1.0))[None, :]
+        # Columns that only fill up a slot are zero: they add nothing to the norm of y.
+        m_t = m_k[:, None] & m_n[None, :]
+        b_t = tl.load(p_t + o_k[:, None] * rotation[2], m_t, 0.0)  # [_CHUNK, columns]
         # Three products in tf32 make nearly float32, on tensor cores.
         b_y = tl.dot(b_u, b_t, b_y, input_precision="tf32x3")
     return b_y
@@ -293,13 +290,14 @@ def _code(b_y, codebook, codes, scale, i_b, i_h, o_row, m_i, SHAPE: tl.constexpr
 
     b_index, b_c = _nearest(b_unit, codebook[0], codebook[1], BITS)
     o_n = tl.arange(0, b_y.shape[1])
+    # They have a centroid nevertheless, which must not enter the scale.
     b_c = tl.where((o_n % SHAPE.pad < SHAPE.slot)[None, :], b_c, 0.0)
     b_scale = b_norm * _scale_of_unit(b_unit, b_c, RULE) * b_peak
-    b_scale = tl.where(b_scale > _MOST, _MOST, b_scale).to(tl.float16)
+    b_scale = tl.where(b_scale > _MAX_SCALE, _MAX_SCALE, b_scale).to(tl.float16)
     tl.store(_head(scale, i_b, i_h) + o_row * scale[3], b_scale, m_i)
 
     p_codes = _head(codes, i_b, i_h) + o_row[:, None] * codes[3]
-    for i in tl.static_range(4):
+    for i in tl.static_range(4):  # planes of 8, 4, 2 and 1 bits
         if BITS & (8 >> i):
             _store_plane(p_codes, codes[4], b_index, m_i, 8 >> i, SHAPE)
     return b_y - b_c * (b_scale.to(tl.float32) / b_peak)[:, None], b_peak
@@ -315,7 +313,7 @@ def _nearest(b_unit, p_boundaries, p_centroids, BITS: tl.constexpr):
             m_above = b_unit > tl.load(p_boundaries + i - 1)
             b_index = tl.where(m_above, i, b_index)
             b_c = tl.where(m_above, tl.load(p_centroids + i), b_c)
-    else:
+    else:  # binary search: a boundary per bit
         for i in tl.static_range(BITS):
             b_upper = b_index + (1 << (BITS - 1 - i))
             b_index = tl.where(b_unit > tl.load(p_boundaries + b_upper - 1), b_upper, b_index)
@@ -370,7 +368,8 @@ def _project(b_r, b_peak, projection, signs, norm, i_b, i_h, o_row, m_i, SHAPE: 
         m_m = (o_byte < SIZE) & (o_s < M)
         b_dot = tl.zeros((b_r.shape[0], 8 * BYTES), tl.float32)
         for i in range(CHUNKS):
-            b_chunk = tl.sum(tl.where(o_chunk == i, b_chunks, 0.0), axis=1)
+            # Columns [i _CHUNK, (i + 1) _CHUNK) of the residual; a sum, as Triton has no slices.
+            b_chunk = tl.sum(tl.where(o_chunk == i, b_chunks, 0.0), axis=1)  # [TOKENS, _CHUNK]
             o_n = i * _CHUNK + tl.arange(0, _CHUNK)
             p_s = projection[0] + _element(o_n, SHAPE)[:, None] * projection[2]
             m_s = (o_n % SHAPE.pad < SHAPE.slot)[:, None] & m_m[None, :]

@@ -1,12 +1,12 @@
-"""The attention kernel: softmax(q K^T) V over packed and exact tokens, split over programs.
+"""The attention kernel: softmax(q K^T) V over packed and full-precision tokens, in splits.
 
 One program holds a tile of query rows of one kv head (all query heads of its group, all query
 tokens) and walks over its share of the tokens; `combine` puts the shares together. Splits
-[0, packed_splits) take the packed tokens, the last split the exact ones (sinks, recent window,
-new tokens).
+[0, packed_splits) take the packed tokens, the last split those in full precision (sinks
+and recent tokens).
 
 A packed key's score is q~ . c s + offset and a packed value's contribution p s c, with centroids
-c read by `lookup` and everything else outside the loop over numbers (see `queries`, `combine`).
+c read by `lookup` and everything else outside the loop over elements (see `queries`, `combine`).
 Tokens lie along the rows of a tile, so that few query rows (8 at least) fill the tensor cores.
 
 The sums are kept in units of 2^top, where top is the largest base-2 logit plus the exponent of
@@ -31,9 +31,9 @@ from rotorquant_hf.kernels.lookup import (
 
 NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LEAST_LOGIT = tl.constexpr(-3.0e38)
-# A scale is 0 or at least 2^-24, the least float16.
-_LEAST_EXPONENT = tl.constexpr(-24)
+_MIN_LOGIT = tl.constexpr(-3.0e38)
+# A scale is 0 or at least 2^-24, the smallest float16.
+_MIN_EXPONENT = tl.constexpr(-24)
 
 
 @triton.jit(do_not_specialize=["rows", "from_end", "splits"])
@@ -67,7 +67,7 @@ def attend_kernel(
     p_vscale,
     stride_vsb,
     stride_vsh,
-    # exact tokens
+    # tokens in full precision
     p_sink_k,
     stride_skb,
     stride_skh,
@@ -76,22 +76,22 @@ def attend_kernel(
     stride_svb,
     stride_svh,
     stride_svt,
-    p_tail_k,
-    stride_tkb,
-    stride_tkh,
-    stride_tkt,
-    p_tail_v,
-    stride_tvb,
-    stride_tvh,
-    stride_tvt,
-    tail_slots,
+    p_recent_k,
+    stride_rkb,
+    stride_rkh,
+    stride_rkt,
+    p_recent_v,
+    stride_rvb,
+    stride_rvh,
+    stride_rvt,
+    recent_slots,
     # mask (batch, query heads, n, tokens)
     p_mask,
     stride_mb,
     stride_mh,
     stride_mn,
     stride_mt,
-    # lengths: sinks, first packed row, packed tokens, first slot of the tail, tokens of the tail
+    # lengths: sinks, first packed row, packed tokens, first slot and number of the recent tokens
     p_lengths,
     # partial results
     p_sums,
@@ -124,23 +124,26 @@ def attend_kernel(
     BLOCK_N: tl.constexpr,
     EXACT_N: tl.constexpr,
 ):
-    i_bh = tl.program_id(2).to(tl.int64)
+    """Grid (tiles of query rows, splits, batch * kv heads); sizes of tiles are in brackets."""
+    i_bh = tl.program_id(2).to(tl.int64)  # 64 bits: offsets into long caches exceed 32
     i_split = tl.program_id(1)
     i_b, i_h = i_bh // heads, i_bh % heads
-    o_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Row r is query r // group of head r % group of the group.
+    o_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     m_r = o_r < rows
 
     n_sinks = tl.load(p_lengths)
     packed_begin, n_packed = tl.load(p_lengths + 1), tl.load(p_lengths + 2)
-    tail_begin, n_tail = tl.load(p_lengths + 3), tl.load(p_lengths + 4)
-    # The last token that a row's query sees, and where its mask lies.
-    o_last = n_sinks + n_packed + n_tail - from_end + o_r // group
+    recent_begin, n_recent = tl.load(p_lengths + 3), tl.load(p_lengths + 4)
+    # The last token that a row's query sees, and where its mask lies. [BLOCK_M]
+    o_last = n_sinks + n_packed + n_recent - from_end + o_r // group
     p_mrow = p_mask + i_b * stride_mb + (i_h * group + o_r % group) * stride_mh
     p_mrow += (o_r // group).to(tl.int64) * stride_mn
     p_stat = p_stats + (i_bh * splits + i_split) * rows + o_r
-    p_sum = p_sums + ((i_bh * splits + i_split) * rows + o_r[None, :]) * D_V
+    p_sum = p_sums + ((i_bh * splits + i_split) * rows + o_r[None, :]) * D_V  # [1, BLOCK_M]
 
     if i_split < splits - 1:
+        # Whole steps of BLOCK_N for each split; the last ones may be left without any token.
         share = tl.cdiv(tl.cdiv(n_packed, splits - 1), BLOCK_N) * BLOCK_N
         top, mass = _packed_split(
             p_rotated + i_bh * rows * D_K,
@@ -184,7 +187,7 @@ def attend_kernel(
             BLOCK_N,
         )
     else:
-        top, mass = _exact_split(
+        top, mass = _full_precision_split(
             p_q + i_b * stride_qb + (i_h * group + o_r % group) * stride_qh,
             (o_r // group).to(tl.int64) * stride_qn,
             stride_qd,
@@ -192,15 +195,15 @@ def attend_kernel(
             stride_skt,
             p_sink_v + i_b * stride_svb + i_h * stride_svh,
             stride_svt,
-            p_tail_k + i_b * stride_tkb + i_h * stride_tkh,
-            stride_tkt,
-            p_tail_v + i_b * stride_tvb + i_h * stride_tvh,
-            stride_tvt,
-            tail_slots,
+            p_recent_k + i_b * stride_rkb + i_h * stride_rkh,
+            stride_rkt,
+            p_recent_v + i_b * stride_rvb + i_h * stride_rvh,
+            stride_rvt,
+            recent_slots,
             n_sinks,
             n_packed,
-            tail_begin,
-            n_tail,
+            recent_begin,
+            n_recent,
             m_r,
             o_last,
             p_mrow,
@@ -262,7 +265,12 @@ def _packed_split(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Attention over the packed tokens [start, end); stores the sums, returns top and mass."""
+    """Attention over the packed tokens [start, end); stores the sums, returns top and mass.
+
+    The elements of a vector come as KSLOTS (VSLOTS) slots of KS (VS) contiguous ones, as the
+    look-ups yield them; in tile sizes KS, VS and SIGN_BYTES are padded to a power of 2, at least
+    16. A product over a vector is thus a sum of products over its slots.
+    """
     KSLOTS: tl.constexpr = slots(K_BITS)
     VSLOTS: tl.constexpr = slots(V_BITS)
     KS: tl.constexpr = D_K // KSLOTS
@@ -271,21 +279,23 @@ def _packed_split(
     # Bytes of a row, known to the compiler, which so sees how loads are aligned.
     K_ROW: tl.constexpr = D_K * K_BITS // 8
     V_ROW: tl.constexpr = D_V * V_BITS // 8
-    o_ks = tl.arange(0, max(16, triton.next_power_of_2(KS)))
-    o_vs = tl.arange(0, max(16, triton.next_power_of_2(VS)))
-    o_sg = tl.arange(0, max(16, triton.next_power_of_2(SIGN_BYTES)))
+    o_ks = tl.arange(0, max(16, triton.next_power_of_2(KS)))  # [KS]
+    o_vs = tl.arange(0, max(16, triton.next_power_of_2(VS)))  # [VS]
+    o_sg = tl.arange(0, max(16, triton.next_power_of_2(SIGN_BYTES)))  # [SIGN_BYTES]
     DTYPE: tl.constexpr = p_rotated.dtype.element_ty
     k_table = load_table(p_ktable, p_kwords, K_BITS, PTX)
     v_table = load_table(p_vtable, p_vwords, V_BITS, PTX)
 
-    p_row = p_rotated + o_r[None, :] * D_K + o_ks[:, None]
+    # The queries stay in registers through the whole walk, one tile per slot. Their padding is
+    # zero, so the padding of the centroids may be anything.
+    p_row = p_rotated + o_r[None, :] * D_K + o_ks[:, None]  # [KS, BLOCK_M]
     m_q = m_r[None, :] & (o_ks < KS)[:, None]
-    b_q = ()
+    b_q = ()  # KSLOTS of [KS, BLOCK_M]
     for k in tl.static_range(KSLOTS):
         b_q = b_q + (tl.load(p_row + k * KS, mask=m_q, other=0),)  # noqa: RUF005
-    q_factor = tl.load(p_factor + o_r, mask=m_r, other=0) * key_unit
-    q_offset = tl.load(p_factor + 2 * stride_f + o_r, mask=m_r, other=0)
-    b_g = ()
+    q_factor = tl.load(p_factor + o_r, mask=m_r, other=0) * key_unit  # [BLOCK_M]
+    q_offset = tl.load(p_factor + 2 * stride_f + o_r, mask=m_r, other=0)  # [BLOCK_M], <q, mean>
+    b_g = ()  # 8 of [SIGN_BYTES, BLOCK_M]: projected queries, by the bit that holds their sign
     g_factor = q_factor
     if SIGNS > 0:
         p_row = p_projected + o_r[None, :] * SIGNS + o_sg[:, None]
@@ -295,33 +305,35 @@ def _packed_split(
             b_g = b_g + (tl.load(p_row + k * SIGN_BYTES, mask=m_g, other=0),)  # noqa: RUF005
         g_factor = tl.load(p_factor + stride_f + o_r, mask=m_r, other=0) * sign_unit
 
+    # Running softmax: the sums are in units of 2^top, and mass is the sum of 2^(logit - top).
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
-    acc = ()
+    acc = ()  # VSLOTS of [VS, BLOCK_M]
     for _ in tl.static_range(VSLOTS):
         acc = acc + (tl.zeros([o_vs.shape[0], BLOCK_M], tl.float32),)  # noqa: RUF005
 
     for t in range(start, end, BLOCK_N):
-        o_n = t + tl.arange(0, BLOCK_N)
+        o_n = t + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         m_n = o_n < end
         o_row = (packed_begin + o_n).to(tl.int64)
 
-        # Scores, (BLOCK_N, BLOCK_M).
+        # Scores. Each byte is loaded once, and every slot of it looked up in turn.
         p_code = p_kcodes + o_row * K_ROW
-        tiles = load_planes(p_code[:, None], o_ks, m_n[:, None], KS, K_BITS)
+        tiles = load_planes(p_code[:, None], o_ks, m_n[:, None], KS, K_BITS)  # [BLOCK_N, KS] each
         b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for k in tl.static_range(KSLOTS):
-            b_c = slot_centroids(tiles, o_ks, k_table, KS, K_BITS, k, PTX)
+            b_c = slot_centroids(tiles, o_ks, k_table, KS, K_BITS, k, PTX)  # [BLOCK_N, KS]
             b_s = tl.dot(b_c, b_q[k], b_s, input_precision="tf32x3")
-        k_scale = tl.load(p_kscale + o_row, mask=m_n, other=0).to(tl.float32)
+        # Scales multiply scores, not elements, of which there are D_K / BLOCK_M times more.
+        k_scale = tl.load(p_kscale + o_row, mask=m_n, other=0).to(tl.float32)  # [BLOCK_N]
         b_s = b_s * q_factor[None, :] * k_scale[:, None] + q_offset[None, :]
         if SIGNS > 0:
             m_sign = m_n[:, None] & (o_sg < SIGN_BYTES)[None, :]
             p_sign = p_ksigns + (o_row * SIGN_BYTES)[:, None] + o_sg[None, :]
-            b_bits = tl.load(p_sign, mask=m_sign, other=0)
+            b_bits = tl.load(p_sign, mask=m_sign, other=0)  # [BLOCK_N, SIGN_BYTES]
             b_e = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for k in tl.static_range(8):
-                b_sign = slot_signs(b_bits, k, DTYPE, PTX)
+                b_sign = slot_signs(b_bits, k, DTYPE, PTX)  # [BLOCK_N, SIGN_BYTES], +-1
                 b_e = tl.dot(b_sign, b_g[k], b_e, input_precision="tf32x3")
             k_norm = tl.load(p_knorm + o_row, mask=m_n, other=0).to(tl.float32)
             b_s += b_e * g_factor[None, :] * k_norm[:, None]
@@ -340,20 +352,23 @@ def _packed_split(
             SOFTCAP,
         )
 
-        # The value's scale is 2^e f with 1 <= f < 2 (f = 0 for scale 0).
-        v_scale = tl.load(p_vscale + o_row, mask=m_n, other=0).to(tl.float32)
+        # A value enters as p s, with its scale s = 2^e f, 1 <= f < 2 (f = 0 for s = 0), taken
+        # apart by its bits. The exponent goes into the logit: in units of 2^top, b_p = p 2^e is
+        # at most 1 and b_w = p s less than 2, so that float16 holds them for values of any
+        # magnitude, even if it differs much between tokens.
+        v_scale = tl.load(p_vscale + o_row, mask=m_n, other=0).to(tl.float32)  # [BLOCK_N]
         e = ((v_scale.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
-        e = tl.maximum(e, _LEAST_EXPONENT)
+        e = tl.maximum(e, _MIN_EXPONENT)  # a scale of 0 must not hide its token's mass
         unit = ((127 - e) << 23).to(tl.float32, bitcast=True)  # 2^-e
-        b_p, keep, top = _rescale(b_z + e.to(tl.float32)[:, None], top)
-        mass = mass * keep + tl.sum(b_p * unit[:, None], axis=0)
+        b_p, keep, top = _rescale(b_z + e.to(tl.float32)[:, None], top)  # [BLOCK_N, BLOCK_M]
+        mass = mass * keep + tl.sum(b_p * unit[:, None], axis=0)  # p without 2^e
         b_w = (b_p * (v_scale * unit)[:, None]).to(DTYPE)
 
         p_code = p_vcodes + o_row * V_ROW
-        tiles = load_planes(p_code[:, None], o_vs, m_n[:, None], VS, V_BITS)
+        tiles = load_planes(p_code[:, None], o_vs, m_n[:, None], VS, V_BITS)  # [BLOCK_N, VS] each
         new = ()
         for k in tl.static_range(VSLOTS):
-            b_c = slot_centroids(tiles, o_vs, v_table, VS, V_BITS, k, PTX)
+            b_c = slot_centroids(tiles, o_vs, v_table, VS, V_BITS, k, PTX)  # [BLOCK_N, VS]
             b_o = tl.dot(tl.trans(b_c), b_w, acc[k] * keep[None, :], input_precision="tf32x3")
             new = new + (b_o,)  # noqa: RUF005
         acc = new
@@ -365,7 +380,7 @@ def _packed_split(
 
 
 @triton.jit
-def _exact_split(
+def _full_precision_split(
     p_q,
     o_q,
     stride_qd,
@@ -373,15 +388,15 @@ def _exact_split(
     stride_sk,
     p_sink_v,
     stride_sv,
-    p_tail_k,
-    stride_tk,
-    p_tail_v,
-    stride_tv,
-    tail_slots,
+    p_recent_k,
+    stride_rk,
+    p_recent_v,
+    stride_rv,
+    recent_slots,
     n_sinks,
     n_packed,
-    tail_begin,
-    n_tail,
+    recent_begin,
+    n_recent,
     m_r,
     o_last,
     p_mrow,
@@ -397,30 +412,30 @@ def _exact_split(
     BLOCK_M: tl.constexpr,
     EXACT_N: tl.constexpr,
 ):
-    """Attention over sinks and tail; stores the sums, returns top and mass."""
+    """Attention over sinks and recent tokens; stores the sums, returns top and mass."""
     # tf32 holds float16 and bfloat16 exactly, and three bits more of p than bfloat16 would.
     PRECISION: tl.constexpr = "tf32x3" if p_q.dtype.element_ty == tl.float32 else "tf32"
     o_dk = tl.arange(0, max(16, triton.next_power_of_2(D_K)))
     o_dv = tl.arange(0, max(16, triton.next_power_of_2(D_V)))
     m_q = m_r[None, :] & (o_dk < D_K)[:, None]
     p_x = (p_q + o_q)[None, :] + o_dk[:, None] * stride_qd
-    b_q = tl.load(p_x, mask=m_q, other=0).to(tl.float32)
+    b_q = tl.load(p_x, mask=m_q, other=0).to(tl.float32)  # [D_K, BLOCK_M]
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([o_dv.shape[0], BLOCK_M], tl.float32)
-    # Two walks, as the parts lie in different tensors: the tail in a ring.
+    acc = tl.zeros([o_dv.shape[0], BLOCK_M], tl.float32)  # [D_V, BLOCK_M]
+    # Two walks, as the parts lie in different tensors: the recent tokens in a ring.
     for part in tl.static_range(2):
-        p_k, stride_k = (p_tail_k, stride_tk) if part else (p_sink_k, stride_sk)
-        p_v, stride_v = (p_tail_v, stride_tv) if part else (p_sink_v, stride_sv)
-        count = n_tail if part else n_sinks
+        p_k, stride_k = (p_recent_k, stride_rk) if part else (p_sink_k, stride_sk)
+        p_v, stride_v = (p_recent_v, stride_rv) if part else (p_sink_v, stride_sv)
+        count = n_recent if part else n_sinks
         for t in range(0, count, EXACT_N):
-            o_n = t + tl.arange(0, EXACT_N)
+            o_n = t + tl.arange(0, EXACT_N)  # [EXACT_N]
             m_n = o_n < count
-            o_slot = (tail_begin + o_n) % tail_slots if part else o_n
+            o_slot = (recent_begin + o_n) % recent_slots if part else o_n
             o_slot = o_slot.to(tl.int64)[:, None]
             m_k = m_n[:, None] & (o_dk < D_K)[None, :]
             b_k = tl.load(p_k + o_slot * stride_k + o_dk[None, :], mask=m_k, other=0)
-            b_s = tl.dot(b_k.to(tl.float32), b_q, input_precision=PRECISION)
+            b_s = tl.dot(b_k.to(tl.float32), b_q, input_precision=PRECISION)  # [EXACT_N, BLOCK_M]
             b_z = _logits(
                 b_s,
                 o_n + (n_sinks + n_packed if part else 0),
@@ -439,7 +454,7 @@ def _exact_split(
             mass = mass * keep + tl.sum(b_p, axis=0)
             m_v = m_n[:, None] & (o_dv < D_V)[None, :]
             b_v = tl.load(p_v + o_slot * stride_v + o_dv[None, :], mask=m_v, other=0)
-            b_v = tl.trans(b_v).to(tl.float32)
+            b_v = tl.trans(b_v).to(tl.float32)  # [D_V, EXACT_N]
             acc = tl.dot(b_v, b_p, acc * keep[None, :], input_precision=PRECISION)
     tl.store(p_sum + o_dv[:, None], acc, mask=m_r[None, :] & (o_dv < D_V)[:, None])
     return top, mass
@@ -474,10 +489,10 @@ def _logits(
         if MASK == 1:
             m_seen = m_seen & (b_mask != 0)
         else:
-            # The least float32, which masks are made of, must not become -inf in base 2: a row
+            # The smallest float32, which masks are made of, must not become -inf in base 2: a row
             # that has nothing else is an average then, as elsewhere.
             b_mask = b_mask.to(tl.float32)
-            b_z = tl.maximum(b_z + b_mask * _LOG2_E, _LEAST_LOGIT)
+            b_z = tl.maximum(b_z + b_mask * _LOG2_E, _MIN_LOGIT)
             b_z = tl.where(b_mask == float("-inf"), float("-inf"), b_z)
     if CAUSAL:
         m_seen = m_seen & (o_col[:, None] <= o_last[None, :])
@@ -486,7 +501,12 @@ def _logits(
 
 @triton.jit
 def _rescale(b_z, top):
-    """2^(z - new top) (N, M), the factor of what was summed before, and the new top, (M,)."""
-    new = tl.maximum(top, tl.max(b_z, axis=0))
+    """2^(z - new top) (N, M), the factor of what was summed before, and the new top, (M,).
+
+    The step of the running softmax. As long as a row has seen no token, all its logits and its
+    top are -inf, and -inf - -inf would be NaN: its base is 0 instead, so that its weights and
+    its factor are 2^-inf = 0.
+    """
+    new = tl.maximum(top, tl.max(b_z, axis=0))  # [M]
     base = tl.where(new == float("-inf"), 0.0, new)
     return tl.exp2(b_z - base[None, :]), tl.exp2(top - base), new

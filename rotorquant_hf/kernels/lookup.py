@@ -13,8 +13,8 @@ Two ways from code to centroid:
 - portable: shift, mask, and a load from a table in memory (any width; also the interpreter).
 - PTX, for 2, 3 and 4 bits: `prmt.b32` picks 4 bytes of an 8-byte table by the 4 nibbles of a
   word, so two of them look up the upper and lower bytes of four float16 centroids. Codes of four
-  bytes are brought into nibble positions by shifts and masks of whole words: 1.6 instructions a
-  number at 3 bits, 2.8 at 4, in place of about ten.
+  bytes are brought into nibble positions by shifts and masks of whole words: 1.6 instructions an
+  element at 3 bits, 2.8 at 4, in place of about ten.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CENTROID_OPERANDS = tl.constexpr("=r,=r" + ",r" * 19)
 
 @triton.constexpr_function
 def plane_width(bits, i):
-    """Width of plane `i` of a code, 0 where there is none: `packing.planes`."""
+    """Width of plane `i` of a code, 0 where the code has fewer planes: `packing.planes`."""
     widths = ((1,), (2,), (2, 1), (4,), (4, 1), (4, 2), (4, 2, 1), (8,))[int(bits) - 1]
     return widths[int(i)] if int(i) < len(widths) else 0
 
@@ -49,13 +49,13 @@ def slots(bits):
 
 @functools.lru_cache(maxsize=8)
 def table_unit(bits: int) -> float:
-    """What centroids are divided by: of the units from 2 to 4, the one that float16 rounds least.
+    """What centroids are divided by: the unit from 2 to 4 with the smallest float16 rounding.
 
-    Any unit will do for the numbers; at 4 bits the best has a quarter of the rounding of 2.
+    Any unit will do for the elements; at 4 bits the best has a quarter of the rounding of 2.
     """
-    exact = LloydMaxCodebook.for_dimension(1, bits).centroids
+    centroids = LloydMaxCodebook.for_dimension(1, bits).centroids
     units = torch.linspace(2, 4, 4097, dtype=torch.float64)[:-1]
-    scaled = exact / units[:, None]
+    scaled = centroids / units[:, None]
     error = (_halves(scaled, bits).double() - scaled) * units[:, None]
     return float(units[error.square().sum(dim=1).argmin()])
 
@@ -100,7 +100,7 @@ def load_planes(p_row, o_s, m_row, S: tl.constexpr, BITS: tl.constexpr):
     """
     m = m_row & (o_s < S)[None, :]
     W0: tl.constexpr = plane_width(BITS, 0)
-    tiles = (tl.load(p_row + o_s[None, :], mask=m, other=0),)
+    tiles = (tl.load(p_row + o_s[None, :], mask=m, other=0),)  # [N, columns] of uint8
     W1: tl.constexpr = plane_width(BITS, 1)
     if W1 > 0:
         S1: tl.constexpr = S * W1 // W0
@@ -215,20 +215,23 @@ def ptx_centroids(bits, k):
 
     In each variant `n` first gets eight selectors, one per nibble: nibble 2 i + h belongs to byte
     i and to slot k of h = 0 or 1. The look-up of the low, then of the high 16 bits gives the
-    bytes of four numbers each, of which the wanted slot's two are put together.
+    bytes of four elements each, of which the wanted slot's two are put together.
     """
     bits, k = int(bits), int(k)
     if bits == 4:
         # Slot h is nibble h. The top bit says positive; the codebook is symmetric, so a negative
-        # code counts magnitudes downwards: complement its low bits. `prmt` with the top bit of a
-        # selector set fills the byte with the sign of the entry: 0xFF for positive codes, and
-        # else the entry, 0x80. Its bit 6 becomes the sign, which the last shift brings to bit 15.
+        # code counts magnitudes downwards: complement its low bits. In nibbles, t is 7 for
+        # positive codes and 0 for negative ones, and lop3 0x82 is ~(code ^ t) & 7.
         select = """
             and.b32 t, $2, 0x88888888;
             shr.b32 n, t, 3;
             sub.u32 t, t, n;
             lop3.b32 n, $2, t, 0x77777777, 0x82;"""
         h, upper_code = k, "shr.b32 c, $2, 16;"
+        # The sign. With the top bit of a selector set, `prmt` fills the byte with the sign bit
+        # of the entry 0x80: 0xFF for positive codes; else it is the entry, 0x80. lop3 0xF2 is
+        # a | (~t & 0x40): bit 14 of negative numbers, which the table keeps free. The last shift
+        # brings it to bit 15, and the magnitudes, stored shifted down, to their place.
         sign = "prmt.b32 t, 0x80808080, 0x80808080, c; lop3.b32 a, a, t, 0x40404040, 0xF2;"
         first, last = "mov.b32 c, $2;", "shl.b32 OUT, OUT, 1;"
     else:
@@ -239,12 +242,15 @@ def ptx_centroids(bits, k):
         select = move if odd else "and.b32 n, $2, 0x33333333;"
         if bits == 3:
             # The plane of 1 bit: columns from S / 2 on are one bit further up in their byte.
+            # lop3 0xD8 is $4 ? t : $3, and 0xF8 is n | (t & 4): bit 2 of each selector.
             shift = "" if odd else "shl.b32 t, t, 2;"
             select += f"""
             shr.b32 t, $3, 1;
             lop3.b32 t, $3, t, $4, 0xD8;
             {shift}
             lop3.b32 n, n, t, 0x44444444, 0xF8;"""
+    # b has the lower bytes of four numbers and a (bytes 4 to 7 for `prmt`) their upper ones; the
+    # wanted two are numbers 0 and 2 (h = 0), or 1 and 3.
     order = "0x7351" if h else "0x6240"
     look_up = f"""
             prmt.b32 a, $5, $9, n;
@@ -263,6 +269,8 @@ def ptx_centroids(bits, k):
 @triton.constexpr_function
 def ptx_signs(k):
     """PTX from four bytes to four float16 of +1 (bit `k` set: 0x3C00) or -1 (0xBC00)."""
+    # The shift brings bit k to the top of its byte; lop3 0x6A is (t & 0x80) ^ 0xBC, the upper byte
+    # of the float16; `prmt` puts a zero byte (number 4) under each.
     return f"""{{
             .reg .b32 t;
             shl.b32 t, $2, {7 - int(k)};

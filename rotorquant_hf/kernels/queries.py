@@ -6,8 +6,8 @@ on the query alone is done once, here:
 
     rotated = T(q w),  projected = S T(q w),  offset = <q, mean>.
 
-The first two are stored as unit-sized float16 rows with a float32 factor each, so that no unit of
-the model leaves float16 (or as float32 with factor 1, for float32 attention).
+The first two are stored as unit-sized float16 rows with a float32 factor each, so inputs of any
+magnitude stay within the range of float16 (or as float32 with factor 1, for float32 attention).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rotorquant_hf.kernels.sizes import padded, pieces
-from rotorquant_hf.quant import RotorQuantProd
-from rotorquant_hf.quant.packed import PackedSpan, Quantizer, projections
+from rotorquant_hf.quant.packed import PackedSpan
+from rotorquant_hf.quant.quantizer import Quantizer
 
 _ROWS = 16
 
@@ -46,12 +46,12 @@ class PreparedQueries:
 def prepare_queries(query: Tensor, keys: PackedSpan, dtype: torch.dtype) -> PreparedQueries:
     """Rotate and project queries (batch, query heads, n, d) for attention over `keys`."""
     batch, query_heads, n, d = query.shape
-    heads = keys.statistics.weight.shape[1]
+    heads = keys.statistics.scale.shape[1]
     group = query_heads // heads
     rows = n * group
-    weight, mean = keys.statistics.weight, keys.statistics.mean
-    rotation = keys.quantizer.rotation.matrix()
-    m = projections(keys.quantizer)
+    scale, mean = keys.statistics.scale, keys.statistics.mean
+    rotation = keys.quantizer.stage_one.rotation.matrix()
+    m = keys.quantizer.num_signs
     projection = _projection(keys.quantizer) if m else rotation
     rotated = query.new_empty(batch * heads, rows, d, dtype=dtype)
     projected = query.new_empty(batch * heads, rows, m, dtype=dtype) if m else rotated
@@ -59,9 +59,9 @@ def prepare_queries(query: Tensor, keys: PackedSpan, dtype: torch.dtype) -> Prep
     prepare_kernel[(pieces(rows, _ROWS), batch * heads)](
         query,
         *query.stride(),
-        weight,
-        int(weight.shape[3] != 1),
-        weight if mean is None else mean,
+        scale,
+        int(scale.shape[3] != 1),
+        scale if mean is None else mean,
         rotation,
         projection,
         rotated,
@@ -94,9 +94,10 @@ def prepare_options(d: int, m: int) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)
 def _projection(quantizer: Quantizer) -> Tensor:
-    """S T of a `RotorQuantProd`, (m, d) float32."""
-    assert isinstance(quantizer, RotorQuantProd)
-    return (quantizer.S.double() @ quantizer.rotation.matrix().double()).float()
+    """S T of a quantiser that stores signs, (m, d) float32."""
+    assert quantizer.sign_matrix is not None
+    rotation = quantizer.stage_one.rotation.matrix()
+    return (quantizer.sign_matrix.double() @ rotation.double()).float()
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -106,8 +107,8 @@ def prepare_kernel(
     stride_qh,
     stride_qn,
     stride_qd,
-    p_weight,
-    stride_weight,
+    p_channel_scale,
+    stride_channel_scale,
     p_mean,
     p_rotation,
     p_projection,
@@ -128,6 +129,7 @@ def prepare_kernel(
     PAD_M: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    """Grid (tiles of query rows, batch * kv heads)."""
     i_bh = tl.program_id(1).to(tl.int64)
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_d, o_m = tl.arange(0, PAD_D), tl.arange(0, PAD_M)
@@ -136,27 +138,29 @@ def prepare_kernel(
     p_row = p_q + i_bh // heads * stride_qb
     p_row += (i_bh % heads * group + o_r % group) * stride_qh
     p_row += (o_r // group).to(tl.int64) * stride_qn
-    p_w = p_weight + i_bh * tl.where(stride_weight == 1, d, 1)
-    offset = tl.zeros([ROWS], tl.float32)
-    b_y = tl.zeros([ROWS, PAD_D], tl.float32)
-    b_g = tl.zeros([ROWS, PAD_M], tl.float32)
+    # Scales are (heads, d), or (heads, 1) of which the one is read for every channel.
+    p_w = p_channel_scale + i_bh * tl.where(stride_channel_scale == 1, d, 1)
+    offset = tl.zeros([ROWS], tl.float32)  # <q, mean>
+    b_y = tl.zeros([ROWS, PAD_D], tl.float32)  # T(q w)
+    b_g = tl.zeros([ROWS, PAD_M], tl.float32)  # S T(q w)
+    # Some channels at a time: T and S are too large for registers.
     for k in range(0, d, CHUNK):
         o_k = k + tl.arange(0, CHUNK)
         m_k = o_k < d
         m_q = m_r[:, None] & m_k[None, :]
         b_q = tl.load(p_row[:, None] + o_k[None, :] * stride_qd, mask=m_q, other=0)
-        b_q = b_q.to(tl.float32)
+        b_q = b_q.to(tl.float32)  # [ROWS, CHUNK]
         if MEAN:
             b_mean = tl.load(p_mean + i_bh * d + o_k, mask=m_k, other=0)
             offset += tl.sum(b_q * b_mean[None, :], axis=1)
-        b_q *= tl.load(p_w + o_k * stride_weight, mask=m_k, other=0)[None, :]
+        b_q *= tl.load(p_w + o_k * stride_channel_scale, mask=m_k, other=0)[None, :]
         # Row k of T^T is column k of T.
         p_t = p_rotation + o_d[None, :] * d + o_k[:, None]
-        b_t = tl.load(p_t, mask=m_d[None, :] & m_k[:, None], other=0)
+        b_t = tl.load(p_t, mask=m_d[None, :] & m_k[:, None], other=0)  # [CHUNK, PAD_D]
         b_y = tl.dot(b_q, b_t, b_y, input_precision="tf32x3")
         if PROD:
             p_s = p_projection + o_m[None, :] * d + o_k[:, None]
-            b_s = tl.load(p_s, mask=m_m[None, :] & m_k[:, None], other=0)
+            b_s = tl.load(p_s, mask=m_m[None, :] & m_k[:, None], other=0)  # [CHUNK, PAD_M]
             b_g = tl.dot(b_q, b_s, b_g, input_precision="tf32x3")
 
     p_factor = p_factors + i_bh * rows + o_r

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def padded(n: int) -> int:
-    """Columns of a tile for `n` numbers: the least power of 2 from 16 on that holds them."""
+    """Columns of a tile for `n` elements: the smallest power of 2, at least 16, that holds them."""
     return max(16, 1 << max(0, n - 1).bit_length())
 
 

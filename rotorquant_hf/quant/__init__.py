@@ -3,6 +3,7 @@
 from rotorquant_hf.quant.lloyd_max import LloydMaxCodebook
 from rotorquant_hf.quant.mse import SCALES, MSECodes, RotorQuantMSE
 from rotorquant_hf.quant.prod import PROJECTIONS, ProdCodes, RotorQuantProd
+from rotorquant_hf.quant.quantizer import Quantizer
 from rotorquant_hf.quant.rotations import ROTATIONS, Rotation, make_rotation
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "LloydMaxCodebook",
     "MSECodes",
     "ProdCodes",
+    "Quantizer",
     "Rotation",
     "RotorQuantMSE",
     "RotorQuantProd",

@@ -1,15 +1,15 @@
 """Per-channel statistics: equalisation and centring of vectors before they are coded.
 
-A vector x is coded as u = (x - mean) / weight and read back as x_hat = u_hat * weight + mean.
+A vector x is coded as u = (x - mean) / scale and read back as x_hat = u_hat * scale + mean.
 Neither costs anything in the loop over tokens:
 
-    <q, x_hat> = <q * weight, u_hat> + <q, mean>        sum_t p_t x_hat_t =
-                                                        (sum_t p_t u_hat_t) * weight + mean
+    <q, x_hat> = <q * scale, u_hat> + <q, mean>        sum_t p_t x_hat_t =
+                                                        (sum_t p_t u_hat_t) * scale + mean
 
 Why equalise: a rotation spreads the energy of the large channels over all, and with it their
-error. The error of a score is q . (weight * eps), of variance ~ |q weight|^2 |x / weight|^2, which
-is smallest for weight_c^2 = |x_c| / |q_c|; for queries of unknown direction that is
-weight_c = rms_c^(1/2).
+error. The error of a score is q . (scale * eps), of variance ~ |q scale|^2 |x / scale|^2, which
+is smallest for scale_c^2 = |x_c| / |q_c|; for queries of unknown direction that is
+scale_c = rms_c^(1/2).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rotorquant_hf.quant.tiles import token_tiles
 
 # A channel's rms counts as at least this share of the head's: a channel that is silent in the
 # first block may speak later, and would then be blown up by the division.
-_LEAST_RMS = 0.02
+_MIN_RMS = 0.02
 
 # A channel is an offset channel if its energy is this many times the head's median and nearly all
 # of it is in the mean (measured on the first block, of 32 tokens or more).
@@ -35,16 +35,16 @@ _OFFSET_SHARE = 0.999
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Weights and means of one layer's keys or values, frozen once taken.
+    """Scales and means of one layer's keys or values, frozen once taken.
 
     Attributes:
-        weight: (batch, heads, 1, d), or (batch, heads, 1, 1) where channels are not equalised,
-            float32, positive. Scaled so that |x / weight| is 1 in the quadratic mean of the first
-            block, which lets 16-bit scales hold vectors of any unit.
+        scale: (batch, heads, 1, d), or (batch, heads, 1, 1) where channels are not equalised,
+            float32, positive. In units such that |x / scale| is 1 in the quadratic mean of the
+            first block, which lets 16-bit scales hold vectors of any unit.
         mean: (batch, heads, 1, d) float32, or None.
     """
 
-    weight: Tensor
+    scale: Tensor
     mean: Tensor | None = None
 
     @classmethod
@@ -55,17 +55,17 @@ class ChannelStatistics:
 
         Args:
             x: (batch, heads, tokens, d), at least one token.
-            power: weight_c is proportional to rms_c^power; 0 is one weight for all channels.
+            power: scale_c is proportional to rms_c^power; 0 is one scale for all channels.
             center: True takes the means of all channels, "auto" only of offset channels (see
                 `_offset_channels`), False none.
             rope_layout: "half", "interleaved" or "none": the channels that RoPE turns together.
-                They share a weight, as their energy moves to and fro, and are centred together.
+                They share a scale, as their energy moves to and fro, and are centred together.
         """
         # The largest entry is taken out first: squares of 1e-30 or 1e30 leave float32.
         peak = torch.linalg.vector_norm(x, ord=math.inf, dim=(2, 3), keepdim=True).float()
         peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-        # The weights are those of the uncentred energy: RoPE may turn a constant later, and a
-        # weight taken from the small spread around it would let it drown the head then.
+        # The scales are those of the uncentred energy: RoPE may turn a constant later, and a
+        # scale taken from the small spread around it would let it drown the head then.
         energy, mean = _moments(x, peak)
         if center == "auto":
             mean = mean * _offset_channels(energy, mean, rope_layout)
@@ -75,29 +75,29 @@ class ChannelStatistics:
         if power == 0:
             return cls(total.sqrt() * peak, center_point)
         shared = _share_pairs(energy, rope_layout)
-        weight = shared.clamp(min=_LEAST_RMS**2 * total / x.shape[-1]) ** (power / 2)
-        unit = (energy / weight.square()).sum(dim=-1, keepdim=True).sqrt()
+        scale = shared.clamp(min=_MIN_RMS**2 * total / x.shape[-1]) ** (power / 2)
+        unit = (energy / scale.square()).sum(dim=-1, keepdim=True).sqrt()
         unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-        return cls(weight * unit * peak, center_point)
+        return cls(scale * unit * peak, center_point)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """u = (x - mean) / weight of vectors (batch, heads, tokens, d), float32."""
+        """u = (x - mean) / scale of vectors (batch, heads, tokens, d), float32."""
         x = x.float()
-        return (x if self.mean is None else x - self.mean) / self.weight
+        return (x if self.mean is None else x - self.mean) / self.scale
 
     def denormalize(self, u: Tensor) -> Tensor:
-        """x = u * weight + mean of vectors (batch, heads, tokens, d)."""
-        x = u * self.weight
+        """x = u * scale + mean of vectors (batch, heads, tokens, d)."""
+        x = u * self.scale
         return x if self.mean is None else x + self.mean
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> ChannelStatistics:
         """The same with `fn` applied to every tensor (a batch selection, a move to a device)."""
-        return ChannelStatistics(fn(self.weight), None if self.mean is None else fn(self.mean))
+        return ChannelStatistics(fn(self.scale), None if self.mean is None else fn(self.mean))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        return self.weight.nbytes + (0 if self.mean is None else self.mean.nbytes)
+        return self.scale.nbytes + (0 if self.mean is None else self.mean.nbytes)
 
 
 def _moments(x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,14 +126,19 @@ def _offset_channels(energy: Tensor, mean: Tensor, rope_layout: str) -> Tensor:
 
 
 def _share_pairs(energy: Tensor, rope_layout: str) -> Tensor:
-    """Give both channels of a RoPE pair the mean of their energies, (..., d)."""
+    """Give both channels of a RoPE pair the mean of their energies, (..., d).
+
+    RoPE turns the pair by an angle that grows with the position: what is in one channel of a
+    token is in the other of a later token. A scale of its own for each would fit the first block
+    only.
+    """
     d = energy.shape[-1]
     if rope_layout == "none" or d % 2:
         return energy
     if rope_layout not in ("half", "interleaved"):
         raise ValueError(f"rope_layout is {rope_layout!r}; choose half, interleaved or none")
     if rope_layout == "half":
-        pairs = energy.unflatten(-1, (2, d // 2)).mean(dim=-2, keepdim=True)
+        pairs = energy.unflatten(-1, (2, d // 2)).mean(dim=-2, keepdim=True)  # (..., 1, d / 2)
         return pairs.expand(*pairs.shape[:-2], 2, d // 2).flatten(-2)
-    pairs = energy.unflatten(-1, (d // 2, 2)).mean(dim=-1, keepdim=True)
+    pairs = energy.unflatten(-1, (d // 2, 2)).mean(dim=-1, keepdim=True)  # (..., d / 2, 1)
     return pairs.expand(*pairs.shape[:-1], 2).flatten(-2)

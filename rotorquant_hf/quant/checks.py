@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def check_vectors(name: str, x: Tensor, d: int) -> None:
-    """Raise unless `x` is a floating tensor whose last axis has d numbers."""
+    """Raise unless `x` is a floating tensor whose last axis has d elements."""
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}; pass a floating dtype such as float32")
     if x.dim() < 1 or x.shape[-1] != d:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; its last axis must hold {d} numbers")
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; its last axis must hold {d} elements")
 
 
 def check_finite(name: str, x: Tensor, on_gpu: bool = False) -> None:

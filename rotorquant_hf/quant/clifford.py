@@ -131,7 +131,7 @@ def embed_vectors_as_multivectors(x: Tensor) -> Tensor:
     """Cut vectors into triples and make each the grade-1 part of a multivector.
 
     Args:
-        x: (..., d). A last triple of one or two numbers is filled up with zeros.
+        x: (..., d). A last triple of one or two elements is filled up with zeros.
 
     Returns:
         (..., ceil(d / 3), 8).
@@ -150,7 +150,7 @@ def extract_vectors_from_multivectors(mv: Tensor, d: int) -> Tensor:
     """
     if mv.shape[-2:] != ((d + 2) // 3, MV_DIM):
         raise ValueError(
-            f"multivectors of shape {tuple(mv.shape)} do not hold vectors of {d} numbers; "
+            f"multivectors of shape {tuple(mv.shape)} do not hold vectors of {d} elements; "
             f"expected (..., {(d + 2) // 3}, {MV_DIM})"
         )
     return mv[..., 1:4].flatten(-2)[..., :d]

@@ -21,7 +21,7 @@ class LloydMaxCodebook:
     """The codebook of a centred Gaussian of a given variance.
 
     Attributes:
-        bits: bits per number, 1 to 8.
+        bits: bits per element, 1 to 8.
         centroids: (2**bits,) float64, ascending and symmetric about 0.
         boundaries: (2**bits - 1,) float64, the midpoints between neighbouring centroids.
         distortion: expected squared error over the variance.

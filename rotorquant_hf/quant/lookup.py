@@ -1,4 +1,4 @@
-"""Centroids of packed codes by table look-up, several numbers at a time.
+"""Centroids of packed codes by table look-up, several elements at a time.
 
 A *word* holds the codes of all elements that one byte of the widest plane holds: that byte, and
 in the next higher byte, in slots of the same width, the bits that the narrower planes have of
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rotorquant_hf.quant.packing import plane_bytes, planes, unpack
 
-# Gathering numbers of a wider type moves several float32 numbers at once.
+# Gathering elements of a wider type moves several float32 elements at once.
 _ELEMENTS = {1: torch.float32, 2: torch.float64, 4: torch.complex128}
 
 
@@ -30,8 +30,8 @@ class CodeTable:
     Attributes:
         bits: bits per code.
         d: codes per vector.
-        order: (size,) int64: number i of those looked up is element order[i] of the vector; d is
-            padding, whose number means nothing.
+        order: (size,) int64: item i of those looked up is element order[i] of the vector; d is
+            padding, whose item means nothing.
         entries: (words, slots) float32, the centroids of each word.
     """
 
@@ -45,8 +45,8 @@ class CodeTable:
         """The table of `centroids`, (2**bits,) float32, for vectors of `d` codes."""
         width = _slot_width(bits, d)
         slots, size, above = 8 // width, plane_bytes(d, width), max(0, bits - width)
-        most = sum(((1 << above) - 1) << (8 + slot * width) for slot in range(slots)) + 255
-        words = torch.arange(most + 1, device=centroids.device).unsqueeze(-1)
+        max_word = sum(((1 << above) - 1) << (8 + slot * width) for slot in range(slots)) + 255
+        words = torch.arange(max_word + 1, device=centroids.device).unsqueeze(-1)
         shifts = torch.arange(slots, device=centroids.device) * width
         low = (words >> shifts) & ((1 << width) - 1)
         high = (words >> (shifts + 8)) & ((1 << above) - 1)

@@ -15,14 +15,16 @@ arXiv:2504.19874, Algorithm 1.
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Self, TypedDict, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rotorquant_hf.quant.checks import check_finite, check_vectors
 from rotorquant_hf.quant.lloyd_max import LloydMaxCodebook
+from rotorquant_hf.quant.lookup import CodeTable
 from rotorquant_hf.quant.packing import pack, packed_bytes, unpack
+from rotorquant_hf.quant.quantizer import Quantizer, QuantizerSpec, Term
 from rotorquant_hf.quant.rotations import Rotation, make_rotation
 
 SCALES = ("norm", "matched", "least_squares", "unbiased")
@@ -36,12 +38,12 @@ class MSECodes(TypedDict):
     scale: Tensor
 
 
-class RotorQuantMSE(nn.Module):
+class RotorQuantMSE(Quantizer):
     """The quantiser of least squared error.
 
     Args:
         d: vector dimension, 8 to 576.
-        bits: bits per number, 1 to 8.
+        bits: bits per element, 1 to 8.
         seed: seed of the rotation.
         grade_bits: bits per grade, as in the reference. Only {"vector": b} means anything (and
             overrides `bits`): R v ~R of a vector v is a vector, its other grades are
@@ -80,7 +82,7 @@ class RotorQuantMSE(nn.Module):
         if isinstance(rotation, str):
             rotation = make_rotation(d, rotation, rotor_layers, seed)
         elif rotation.d != d:
-            raise ValueError(f"the rotation given is for vectors of {rotation.d} numbers, not {d}")
+            raise ValueError(f"the rotation given is for vectors of {rotation.d} elements, not {d}")
         self.rotation = rotation
         codebook = LloydMaxCodebook.for_dimension(d, self.bits)
         self.centroids: Tensor
@@ -88,6 +90,20 @@ class RotorQuantMSE(nn.Module):
         self.register_buffer("centroids", codebook.centroids.float(), persistent=False)
         self.register_buffer("boundaries", codebook.boundaries.float(), persistent=False)
         self.to(device)
+
+    @classmethod
+    def from_spec(cls, spec: QuantizerSpec, d: int, device: torch.device) -> Self:
+        """As in `Quantizer`; scales are stored in 16 bits."""
+        return cls(
+            d,
+            spec.bits,
+            spec.seed,
+            device=device,
+            rotation=spec.rotation,
+            rotor_layers=spec.rotor_layers,
+            scale=spec.scale,
+            scale_dtype=torch.float16,
+        )
 
     @property
     def bytes_per_vector(self) -> int:
@@ -110,20 +126,25 @@ class RotorQuantMSE(nn.Module):
         check_vectors("x", x, self.d)
         x = x.float()
         check_finite("x", x)
+        return self.code(x)
+
+    def code(self, x: Tensor) -> tuple[Tensor, MSECodes]:
+        """`quantize` without its checks, for float32 vectors known to be finite."""
         x, peak = peak_and_rest(x)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         unit = self.rotation.rotate(x / norm.clamp(min=1))  # |x| >= 1 unless x = 0
         index = torch.bucketize(unit, self.boundaries, out_int32=True)
         c = self.centroids[index]
         scale = norm * self._scale_of_unit(unit, c) * peak
-        most = torch.finfo(self.scale_dtype).max
-        if x.device.type == "cpu" and bool((scale > most).any()):
+        max_scale = torch.finfo(self.scale_dtype).max
+        # Asked the other way round, NaN would pass: finite x may overflow on its way here.
+        if x.device.type == "cpu" and not bool((scale <= max_scale).all()):
             raise ValueError(
                 f"x has a vector of norm {float((norm * peak).max()):.3g}, too large for its "
-                f"scale in {self.scale_dtype} (at most {most:.3g}); divide x (in a cache, norms "
-                "are relative to the first block compressed: start a new cache)"
+                f"scale in {self.scale_dtype} (at most {max_scale:.3g}); divide x (in a cache, "
+                "norms are relative to the first block compressed: start a new cache)"
             )
-        scale = scale.clamp(max=most).to(self.scale_dtype)
+        scale = scale.clamp(max=max_scale).to(self.scale_dtype)
         codes: MSECodes = {"codes": pack(index, self.bits), "scale": scale.squeeze(-1)}
         return c * scale.float(), codes
 
@@ -138,6 +159,24 @@ class RotorQuantMSE(nn.Module):
             return dot / c.square().sum(dim=-1, keepdim=True)
         # y and c agree in sign everywhere, so the product is positive; 0 only for x = 0.
         return 1 / dot.clamp(min=torch.finfo(dot.dtype).tiny)
+
+    def encode(self, u: Tensor) -> dict[str, Tensor]:
+        """As in `Quantizer`: `codes` and `scale` of `MSECodes`."""
+        return dict(cast(dict[str, Tensor], self.code(u)[1]))
+
+    def terms(self) -> tuple[Term, ...]:
+        """As in `Quantizer`: x_hat = scale * (centroids @ T)."""
+        table = CodeTable.of(self.centroids, self.bits, self.d)
+        return (Term.of("codes", "scale", table, self.rotation.matrix()),)
+
+    def drawn(self) -> dict[str, Tensor]:
+        """As in `Quantizer`: the first row of T."""
+        return {"rotation": self.rotation.matrix()[0].clone()}
+
+    @property
+    def stage_one(self) -> RotorQuantMSE:
+        """Itself, the only stage."""
+        return self
 
     def decode(self, codes: MSECodes) -> Tensor:
         """T(x_hat), (..., d) float32: <rotate(q), decode(codes)> = <q, x_hat>."""

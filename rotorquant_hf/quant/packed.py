@@ -5,17 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rotorquant_hf.quant import RotorQuantMSE, RotorQuantProd
 from rotorquant_hf.quant.channels import ChannelStatistics
-from rotorquant_hf.quant.lookup import CodeTable
+from rotorquant_hf.quant.quantizer import Quantizer, Term
 from rotorquant_hf.quant.tiles import token_tiles
-
-Quantizer = RotorQuantMSE | RotorQuantProd
 
 
 @dataclass(frozen=True)
@@ -23,8 +20,8 @@ class PackedSpan:
     """A run of `tokens` quantised keys or values, sharing the store's memory.
 
     Attributes:
-        rows: views (batch, heads, tokens, ...) of the store's tensors: "codes", "scale" and for
-            `RotorQuantProd` also "signs" and "residual_norm".
+        rows: views (batch, heads, tokens, ...) of the store's tensors, as `Quantizer.encode`
+            names them.
         statistics: equalisation and centring of these vectors.
         quantizer: what coded them.
     """
@@ -36,49 +33,49 @@ class PackedSpan:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(batch, heads, tokens, d)."""
-        batch, heads, tokens = self.rows["scale"].shape
+        batch, heads, tokens = next(iter(self.rows.values())).shape[:3]
         return batch, heads, tokens, self.quantizer.d
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """The parts of which the vectors are sums."""
-        return _terms(self.quantizer, self.rows["scale"].device)
+        """The terms of which the vectors are sums."""
+        return _terms(self.quantizer)
 
     def fold(self, queries: Tensor) -> FoldedQueries:
-        """Take equalisation, centre, rotation and the order of the numbers into the queries.
+        """Take equalisation, centre, rotation and the order of the elements into the queries.
 
         Args:
             queries: (batch, heads, n, d) float32.
         """
         mean = self.statistics.mean
-        weighted = queries * self.statistics.weight
+        scaled = queries * self.statistics.scale
         return FoldedQueries(
-            [weighted @ term.basis.T for term in self.terms],
+            [scaled @ term.basis.T for term in self.terms],
             None if mean is None else queries @ mean.mT,
         )
 
     def unfold(self, sums: list[Tensor]) -> Tensor:
-        """Vectors from their numbers, or averages of vectors from averages of their numbers.
+        """Vectors from their elements, or averages of vectors from averages of their elements.
 
         Args:
-            sums: for each term scale * numbers, (batch, heads, n, size) float32, or averages of
+            sums: for each term scale * elements, (batch, heads, n, size) float32, or averages of
                 these (over any tokens, with weights that sum to 1).
 
         Returns:
             (batch, heads, n, d) float32.
         """
-        parts = [numbers @ term.basis for numbers, term in zip(sums, self.terms, strict=True)]
+        parts = [elements @ term.basis for elements, term in zip(sums, self.terms, strict=True)]
         return self.statistics.denormalize(functools.reduce(torch.add, parts))
 
     def look_up(self, tokens: slice) -> list[tuple[Tensor, Tensor]]:
-        """For each term the numbers (batch, heads, n, size) and scales (batch, heads, n), float32.
+        """For each term the elements (batch, heads, n, size) and scales (batch, heads, n), float32.
 
-        The numbers are not scaled: scores and weights are fewer.
+        The elements are not scaled: scores and weights are fewer.
         """
         found = []
         for term in self.terms:
-            numbers = term.table.look_up(self.rows[term.codes][:, :, tokens])
-            found.append((numbers, self.rows[term.scale][:, :, tokens].float()))
+            elements = term.table.look_up(self.rows[term.codes][:, :, tokens])
+            found.append((elements, self.rows[term.scale][:, :, tokens].float()))
         return found
 
     def _tiles(self) -> Iterator[slice]:
@@ -110,15 +107,15 @@ class PackedSpan:
     def inner_products(self, folded: FoldedQueries, tokens: slice) -> Tensor:
         """Inner products of the folded queries with some tokens, (batch, heads, n, tokens)."""
         parts = [
-            (q @ numbers.mT).mul_(scale.unsqueeze(2))
-            for q, (numbers, scale) in zip(folded.terms, self.look_up(tokens), strict=True)
+            (q @ elements.mT).mul_(scale.unsqueeze(2))
+            for q, (elements, scale) in zip(folded.terms, self.look_up(tokens), strict=True)
         ]
         if folded.offset is not None:
             parts.append(folded.offset)
         return functools.reduce(Tensor.add_, parts)
 
     def weighted_sums(self, weights: Tensor, tokens: slice) -> list[Tensor]:
-        """Sums over some tokens of weight * scale * numbers, for `unfold`.
+        """Sums over some tokens of weight * scale * elements, for `unfold`.
 
         Args:
             weights: (batch, heads, n, tokens) float32.
@@ -130,7 +127,7 @@ class PackedSpan:
 
 
 class FoldedQueries(NamedTuple):
-    """Queries ready for looked-up numbers: <q, x> = offset + sum_terms <term, numbers> scale.
+    """Queries ready for looked-up elements: <q, x> = offset + sum_terms <term, elements> scale.
 
     `terms`: (batch, heads, n, size) each; `offset`: <q, mean>, (batch, heads, n, 1), or None.
     """
@@ -139,61 +136,7 @@ class FoldedQueries(NamedTuple):
     offset: Tensor | None
 
 
-@dataclass(frozen=True)
-class Term:
-    """One of the parts of which reconstructed vectors are sums: scale * (numbers @ basis).
-
-    Attributes:
-        codes: name of the rows that hold the codes.
-        scale: name of the rows that hold the scales.
-        table: the numbers that the codes stand for, and their order.
-        basis: (size, d) float32.
-    """
-
-    codes: str
-    scale: str
-    table: CodeTable
-    basis: Tensor
-
-
 @functools.lru_cache(maxsize=64)
-def _terms(quantizer: Quantizer, device: torch.device) -> tuple[Term, ...]:
-    """Stage 1, and for `RotorQuantProd` the residual, as its signs estimate it."""
-    mse = stage_one(quantizer)
+def _terms(quantizer: Quantizer) -> tuple[Term, ...]:
     with torch.inference_mode(False), torch.no_grad():  # they may be needed for a gradient
-        rotation = quantizer.rotation.matrix().to(device)
-        codes = CodeTable.of(mse.centroids.to(device), mse.bits, mse.d)
-        first = Term("codes", "scale", codes, _in_order(rotation, codes.order))
-        if isinstance(quantizer, RotorQuantMSE):
-            return (first,)
-        signs = CodeTable.of(torch.tensor([-1.0, 1.0], device=device), 1, quantizer.qjl_dim)
-        basis = _in_order(quantizer.correction.to(device) @ rotation, signs.order)
-        return first, Term("signs", "residual_norm", signs, basis)
-
-
-def _in_order(matrix: Tensor, order: Tensor) -> Tensor:
-    """The rows of a matrix in this order, zero for padding."""
-    return torch.cat((matrix, torch.zeros_like(matrix[:1])))[order]
-
-
-def stage_one(quantizer: Quantizer) -> RotorQuantMSE:
-    """What codes the vectors; of `RotorQuantProd` the first of two stages."""
-    return quantizer if isinstance(quantizer, RotorQuantMSE) else quantizer.mse
-
-
-def projections(quantizer: Quantizer) -> int:
-    """How many signs a vector has: m of `RotorQuantProd`, else 0."""
-    return 0 if isinstance(quantizer, RotorQuantMSE) else quantizer.qjl_dim
-
-
-def encode(quantizer: Quantizer, u: Tensor) -> dict[str, Tensor]:
-    """Quantise vectors to the rows that the store keeps."""
-    if isinstance(quantizer, RotorQuantMSE):
-        _, codes = quantizer.quantize(u)
-        return dict(cast(dict[str, Tensor], codes))
-    prod = quantizer.quantize(u)
-    return {
-        **cast(dict[str, Tensor], prod["mse_indices"]),
-        "signs": prod["qjl_signs"],
-        "residual_norm": prod["residual_norm"],
-    }
+        return quantizer.terms()

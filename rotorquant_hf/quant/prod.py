@@ -1,4 +1,4 @@
-"""RotorQuantProd: unbiased inner products from b bits per number.
+"""RotorQuantProd: unbiased inner products from b bits per element.
 
 Stage 1 is `RotorQuantMSE` with b - 1 bits. Stage 2 stores of its residual r the signs of m
 projections and the norm (QJL, Zandieh et al., arXiv:2406.03482), and estimates
@@ -15,14 +15,17 @@ same constant is exactly unbiased for both, and orthogonal rows have the lower v
 from __future__ import annotations
 
 import math
-from typing import TypedDict
+from typing import Self, TypedDict, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from rotorquant_hf.quant.checks import check_finite, check_vectors
 from rotorquant_hf.quant.lloyd_max import MAX_BITS
+from rotorquant_hf.quant.lookup import CodeTable
 from rotorquant_hf.quant.mse import MSECodes, RotorQuantMSE, peak_and_rest
 from rotorquant_hf.quant.packing import pack, packed_bytes, unpack
+from rotorquant_hf.quant.quantizer import Quantizer, QuantizerSpec, Term
 from rotorquant_hf.quant.rotations import Rotation, haar_matrix
 
 PROJECTIONS = ("orthogonal", "gaussian")
@@ -41,12 +44,12 @@ class ProdCodes(TypedDict):
     residual_norm: Tensor
 
 
-class RotorQuantProd(nn.Module):
+class RotorQuantProd(Quantizer):
     """The quantiser with unbiased inner products.
 
     Args:
         d: vector dimension, 8 to 576.
-        bits: bits per number in all, 2 to 8: bits - 1 for stage 1 and, with qjl_dim = d, 1 for
+        bits: bits per element in all, 2 to 8: bits - 1 for stage 1 and, with qjl_dim = d, 1 for
             the signs.
         qjl_dim: m, the number of projections; by default d.
         seed: seed of the rotation; S is drawn from seed + 1.
@@ -58,6 +61,8 @@ class RotorQuantProd(nn.Module):
     Raises:
         ValueError: naming the value that is not possible.
     """
+
+    min_bits = 2
 
     def __init__(
         self,
@@ -74,10 +79,10 @@ class RotorQuantProd(nn.Module):
         scale_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if type(bits) is not int or not 2 <= bits <= MAX_BITS:
+        if type(bits) is not int or not self.min_bits <= bits <= MAX_BITS:
             raise ValueError(
-                f"bits is {bits!r}; a product quantiser takes 2 to {MAX_BITS}, one bit being for "
-                "the signs of the residual"
+                f"bits is {bits!r}; a product quantiser takes {self.min_bits} to {MAX_BITS}, one "
+                "bit being for the signs of the residual"
             )
         if qjl_dim is not None and qjl_dim < 1:
             raise ValueError(f"qjl_dim is {qjl_dim}; choose at least 1, or None for d")
@@ -99,6 +104,22 @@ class RotorQuantProd(nn.Module):
             projection_matrix = _projection_matrix(projection, self.qjl_dim, d, seed + 1)
         self.register_buffer("S", projection_matrix, persistent=False)
         self.to(device)
+
+    @classmethod
+    def from_spec(cls, spec: QuantizerSpec, d: int, device: torch.device) -> Self:
+        """As in `Quantizer`; scales and residual norms are stored in 16 bits."""
+        return cls(
+            d,
+            spec.bits,
+            spec.qjl_dim,
+            spec.seed,
+            device=device,
+            projection=spec.qjl_projection,
+            rotation=spec.rotation,
+            rotor_layers=spec.rotor_layers,
+            scale=spec.scale,
+            scale_dtype=torch.float16,
+        )
 
     @property
     def rotation(self) -> Rotation:
@@ -122,23 +143,58 @@ class RotorQuantProd(nn.Module):
         S acts on the residual in the rotated space: S T is again Gaussian (orthogonal), so the
         law of the estimate is the same, and nothing has to be rotated back.
         """
-        y_hat, mse_indices = self.mse.quantize(x)
-        x, peak = peak_and_rest(x.float())
+        check_vectors("x", x, self.d)
+        x = x.float()
+        check_finite("x", x)
+        return self._code(x)
+
+    def _code(self, x: Tensor) -> ProdCodes:
+        y_hat, mse_indices = self.mse.code(x)
+        x, peak = peak_and_rest(x)
         residual = self.rotation.rotate(x) - y_hat / peak
         norm = torch.linalg.vector_norm(residual, dim=-1) * peak.squeeze(-1)
-        most = torch.finfo(self.mse.scale_dtype).max
+        max_norm = torch.finfo(self.mse.scale_dtype).max
         with torch.autocast(x.device.type, enabled=False):
             positive = (residual @ self.S.T) >= 0
         return {
             "mse_indices": mse_indices,
             "qjl_signs": pack(positive, 1),
-            "residual_norm": norm.clamp(max=most).to(self.mse.scale_dtype),
+            "residual_norm": norm.clamp(max=max_norm).to(self.mse.scale_dtype),
         }
+
+    def encode(self, u: Tensor) -> dict[str, Tensor]:
+        """As in `Quantizer`: the rows of stage 1, `signs` and `residual_norm`."""
+        codes = self._code(u)
+        return {
+            **cast(dict[str, Tensor], codes["mse_indices"]),
+            "signs": codes["qjl_signs"],
+            "residual_norm": codes["residual_norm"],
+        }
+
+    def terms(self) -> tuple[Term, ...]:
+        """As in `Quantizer`: stage 1, and the residual as its signs estimate it."""
+        signs = CodeTable.of(torch.tensor([-1.0, 1.0], device=self.S.device), 1, self.qjl_dim)
+        basis = self.correction @ self.rotation.matrix()
+        return *self.mse.terms(), Term.of("signs", "residual_norm", signs, basis)
+
+    def drawn(self) -> dict[str, Tensor]:
+        """As in `Quantizer`: the first rows of T and S."""
+        return {**self.mse.drawn(), "projection": self.S[0].clone()}
+
+    @property
+    def stage_one(self) -> RotorQuantMSE:
+        """The quantiser of bits - 1 that comes first."""
+        return self.mse
+
+    @property
+    def sign_matrix(self) -> Tensor:
+        """S."""
+        return self.S
 
     def decode(self, codes: ProdCodes) -> Tensor:
         """The vectors z (..., d) float32 with <rotate(q), z> = inner_product(q, codes).
 
-        The estimate is linear in q: its second term is <T q, S^T sign(S r)> times a number.
+        The estimate is linear in q: its second term is <T q, S^T sign(S r)> times a scalar.
         """
         signs = unpack(codes["qjl_signs"], 1, self.qjl_dim).float() * 2 - 1
         with torch.autocast(signs.device.type, enabled=False):

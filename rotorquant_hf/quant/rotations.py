@@ -1,7 +1,7 @@
 """Orthogonal maps of R^d applied before scalar quantisation.
 
 A scalar quantiser for N(0, 1/d) reaches its distortion only on vectors whose coordinates look
-Gaussian; the rotation makes them so. All maps here take exactly d numbers to d numbers, are
+Gaussian; the rotation makes them so. All maps here take exactly d elements to d elements, are
 fixed by a seed, and are applied as a d x d matrix: one small product per token, which BLAS and
 tensor cores do faster than the layers one by one.
 
@@ -71,9 +71,9 @@ def _apply_rotors(rotors: Tensor, signs: Tensor, x: Tensor) -> Tensor:
     """Sandwich the triples of the sign-flipped rows of `x`.
 
     Args:
-        rotors: (ceil(d / 3), 8). The last acts on a full triple, or, for a tail of two numbers,
+        rotors: (ceil(d / 3), 8). The last acts on a full triple, or, for a tail of two elements,
             in the plane e12 alone, so that the padded third coordinate stays zero; for a tail
-            of one number it is 1.
+            of one element it is 1.
         signs: (d,) of +-1: with an even number of minuses in a triple a rotor, with an odd
             number a reflection; either way a versor of the algebra.
         x: (..., d).
@@ -103,8 +103,8 @@ class RotorLayers(Rotation):
     """Layers of random rotors on consecutive triples, a stride permutation between layers.
 
     `layers=1` is the rotation of the RotorQuant reference: one rotor per triple, seeded
-    seed, seed + 1, ... A tail of two numbers takes a random plane rotor, of one a random sign,
-    so that d numbers stay d numbers.
+    seed, seed + 1, ... A tail of two elements takes a random plane rotor, of one a random sign,
+    so that d elements stay d elements.
 
     Args:
         d: vector dimension.
@@ -230,7 +230,7 @@ def make_rotation(
         ValueError: naming the value that is not possible.
     """
     if not MIN_DIM <= d <= MAX_DIM:
-        raise ValueError(f"d is {d}; vectors of {MIN_DIM} to {MAX_DIM} numbers can be rotated")
+        raise ValueError(f"d is {d}; vectors of {MIN_DIM} to {MAX_DIM} elements can be rotated")
     if layers is not None and layers < 1:
         raise ValueError(f"layers is {layers}; choose at least 1, or None for the default")
     if layers is not None and kind in ("haar", "hadamard"):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-# Numbers of a tile: 8 MiB in float32, which stays in a CPU's cache and fills a GPU.
-_TILE_NUMBERS = 1 << 21
+# Elements of a tile: 8 MiB in float32, which stays in a CPU's cache and fills a GPU.
+_TILE_ELEMENTS = 1 << 21
 
 
-def token_tiles(tokens: int, numbers_per_token: int) -> Iterator[slice]:
-    """Slices that cover the tokens [0, tokens), of about `_TILE_NUMBERS` numbers each."""
-    size = max(1, _TILE_NUMBERS // max(1, numbers_per_token))
+def token_tiles(tokens: int, elements_per_token: int) -> Iterator[slice]:
+    """Slices that cover the tokens [0, tokens), of about `_TILE_ELEMENTS` elements each."""
+    size = max(1, _TILE_ELEMENTS // max(1, elements_per_token))
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-# Spare rows taken at each growth, as a share of the rows there are. Growing by 1/64 copies a row
+# Spare rows taken at each growth, as a share of the rows in use. Growing by 1/64 copies a row
 # 64 times in its life, less than attention reads in one long decode step, and wastes 1.6%.
 _GROWTH = 64
 _GRANULE = 32
@@ -73,7 +73,7 @@ class TokenBuffers:
         self.start, self.end = 0, len(self)
 
     def extend(self, count: int) -> None:
-        """Count `count` rows, written into the room there is, among those in use."""
+        """Count `count` rows, written behind the last one, among those in use."""
         self.end += count
 
     def _copies(self, like: dict[str, Tensor], capacity: int) -> dict[str, Tensor]:
@@ -127,7 +127,7 @@ class TokenBuffers:
 
     @property
     def capacity(self) -> int:
-        """Rows that there is space for, rows given up at the front included."""
+        """Rows that fit in the memory taken, rows given up at the front included."""
         return next(iter(self.tensors.values())).shape[2] if self.tensors else 0
 
     def nbytes(self) -> dict[str, int]:

@@ -240,7 +240,7 @@ def test_errors_are_those_of_torch(attention):
 def test_gradients_are_those_of_torch(part, materialised):
     query, mask = draw(ROWS, 2, 3, D), _mask[:, :2].clone()
     keys, values = pair(gradient=part == "tail")
-    leaves = {"query": [query], "mask": [mask], "tail": [keys.states.tail, values.states.tail]}
+    leaves = {"query": [query], "mask": [mask], "tail": [keys.states.recent, values.states.recent]}
     for leaf in leaves[part]:
         leaf.requires_grad_() if leaf.is_leaf else leaf.retain_grad()
     gradients = []
@@ -484,8 +484,8 @@ def largest_of_a_step(history: int, n: int) -> int:
 
 @pytest.mark.parametrize("n", [1, 20])
 def test_no_tensor_of_a_step_grows_with_the_history(n, monkeypatch, not_fused):
-    monkeypatch.setattr(torch_attention, "_TILE_NUMBERS", 1 << 13)  # 256 tokens of this model
-    monkeypatch.setattr(torch_attention, "_SCORE_NUMBERS", 1 << 13)
+    monkeypatch.setattr(torch_attention, "_TILE_ELEMENTS", 1 << 13)  # 256 tokens of this model
+    monkeypatch.setattr(torch_attention, "_MAX_SCORES", 1 << 13)
     history = 8000
     mask = n * (history + n)  # boolean
     assert largest_of_a_step(history, n) <= max(largest_of_a_step(history // 4, n), mask)
@@ -498,8 +498,8 @@ def test_no_tensor_of_a_step_grows_with_the_history(n, monkeypatch, not_fused):
 @pytest.mark.parametrize("tail", [8, 4000])
 def test_no_tensor_of_a_long_chunk_is_larger_than_its_output(tail, monkeypatch):
     """However many tokens ask, and whether what they read is packed or exact."""
-    monkeypatch.setattr(torch_attention, "_TILE_NUMBERS", 1 << 13)
-    monkeypatch.setattr(torch_attention, "_SCORE_NUMBERS", 1 << 13)
+    monkeypatch.setattr(torch_attention, "_TILE_ELEMENTS", 1 << 13)
+    monkeypatch.setattr(torch_attention, "_MAX_SCORES", 1 << 13)
     layer = RotorQuantLayer(RotorQuantConfig(residual_length=8, block_length=8))
     layer.update(draw(1, 2, 4000, D), draw(1, 2, 4000, D))
     keys, values = layer.update(draw(1, 2, tail, D), draw(1, 2, tail, D))

@@ -282,7 +282,7 @@ def test_prompts_are_read_some_queries_at_a_time(name, monkeypatch):
         return reference(query, key, value, options)
 
     monkeypatch.setattr(registered, "attention_reference", remembering)
-    monkeypatch.setattr(registered, "_SCORE_NUMBERS", 2000)
+    monkeypatch.setattr(registered, "_MAX_SCORES", 2000)
     torch.testing.assert_close(
         feed(model, DynamicCache(config=model.config), ids, (30, 15)), at_once, rtol=0, atol=1e-6
     )
@@ -669,5 +669,5 @@ def test_arguments_that_would_be_left_out_are_refused(argument):
 @pytest.mark.parametrize("option", [{"softcap": 2.0}, {"s_aux": torch.zeros(6)}], ids=str)
 def test_dropout_with_soft_capping_or_sinks_is_refused(option):
     query, keys, values = states(packed=False, n=1)
-    with pytest.raises(ValueError, match=r"no dropout with soft-capping or sinks.*'eager'"):
+    with pytest.raises(ValueError, match=r"no dropout with soft-capping or sink logits.*'eager'"):
         rotorquant_attention(MODULE, query, keys, values, None, dropout=0.1, **option)

@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import eager_attention_forward, repeat_kv
 
 from rotorquant_hf import RotorQuantConfig
-from rotorquant_hf.attention.tensor import CachedStates, CompressedTensor
-from rotorquant_hf.layers.full import RotorQuantLayer, RotorQuantSlidingLayer
+from rotorquant_hf.attention.states import CachedStates
+from rotorquant_hf.attention.tensor import CompressedTensor
+from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 
 ROWS, HEADS, TOKENS, D = 2, 2, 21, 16
 
@@ -111,7 +113,7 @@ def test_the_materialised_tensor_is_sinks_packed_and_tail(dtype):
         parts = states.states
         packed = torch.empty(parts.packed.shape, dtype=dtype)
         parts.packed.materialize(packed)
-        whole = torch.cat((parts.sinks, packed, parts.tail), dim=2)
+        whole = torch.cat((parts.sinks, packed, parts.recent), dim=2)
         assert whole.shape[2] == TOKENS
         assert equal(states.materialize(), whole)
 
@@ -287,9 +289,9 @@ def test_eager_attention_materialises_keys_and_values_once_each(keys, values, gr
 
 def test_the_two_of_an_update_are_not_confused(keys, values):
     assert not torch.equal(keys, values)
-    assert keys.states.tail is not values.states.tail
-    assert torch.equal(keys[:, :, -5:], keys.states.tail)
-    assert torch.equal(values[:, :, -5:], values.states.tail)
+    assert keys.states.recent is not values.states.recent
+    assert torch.equal(keys[:, :, -5:], keys.states.recent)
+    assert torch.equal(values[:, :, -5:], values.states.recent)
 
 
 def test_sliding_layers_hide_packed_tokens_that_are_kept_for_a_crop():

@@ -22,7 +22,7 @@ from rotorquant_hf.attention import torch_attention
 from rotorquant_hf.attention.dispatch import attend
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
-from rotorquant_hf.attention.tensor import CachedStates
+from rotorquant_hf.attention.states import CachedStates
 from rotorquant_hf.quant import RotorQuantMSE
 from rotorquant_hf.quant.lookup import CodeTable
 from rotorquant_hf.quant.packed import PackedSpan
@@ -37,9 +37,9 @@ SINKS, PACKED, TAIL = 3, 61, 9
 def tiles(request, monkeypatch) -> None:
     """Both with everything in one tile and with ends of tiles everywhere."""
     if request.param == "many tiles":
-        monkeypatch.setattr(torch_attention, "_LEAST_TILE", 7)
-        monkeypatch.setattr(torch_attention, "_TILE_NUMBERS", 1)
-        monkeypatch.setattr(torch_attention, "_SCORE_NUMBERS", 7 * BATCH * HEADS * 4 * 5)
+        monkeypatch.setattr(torch_attention, "_MIN_TILE", 7)
+        monkeypatch.setattr(torch_attention, "_TILE_ELEMENTS", 1)
+        monkeypatch.setattr(torch_attention, "_MAX_SCORES", 7 * BATCH * HEADS * 4 * 5)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class Call:
 
 def exactly(states: CachedStates) -> Tensor:
     """What the states stand for, (batch, heads, tokens, d) float64, with no table look-up."""
-    return torch.cat((states.sinks.double(), reconstructed(states.packed), states.tail.double()), 2)
+    return torch.cat(
+        (states.sinks.double(), reconstructed(states.packed), states.recent.double()), 2
+    )
 
 
 def reconstructed(span: PackedSpan) -> Tensor:
@@ -125,10 +127,10 @@ def call(
     padding = [torch.cat((x[1][:, :, :2], x[1], x[1][:, :, :5]), dim=2) for x in (keys, values)]
     if packed:
         store.append(*padding)
-        spans = store.key_span(2, 2 + packed), store.value_span(2, 2 + packed)
+        spans = store.keys.span(2, 2 + packed), store.values.span(2, 2 + packed)
     else:
         store.append(keys[2], values[2])
-        spans = store.key_span(0, 0), store.value_span(0, 0)
+        spans = store.keys.span(0, 0), store.values.span(0, 0)
     query = torch.randn(BATCH, HEADS * groups, n, d, generator=generator).to(dtype)
     return Call(
         query,
@@ -182,7 +184,7 @@ def test_reference_is_that_of_the_models_with_softcap_and_with_sinks():
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
     expected, _ = gpt_oss_attention(module, query, key, value, mask, scaling=0.3)
-    options = AttentionOptions(0.3, mask, sinks=sinks)
+    options = AttentionOptions(0.3, mask, sink_logits=sinks)
     actual = attention_reference(query, key, value, options).transpose(1, 2)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
@@ -356,12 +358,12 @@ def test_a_query_that_sees_nothing_gives_zeros(seen_before, tiles):
     mask[0, :, 2] = mask[1, :, :4] = False
     added = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
     for each in (mask, added):
-        options = AttentionOptions(0.25, each, sinks=torch.ones(4) if seen_before else None)
+        options = AttentionOptions(0.25, each, sink_logits=torch.ones(4) if seen_before else None)
         out = attend(made.query, made.keys, made.values, options)
         assert not bool(out[0, :, 2].any())
         assert not bool(out[1, :, :4].any())
         assert bool((out[1, :, 4] != 0).all())
-        assert made.error(mask=each, sinks=options.sinks) < 1e-5
+        assert made.error(mask=each, sink_logits=options.sink_logits) < 1e-5
 
 
 def test_all_tokens_at_the_lowest_number_are_seen_alike(tiles):
@@ -394,15 +396,15 @@ def test_softcap(softcap, tiles):
 def test_learned_sinks(height, tiles):
     made = call(16, n=5, groups=3)
     sinks = height + made.query[0, :, 0, 0]
-    assert made.error(sinks=sinks) < 1e-5
-    assert made.error(sinks=sinks, causal=True, softcap=3.0) < 1e-5
+    assert made.error(sink_logits=sinks) < 1e-5
+    assert made.error(sink_logits=sinks, causal=True, softcap=3.0) < 1e-5
 
 
 def test_everything_at_once(tiles):
     made = call(20, 24, n=7, groups=3, key_quantizer="prod", center_keys=True)
     mask = torch.randn(BATCH, 6, 7, made.scores[3], generator=torch.Generator().manual_seed(5))
     sinks = mask[0, :, 0, 0]
-    options = {"mask": mask, "causal": True, "softcap": 4.0, "sinks": sinks, "scale": 0.9}
+    options = {"mask": mask, "causal": True, "softcap": 4.0, "sink_logits": sinks, "scale": 0.9}
     assert made.error(**options) < 1e-5
 
 
@@ -476,7 +478,7 @@ def test_what_does_not_fit_is_refused_with_a_remedy():
         r"the tokens of the keys are \(2, 2, 73\) .*, of the values \(2, 2, 74\); pass the two of",
         values=other.values,
     )
-    fewer = CachedStates(made.values.sinks[:, :, 1:], made.values.packed, other.values.tail)
+    fewer = CachedStates(made.values.sinks[:, :, 1:], made.values.packed, other.values.recent)
     refused(r"the sinks of the keys are \(2, 2, 3\)", values=fewer)
     refused(
         r"mask has shape \(5, 72\); pass one that broadcasts to \(2, 4, 5, 73\)",
@@ -488,8 +490,8 @@ def test_what_does_not_fit_is_refused_with_a_remedy():
         AttentionOptions(0.25, torch.ones(5, 73, dtype=torch.int64)),
     )
     refused(
-        r"sinks have shape \(2,\); pass one per query head, \(4,\)",
-        AttentionOptions(0.25, sinks=torch.ones(2)),
+        r"sink_logits have shape \(2,\); pass one per query head, \(4,\)",
+        AttentionOptions(0.25, sink_logits=torch.ones(2)),
     )
     refused("softcap is 0.0; pass a positive number, or None", AttentionOptions(0.25, softcap=0.0))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pydoc
 
 import pytest
 
@@ -35,6 +36,13 @@ def test_every_option_is_described() -> None:
     text = RotorQuantConfig.describe()
     for field in dataclasses.fields(RotorQuantConfig):
         assert f"{field.name} = {field.default!r}: " in text
+
+
+def test_help_of_the_cache_names_every_option() -> None:
+    text = pydoc.render_doc(RotorQuantCache, renderer=pydoc.plaintext)
+    for field in dataclasses.fields(RotorQuantConfig):
+        assert f"`{field.name}`" in text
+    assert "RotorQuantConfig.describe()" in text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -20,7 +21,8 @@ from rotorquant_hf import (
     RotorQuantKVCache,
     RotorQuantMSE,
 )
-from rotorquant_hf.layers.full import RotorQuantLayer, RotorQuantSlidingLayer
+from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from tests.helpers.models import build, feed, prompt, same, snapshot
 
 ROWS, HEADS, D_KEY, D_VALUE = 2, 3, 16, 12
@@ -258,15 +260,15 @@ def test_vectors_too_large_for_their_scales(kind, history, side):
 def test_running_out_of_memory_while_coding(kind, history, call, monkeypatch):
     layer = layer_with(kind, history)
     before, length, calls = snapshot(vars(layer)), layer.get_seq_length(), itertools.count()
-    quantize = RotorQuantMSE.quantize
+    encode = RotorQuantMSE.encode
 
-    def failing(self, x):
+    def failing(self, u):
         if next(calls) == call:
             raise MemoryError("no memory")
-        return quantize(self, x)
+        return encode(self, u)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RotorQuantMSE, "quantize", failing)
+        patch.setattr(RotorQuantMSE, "encode", failing)
         with pytest.raises(MemoryError, match="no memory"):
             layer.update(*states(8, seed=1))
     assert same(snapshot(vars(layer)), before)
@@ -281,7 +283,7 @@ def test_statistics_of_an_emptied_store_survive_an_error():
     layer.update(*states(10))
     layer.crop(0)
     assert len(layer.store) == 0
-    assert layer.store.key_statistics is not None
+    assert layer.store.keys.statistics is not None
     before, (keys, values) = snapshot(vars(layer)), states(8, seed=1)
     message = message_of(ValueError, lambda: layer.update(keys * 1e9, values))
     assert "too large for its scale" in message
@@ -494,8 +496,8 @@ def store() -> RotorQuantKVCache:
     ("make", "error", "parts"),
     [
         (lambda: (states()[0].int(), states()[1]), TypeError, ("keys", "int32", "float32")),
-        (lambda: states(d_key=8), ValueError, ("keys", "(2, 3, 5, 8)", "16 numbers")),
-        (lambda: states(d_value=8), ValueError, ("values", "(2, 3, 5, 8)", "12 numbers")),
+        (lambda: states(d_key=8), ValueError, ("keys", "(2, 3, 5, 8)", "16 elements")),
+        (lambda: states(d_value=8), ValueError, ("values", "(2, 3, 5, 8)", "12 elements")),
         (lambda: (states(5)[0], states(6)[1]), ValueError, ("(2, 3, 5, 16)", "(2, 3, 6, 12)")),
         (lambda: states(rows=1), ValueError, ("batch 1", "batch 2", "use a new store")),
         (lambda: states(heads=6), ValueError, ("6 heads", "3 heads", "use a new store")),
@@ -523,16 +525,49 @@ def test_an_empty_store_stays_empty_after_a_failed_append(side):
 
 
 def test_an_empty_store_has_no_spans():
-    message = message_of(ValueError, RotorQuantKVCache(D_KEY, D_VALUE).key_span)
+    message = message_of(ValueError, RotorQuantKVCache(D_KEY, D_VALUE).keys.span)
     assert message == "the store is empty; append keys and values first"
 
 
 def test_queries_that_do_not_fit(store):
     for queries, parts in (
-        (torch.zeros(ROWS, HEADS, 1, 8), ("(2, 3, 1, 8)", "16 numbers")),
+        (torch.zeros(ROWS, HEADS, 1, 8), ("(2, 3, 1, 8)", "16 elements")),
         (torch.zeros(ROWS, 4, 1, D_KEY), ("(2, 4, 1, 16)", "a multiple of 3")),
         (torch.zeros(1, HEADS, 1, D_KEY), ("(1, 3, 1, 16)", "pass (2, ")),
         (torch.zeros(ROWS, HEADS, D_KEY), ("(2, 3, 16)", "pass (2, ")),
     ):
         message = message_of(ValueError, lambda q=queries: store.attention_scores(q))
         assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize("quantizer", ["mse", "prod"])
+@pytest.mark.parametrize("kind", ["full", "sliding"])
+def test_finite_entries_are_looked_for_once(kind, quantizer, monkeypatch):
+    """At the outermost door: the layer, or the store or the quantiser where it is used alone."""
+    looked, real = [], torch.isfinite
+    monkeypatch.setattr(torch, "isfinite", lambda x: looked.append(x.shape) or real(x))
+    config = dataclasses.replace(SMALL, key_quantizer=quantizer)
+    layer = RotorQuantLayer(config) if kind == "full" else RotorQuantSlidingLayer(config, 9)
+    for seed, tokens in enumerate((15, 1, 1, 1, 9)):
+        keys, values = states(tokens, seed=seed)
+        looked.clear()
+        layer.update(keys, values)
+        assert looked == [keys.shape, values.shape]
+    assert len(layer.store) > 0
+
+    store = RotorQuantKVCache(D_KEY, D_VALUE, config=config)
+    looked.clear()
+    store.append(keys, values)
+    assert looked == [keys.shape, values.shape]
+    looked.clear()
+    store.key_quantizer.quantize(keys)
+    assert looked == [keys.shape]
+
+
+def test_entries_that_overflow_on_the_way_are_refused():
+    """Finite to the layer, not to the quantiser: float32 cannot hold them relative to the first."""
+    layer = LAYERS["full"]()
+    layer.update(*(1e-30 * x for x in states(15)))
+    message = message_of(ValueError, lambda: layer.update(*(1e30 * x for x in states(15))))
+    assert "too large for its scale" in message
+    assert layer.get_seq_length() == 15

@@ -35,15 +35,15 @@ def graphs(monkeypatch):
     caches = []
 
     def memory():
-        layers = [x for cache in caches for x in cache.layers if x.decoding is not None]
+        layers = [x for cache in caches for x in cache.layers if x.ring is not None]
         return [
             tensor
             for layer in layers
             for tensor in (
-                layer.decoding.lengths,
-                *layer.decoding.ring,
-                *layer.store.key_rows().values(),
-                *layer.store.value_rows().values(),
+                layer.ring.lengths,
+                *layer.ring.rings,
+                *layer.store.keys.buffers.tensors.values(),
+                *layer.store.values.buffers.tensors.values(),
             )
         ]
 
@@ -158,10 +158,10 @@ def test_ordinary_steps_in_between_may_move_the_memory(graphs):
         model(ids[:, :30], past_key_values=cache)
         graph = graphs(model, cache, room=6)
         found = [graph(ids[:, i : i + 1]) for i in range(30, 34)]
-        before = cache.layers[0].store.key_rows()["codes"]
+        before = cache.layers[0].store.keys.buffers.tensors["codes"]
         for i in range(34, 70):
             found.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
-        assert cache.layers[0].store.key_rows()["codes"] is not before
+        assert cache.layers[0].store.keys.buffers.tensors["codes"] is not before
         found += [graph(ids[:, i : i + 1]) for i in range(70, 74)]
     assert_same_steps(found, wanted)
 

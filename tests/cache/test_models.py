@@ -10,7 +10,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rotorquant_hf import RotorQuantCache
-from rotorquant_hf.layers.full import RotorQuantLayer, RotorQuantSlidingLayer
+from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.quant.packing import packed_bytes
 from tests.helpers.models import (
     MODELS,
@@ -219,7 +220,7 @@ def test_sliding_layers_keep_what_later_tokens_see(name, chunks):
             assert layer.values.shape == expected.values.shape
         if getattr(layer, "is_sliding", False):
             assert layer.keys.shape[2] == SLIDING_WINDOW - 1
-            assert layer.window[0].shape[2] < SMALL["residual_length"] + SMALL["block_length"]
+            assert layer.recent[0].shape[2] < SMALL["residual_length"] + SMALL["block_length"]
             assert layer.numbers()[0] == layer.keys.numel() + layer.values.numel()
 
 
@@ -263,7 +264,7 @@ def test_memory_by_layer_is_that_of_the_tensors(name):
             continue
         sizes = layer.nbytes()
         packed = len(layer.store)
-        window, sinks = layer.window[0].shape[2], layer.sinks[0].shape[2]
+        window, sinks = layer.recent[0].shape[2], layer.sinks[0].shape[2]
         assert packed > 0
         assert packed + window + sinks == layer.keys.shape[2]
         vectors = rows * layer.keys.shape[1]

@@ -141,7 +141,7 @@ def test_a_saved_file_has_ordinary_permissions(tmp_path):
     cache.save(tmp_path / "cache")
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "cache")}
     assert len(modes) == 1
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"folder .*absent does not exist"):
         cache.save(tmp_path / "absent" / "cache")
 
 

@@ -19,8 +19,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rotorquant_hf import RotorQuantCache, RotorQuantConfig, RotorQuantMSE, RotorQuantProd
-from rotorquant_hf.attention.tensor import CachedStates, CompressedTensor
-from rotorquant_hf.layers.full import RotorQuantLayer, RotorQuantSlidingLayer
+from rotorquant_hf.attention.states import CachedStates
+from rotorquant_hf.attention.tensor import CompressedTensor
+from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from tests.helpers import models
 from tests.helpers.models import build, feed, prompt, same, snapshot, storages
 
@@ -240,7 +242,7 @@ def test_random_operations_leave_nearly_what_the_oracle_has_in_8_bits(window):
             if twins.oracle.is_initialized:
                 assert error(twins.layer.keys, twins.oracle.keys) < 0.03
                 assert error(twins.layer.values, twins.oracle.values) < 0.03
-                assert twins.layer.window[0].shape[2] < residual + block
+                assert twins.layer.recent[0].shape[2] < residual + block
 
     check()
 
@@ -269,7 +271,7 @@ def test_sinks_and_window_are_exact_and_the_rest_is_quantised(residual, block, s
             equal = (states == exact).all(dim=3).all(dim=1).all(dim=0)
             position = torch.arange(total)
             assert torch.equal(equal, (position < first) | (position >= total - last))
-        assert (layer.sinks[0].shape[2], len(layer.store), layer.window[0].shape[2]) == (
+        assert (layer.sinks[0].shape[2], len(layer.store), layer.recent[0].shape[2]) == (
             first,
             total - first - last,
             last,
@@ -287,7 +289,7 @@ def test_sliding_layers_keep_recent_tokens_exact_and_have_no_sinks(window):
         kept = min(total, window - 1)
         exact = torch.cat([x[0] for x in seen], dim=2)[:, :, total - kept :]
         equal = (held(layer)[0] == exact).all(dim=3).all(dim=1).all(dim=0).tolist()
-        tail = layer.window[0].shape[2]
+        tail = layer.recent[0].shape[2]
         assert equal == [False] * (kept - tail) + [True] * tail
         assert min(kept, TINY["residual_length"]) <= tail
         assert tail < TINY["residual_length"] + TINY["block_length"]
@@ -349,13 +351,13 @@ def test_writing_into_what_was_given_or_returned_does_not_reach_the_cache(kind):
 @pytest.fixture
 def quantised(monkeypatch):
     """Numbers of vectors passed to the quantisers, call by call."""
-    counts, quantize = [], RotorQuantMSE.quantize
+    counts, encode = [], RotorQuantMSE.encode
 
     def counting(self, x):
         counts.append(x.shape[:-1].numel())
-        return quantize(self, x)
+        return encode(self, x)
 
-    monkeypatch.setattr(RotorQuantMSE, "quantize", counting)
+    monkeypatch.setattr(RotorQuantMSE, "encode", counting)
     return counts
 
 
@@ -369,7 +371,7 @@ def test_every_token_is_quantised_once(quantised):
         layer.reorder_cache(torch.tensor([1, 0]))
         layer.offload()
         layer.prefetch()
-    left = total - TINY["num_sink_tokens"] - layer.window[0].shape[2]
+    left = total - TINY["num_sink_tokens"] - layer.recent[0].shape[2]
     assert len(layer.store) == left > 0
     assert sum(quantised) == 2 * source.rows * source.heads * left
 
@@ -475,7 +477,7 @@ def _filled(kind: str = "full", **options: Any) -> tuple[RotorQuantLayer, Source
 )
 def test_crop_takes_exactly_the_last_tokens(kind, part):
     layer, source = _filled(kind)
-    total, tail, packed = sum(CHUNKS), layer.window[0].shape[2], len(layer.store)
+    total, tail, packed = sum(CHUNKS), layer.recent[0].shape[2], len(layer.store)
     assert (tail, packed) == (3, total - 5)
     count = {
         "nothing": 0,
@@ -534,12 +536,12 @@ def test_the_window_fills_up_again_after_a_crop_into_the_packed_part():
     layer, source = _filled()
     layer.crop(-10)
     packed = len(layer.store)
-    assert layer.window[0].shape[2] == 0
+    assert layer.recent[0].shape[2] == 0
     for count in range(1, 5):
         layer.update(*source(1))
-        assert (len(layer.store), layer.window[0].shape[2]) == (packed, count)
+        assert (len(layer.store), layer.recent[0].shape[2]) == (packed, count)
     layer.update(*source(1))
-    assert (len(layer.store), layer.window[0].shape[2]) == (packed + 2, 3)
+    assert (len(layer.store), layer.recent[0].shape[2]) == (packed + 2, 3)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -764,9 +766,12 @@ def test_prefetch_moves_every_tensor_to_the_device_of_the_layer(kind):
     packed, shape = len(layer.store), layer.keys.shape
     layer.device = torch.device("meta")
     layer.prefetch()
-    moved = [*layer.store.state().values(), *layer.sinks, *layer.window]
+    moved = [*layer.store.state().values(), *layer.sinks, *layer.recent]
     assert {x.device.type for x in moved} == {"meta"}
     assert layer.store.device.type == "meta"
+    for side in layer.store.sides:  # its tables follow, and are not copied into the side
+        assert side.span().quantizer is side.quantizer
+        assert {x.device.type for x in side.quantizer.buffers()} == {"meta"}
     assert (len(layer.store), layer.keys.shape) == (packed, shape)
 
 

@@ -157,11 +157,11 @@ def test_bytes_read_are_those_that_the_layer_holds() -> None:
     with backend("triton"):
         step = decode_step.take_step(shape, settings, torch.Generator().manual_seed(0))
     held = step.layer.nbytes()
-    window = 2 * 2 * 2 * step.keys.tail.shape[2] * 16 * 2  # without the ring's free slots
+    window = 2 * 2 * 2 * step.keys.recent.shape[2] * 16 * 2  # without the ring's free slots
     packed = sum(size for name, size in held.items() if name.startswith(("key_", "value_")))
     assert step.nbytes == packed + held["sinks"] + window
     assert step.layer.get_seq_length() == shape.context
-    assert step.keys.tail.std() > 0.5
+    assert step.keys.recent.std() > 0.5
     codes = step.keys.packed.rows["codes"]
     assert len(codes.unique()) > 50
 

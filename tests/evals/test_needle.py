@@ -94,7 +94,7 @@ def test_a_fact_in_the_recent_window_does_not_count_as_quantised(measurement, lo
         feed(loaded.model, prompt.context, cache, 64)
         first, last = quantised_tokens(cache)
         assert first == 4
-        exact = cache.layers[0].window_length
+        exact = cache.layers[0].recent_length
         assert last == prompt.context.shape[1] - exact
     wide = measurement.run(CacheSpec.of("k4v4", {"residual_length": 1000}))
     assert wide["quantised"] == 0

@@ -22,12 +22,11 @@ from rotorquant_hf.kernels.append import (
     append_block,
     append_kernel,
     kernel_arguments,
-    supports,
 )
 from rotorquant_hf.quant import SCALES, RotorQuantMSE, RotorQuantProd
 from rotorquant_hf.quant.channels import ChannelStatistics
-from rotorquant_hf.quant.packed import Quantizer, encode
 from rotorquant_hf.quant.packing import pack, unpack
+from rotorquant_hf.quant.quantizer import Quantizer
 from tests.helpers.vectors import DISTRIBUTIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,7 +53,7 @@ def states(d: int, dtype: torch.dtype = torch.float32, batch: int = 1, seed: int
 def poisoned_rows(quantizer: Quantizer, batch: int) -> dict[str, Tensor]:
     """Rows (batch, HEADS, CAPACITY, ...) between others, in tensors of another order of axes."""
     rows = {}
-    for name, row in encode(quantizer, torch.ones(1, quantizer.d, device=DEVICE)).items():
+    for name, row in quantizer.encode(torch.ones(1, quantizer.d, device=DEVICE)).items():
         width = row.shape[1] if row.dim() > 1 else 1
         size = (CAPACITY, HEADS + 1, batch, (width + 2) * row.element_size())
         base = torch.full(size, POISON, dtype=torch.uint8, device=DEVICE).view(row.dtype)
@@ -98,9 +97,9 @@ def coded(part: AppendPart, begin: int, count: int, row: int) -> tuple[Tensor, d
 def check_valid(part: AppendPart, begin: int, count: int, row: int) -> None:
     """The rows follow, in float64, from the tokens up to float32's rounding."""
     x, rows = coded(part, begin, count, row)
-    quantizer, weight, mean = part.quantizer, part.statistics.weight, part.statistics.mean
+    quantizer, channel_scale, mean = part.quantizer, part.statistics.scale, part.statistics.mean
     mse = quantizer.mse if isinstance(quantizer, RotorQuantProd) else quantizer
-    u = (x.double() - (0 if mean is None else mean.double())) / weight.double()
+    u = (x.double() - (0 if mean is None else mean.double())) / channel_scale.double()
     norm = u.norm(dim=-1, keepdim=True)
     unit = quantizer.rotation.rotate(u / norm.clamp(min=1e-300))
 
@@ -134,7 +133,7 @@ def check_valid(part: AppendPart, begin: int, count: int, row: int) -> None:
 def check_equal(part: AppendPart, begin: int, count: int, row: int) -> None:
     """The rows are those of `encode`, but for a few numbers on the edge between two codes."""
     x, rows = coded(part, begin, count, row)
-    expected = encode(part.quantizer, part.statistics.normalize(x))
+    expected = part.quantizer.encode(part.statistics.normalize(x))
     assert rows.keys() == expected.keys()
     for name, want in expected.items():
         assert rows[name].dtype == want.dtype
@@ -280,7 +279,7 @@ def test_zeros(rule: str) -> None:
     values = make_part(x, make_quantizer(64, 8, scale=rule))
     append(keys, values, begin=0, count=SLOTS, row=0)
     for part in (keys, values):
-        for name, want in encode(part.quantizer, part.x).items():
+        for name, want in part.quantizer.encode(part.x).items():
             assert torch.equal(part.out[name][:, :, :SLOTS], want)
 
 
@@ -326,14 +325,6 @@ def test_bad_tokens_harm_only_themselves(bad: float) -> None:
     others = [2 + i for i in range(SLOTS) if i != 7]
     for name in clean.out:
         assert torch.equal(clean.out[name][:, :, others], dirty.out[name][:, :, others])
-
-
-def test_what_is_supported() -> None:
-    assert supports(make_quantizer(64, 3))
-    assert supports(make_quantizer(576, 8, "prod"))
-    assert not supports(make_quantizer(20, 3))
-    assert not supports(make_quantizer(20, 3, "prod"))
-    assert not supports(RotorQuantMSE(64, 3))  # scales in float32
 
 
 COMPILED = {

@@ -9,7 +9,7 @@ from rotorquant_hf import RotorQuantConfig
 from rotorquant_hf.attention import triton_attention
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
-from rotorquant_hf.attention.tensor import CachedStates
+from rotorquant_hf.attention.states import CachedStates
 from rotorquant_hf.attention.triton_attention import Tiling, attend_packed, choose_tiling
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
 
@@ -31,15 +31,15 @@ def states(
 
     spread = torch.randn(batch, heads, tokens, 1, device=DEVICE).exp()
     store.append(draw(tokens, dk), (draw(tokens, dv) * spread).to(dtype))
-    keys = CachedStates(draw(sinks, dk), store.key_span(), draw(tail, dk))
-    values = CachedStates(draw(sinks, dv), store.value_span(), draw(tail, dv))
+    keys = CachedStates(draw(sinks, dk), store.keys.span(), draw(tail, dk))
+    values = CachedStates(draw(sinks, dv), store.values.span(), draw(tail, dv))
     return keys, values
 
 
 def exact(cached):
     packed = torch.empty(cached.packed.shape, device=DEVICE)
     cached.packed.materialize(packed)
-    return torch.cat((cached.sinks.double(), packed.double(), cached.tail.double()), dim=2)
+    return torch.cat((cached.sinks.double(), packed.double(), cached.recent.double()), dim=2)
 
 
 def error(query, keys, values, options, tiling=None):
@@ -108,7 +108,7 @@ def test_several_queries_and_groups(n, heads):
 
 @pytest.mark.parametrize("mask", [None, "by query", "shared"])
 def test_many_queries_are_taken_some_at_a_time(mask, monkeypatch):
-    monkeypatch.setattr(triton_attention, "_MOST_SUMS", 2 * 2 * 4 * 64 * 5)  # five queries
+    monkeypatch.setattr(triton_attention, "_MAX_SUMS", 2 * 2 * 4 * 64 * 5)  # five queries
     launches = []
     real = triton_attention.combine
     monkeypatch.setattr(
@@ -158,7 +158,7 @@ def test_softcap_and_learned_sinks(dtype):
     keys, values = states(dtype=dtype)
     q = query(n=2, dtype=dtype)
     plain = attend_packed(q, keys, values, AttentionOptions(scale=0.125)).float()
-    for extra in ({"softcap": 2.0}, {"sinks": 3 + torch.rand(4, device=DEVICE)}):
+    for extra in ({"softcap": 2.0}, {"sink_logits": 3 + torch.rand(4, device=DEVICE)}):
         options = AttentionOptions(scale=0.125, **extra)
         assert error(q, keys, values, options) < TOLERANCE[dtype]
         changed = attend_packed(q, keys, values, options).float()
@@ -179,7 +179,7 @@ def test_parts_may_be_empty(parts, dtype):
                     x.packed.statistics,
                     x.packed.quantizer,
                 ),
-                x.tail,
+                x.recent,
             )
             for x in (keys, values)
         )
@@ -213,8 +213,8 @@ def test_units_of_the_model_do_not_matter(unit, dtype):
     k, v = torch.randn(2, 1, 2, 90, 64, device=DEVICE) * unit
     store.append(k, v)
     empty = k[:, :, :0].to(dtype)
-    keys = CachedStates(empty, store.key_span(), empty)
-    values = CachedStates(empty, store.value_span(), empty)
+    keys = CachedStates(empty, store.keys.span(), empty)
+    values = CachedStates(empty, store.values.span(), empty)
     q = (torch.randn(1, 2, 1, 64, device=DEVICE) / unit).to(dtype)
     assert error(q, keys, values, AttentionOptions(scale=0.125)) < TOLERANCE[dtype]
 
@@ -226,8 +226,8 @@ def test_values_much_smaller_or_larger_than_those_before():
     v *= torch.where(torch.arange(90, device=DEVICE) < 45, 3e2, 3e-5)[:, None]
     store.append(k, v)
     empty = k[:, :, :0].half()
-    keys = CachedStates(empty, store.key_span(), empty)
-    values = CachedStates(empty, store.value_span(), empty)
+    keys = CachedStates(empty, store.keys.span(), empty)
+    values = CachedStates(empty, store.values.span(), empty)
     for seen in (slice(0, 45), slice(45, 90), slice(0, 90)):
         mask = torch.zeros(1, 1, 1, 90, dtype=torch.bool, device=DEVICE)
         mask[..., seen] = True
@@ -239,7 +239,7 @@ def test_values_much_smaller_or_larger_than_those_before():
 
 
 def _in_float32(cached):
-    return CachedStates(cached.sinks.float(), cached.packed, cached.tail.float())
+    return CachedStates(cached.sinks.float(), cached.packed, cached.recent.float())
 
 
 def test_one_zero_value_keeps_its_mass():
@@ -247,10 +247,10 @@ def test_one_zero_value_keeps_its_mass():
     k, v = torch.randn(2, 1, 1, 40, 64, device=DEVICE)
     v[:, :, 7] = 0
     store.append(k, v)
-    assert float(store.value_span().rows["scale"][0, 0, 7]) == 0
+    assert float(store.values.span().rows["scale"][0, 0, 7]) == 0
     empty = k[:, :, :0]
-    keys = CachedStates(empty, store.key_span(), empty)
-    values = CachedStates(empty, store.value_span(), empty)
+    keys = CachedStates(empty, store.keys.span(), empty)
+    values = CachedStates(empty, store.values.span(), empty)
     q = k[:, :, 7:8].repeat(1, 2, 1, 1)  # looks at the zero value
     assert error(q, keys, values, AttentionOptions(scale=0.25)) < 1e-5
 

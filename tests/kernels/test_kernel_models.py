@@ -5,8 +5,8 @@ import torch
 
 from rotorquant_hf import RotorQuantCache
 from rotorquant_hf.attention import triton_attention
+from rotorquant_hf.attention.states import RingStates
 from rotorquant_hf.backend import backend
-from rotorquant_hf.layers.ring import LiveStates
 from tests.helpers.models import COMMON, build, feed, prompt
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,7 +20,7 @@ def test_decode(name, monkeypatch):
     real = triton_attention.attend_packed
 
     def counted(query, keys, *args):
-        calls.append(isinstance(keys, LiveStates))
+        calls.append(isinstance(keys, RingStates))
         return real(query, keys, *args)
 
     monkeypatch.setattr(triton_attention, "attend_packed", counted)

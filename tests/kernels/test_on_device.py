@@ -248,7 +248,7 @@ class Ring:
                 with backend("torch"):
                     dense = reference.update(*new)
             if i and i % self.every == 0:
-                for ours, theirs in zip(kernels.window, reference.window, strict=True):
+                for ours, theirs in zip(kernels.recent, reference.recent, strict=True):
                     if not torch.equal(ours, theirs):
                         raise WrongResult("the recent windows differ")
                 assert ring_states(keys)

@@ -9,11 +9,12 @@ import torch
 from rotorquant_hf import RotorQuantCache, RotorQuantConfig
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
+from rotorquant_hf.attention.states import RingStates
 from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.attention.triton_attention import attend_packed
 from rotorquant_hf.backend import backend
-from rotorquant_hf.layers.full import RotorQuantLayer, RotorQuantSlidingLayer
-from rotorquant_hf.layers.ring import LiveStates
+from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from tests.helpers.models import build, prompt
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,7 +75,7 @@ def test_steps_hold_what_the_torch_path_holds(sizes, sliding):
         assert on_torch.get_seq_length() == on_kernels.get_seq_length()
         assert on_torch.get_mask_sizes(1) == on_kernels.get_mask_sizes(1)
         if isinstance(live_k, CompressedTensor):
-            live += isinstance(live_k.states, LiveStates)
+            live += isinstance(live_k.states, RingStates)
             q = torch.randn(B, HEADS * GROUP, n, D, device=DEVICE)
             options = AttentionOptions(scale=D**-0.5, causal=True)
             out = attend_packed(q, live_k.states, live_v.states, options)
@@ -93,7 +94,7 @@ def test_lengths_on_the_device_follow_without_uploads(sliding, monkeypatch):
     target = layer(sliding)
     for _ in feed(target, states, (40, 1), "triton"):
         pass
-    decoding = target.decoding
+    ring = target.ring
     uploads = []
     real = torch.Tensor.copy_
     monkeypatch.setattr(
@@ -103,11 +104,11 @@ def test_lengths_on_the_device_follow_without_uploads(sliding, monkeypatch):
         with backend("triton"):
             target.update(*states[:, :, :, i : i + 1])
         # The device counts the block of a flush with the next push.
-        found = decoding.lengths.tolist()
+        found = ring.lengths.tolist()
         flushed = found[6]
         on_device = (found[0], found[1], found[2] + flushed, found[3] + flushed, found[4] - flushed)
-        on_device = (*on_device[:3], on_device[3] % decoding.ring[0].shape[2], on_device[4])
-        assert on_device == decoding._lengths()
+        on_device = (*on_device[:3], on_device[3] % ring.rings[0].shape[2], on_device[4])
+        assert on_device == ring._lengths()
     # Only compaction, which moves the first row, has to be told.
     assert len(uploads) == 0 if not sliding else len(uploads) <= 159 // 16
 
@@ -142,7 +143,7 @@ def test_everything_else_finds_the_window():
     }
     for name, change in changes.items():
         on_torch, on_kernels = stepped("torch"), stepped("triton")
-        assert on_kernels.decoding is not None
+        assert on_kernels.ring is not None
         change(on_torch)
         change(on_kernels)
         for part in ("keys", "values"):
@@ -178,12 +179,10 @@ def test_the_ring_is_counted():
     target = layer()
     for _ in feed(target, states, (40, 1), "triton"):
         pass
-    decoding = target.decoding
-    assert target.nbytes()["window"] == sum(x.nbytes for x in decoding.ring) + 4 * len(
-        decoding.lengths
-    )
+    ring = target.ring
+    assert target.nbytes()["window"] == sum(x.nbytes for x in ring.rings) + 4 * len(ring.lengths)
     slots = SMALL["residual_length"] + 2 * SMALL["block_length"]
-    assert decoding.ring[0].shape == (B, HEADS, slots, D)
+    assert ring.rings[0].shape == (B, HEADS, slots, D)
 
 
 def test_gradients_do_not_go_through_the_ring():
@@ -194,7 +193,7 @@ def test_gradients_do_not_go_through_the_ring():
     new = states[:, :, :, 40:41].clone().requires_grad_()
     with backend("triton"):
         keys, _ = target.update(*new)
-    assert target.decoding is None
+    assert target.ring is None
     keys.sum().backward()
     assert torch.equal(new.grad[0], torch.ones_like(new.grad[0]))
 
@@ -217,10 +216,10 @@ def test_rows_are_there_before_they_are_written(residual, block, sliding, total)
         strict=True,
     ):
         rows = on_kernels.store.rows_in_use()
-        assert 0 <= rows[0] <= rows[1] <= on_kernels.store.key_rows()["codes"].shape[2]
+        assert 0 <= rows[0] <= rows[1] <= on_kernels.store.keys.buffers.tensors["codes"].shape[2]
         off = (dense(k) - dense(live_k)).abs().amax(dim=-1) > 1e-4
         assert off.float().mean() < 0.02
-    assert on_kernels.decoding is not None
+    assert on_kernels.ring is not None
 
 
 def test_a_failed_step_is_no_step(monkeypatch):
@@ -253,7 +252,7 @@ def test_a_failed_step_is_no_step(monkeypatch):
                     b = twin.update(*states[:, :, :, i : i + 1])
                     assert torch.equal(dense(a[0]), dense(b[0]))
                     assert torch.equal(dense(a[1]), dense(b[1]))
-            lengths = target.decoding.lengths[:5].tolist(), twin.decoding.lengths[:5].tolist()
+            lengths = target.ring.lengths[:5].tolist(), twin.ring.lengths[:5].tolist()
             assert lengths[0][2] + lengths[0][4] == lengths[1][2] + lengths[1][4]
 
 
@@ -262,18 +261,18 @@ def test_a_gradient_needed_later_leaves_the_ring():
     target = layer()
     for _ in feed(target, states, (40, 1), "triton"):
         pass
-    assert target.decoding is not None
+    assert target.ring is not None
     new = states[:, :, :, 41:42].clone().requires_grad_()
     with backend("triton"):
         keys, _ = target.update(*new)
-    assert keys.requires_grad or keys.states.tail.requires_grad
+    assert keys.requires_grad or keys.states.recent.requires_grad
 
 
 def test_double_precision_stays_on_the_torch_path():
     states = tokens(60).double()
     target = layer()
     *_, (k, _) = feed(target, states, (40, 1), "triton")
-    assert target.decoding is None
+    assert target.ring is None
     assert k.dtype == torch.float64
 
 
@@ -294,7 +293,7 @@ def test_greedy_text_through_the_kernels_is_that_of_materialising(options):
             texts.append(
                 model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
             )
-        assert all(x.decoding is not None for x in cache.layers)
+        assert all(x.ring is not None for x in cache.layers)
     assert torch.equal(*texts)
 
 

@@ -1,4 +1,4 @@
-"""Channel statistics: weights against a slow reference, round trips, dead and extreme channels."""
+"""Channel statistics: scales against a slow reference, round trips, dead and extreme channels."""
 
 import math
 
@@ -29,7 +29,7 @@ def partner(c, d, layout):
     return (c + d // 2) % d if layout == "half" else c ^ 1
 
 
-def reference_weights(x, power, layout):
+def reference_scales(x, power, layout):
     """Weights of one head's vectors (tokens, d), in plain Python; centring does not change them."""
     tokens, d = x.shape
     energy = [sum(v**2 for v in column) / tokens for column in x.double().T.tolist()]
@@ -44,14 +44,14 @@ def reference_weights(x, power, layout):
 @layouts
 @centering
 @pytest.mark.parametrize("d", [12, 11], ids=["even", "odd"])
-def test_weights_are_those_of_a_slow_reference(power, layout, center, d):
+def test_scales_are_those_of_a_slow_reference(power, layout, center, d):
     x = block(d=d)
     statistics = ChannelStatistics.of_block(x, power, center, layout)
-    assert statistics.weight.shape == (2, 3, 1, 1 if power == 0 else d)
-    assert statistics.weight.dtype == torch.float32
-    expected = [[reference_weights(head, power, layout) for head in row] for row in x]
-    weight = statistics.weight.expand(2, 3, 1, d).squeeze(2).double()
-    torch.testing.assert_close(weight, torch.tensor(expected).double(), rtol=1e-4, atol=0)
+    assert statistics.scale.shape == (2, 3, 1, 1 if power == 0 else d)
+    assert statistics.scale.dtype == torch.float32
+    expected = [[reference_scales(head, power, layout) for head in row] for row in x]
+    scale = statistics.scale.expand(2, 3, 1, d).squeeze(2).double()
+    torch.testing.assert_close(scale, torch.tensor(expected).double(), rtol=1e-4, atol=0)
 
 
 @powers
@@ -60,24 +60,24 @@ def test_weights_are_those_of_a_slow_reference(power, layout, center, d):
 def test_the_first_block_has_norm_one_in_the_quadratic_mean(power, layout, center):
     x = block()
     statistics = ChannelStatistics.of_block(x, power, center, layout)
-    energy = (x / statistics.weight).square().sum(dim=-1).mean(dim=-1)
+    energy = (x / statistics.scale).square().sum(dim=-1).mean(dim=-1)
     torch.testing.assert_close(energy, torch.ones(2, 3), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("layout", "pairs"), [("half", (2, 6)), ("interleaved", (6, 2))])
-def test_the_channels_of_a_rope_pair_share_their_weight(layout, pairs):
-    weight = ChannelStatistics.of_block(block(), 0.5, rope_layout=layout).weight
-    paired = weight.unflatten(-1, pairs)
+def test_the_channels_of_a_rope_pair_share_their_scale(layout, pairs):
+    scale = ChannelStatistics.of_block(block(), 0.5, rope_layout=layout).scale
+    paired = scale.unflatten(-1, pairs)
     axis = -2 if layout == "half" else -1
     first, second = paired.unbind(axis)
     torch.testing.assert_close(first, second)
-    assert weight.unique().numel() >= 2 * 3 * 5  # and only they
+    assert scale.unique().numel() >= 2 * 3 * 5  # and only they
 
 
-def test_without_a_rope_layout_each_channel_has_its_own_weight():
-    weight = ChannelStatistics.of_block(block(), 0.5).weight
-    ratio = weight.max() / weight.min()
-    assert weight.unique().numel() > 2 * 3 * 10
+def test_without_a_rope_layout_each_channel_has_its_own_scale():
+    scale = ChannelStatistics.of_block(block(), 0.5).scale
+    ratio = scale.max() / scale.min()
+    assert scale.unique().numel() > 2 * 3 * 10
     assert ratio > 5
 
 
@@ -92,7 +92,7 @@ def test_heads_and_batch_rows_have_their_own_statistics():
     x = block()
     together = ChannelStatistics.of_block(x, 0.5, center=True)
     alone = ChannelStatistics.of_block(x[1:, 2:], 0.5, center=True)
-    torch.testing.assert_close(together.weight[1:, 2:], alone.weight)
+    torch.testing.assert_close(together.scale[1:, 2:], alone.scale)
     torch.testing.assert_close(together.mean[1:, 2:], alone.mean)
 
 
@@ -103,7 +103,7 @@ def test_a_long_block_counts_all_its_tokens(center):
     x[:, :, -1] *= 1000
     statistics = ChannelStatistics.of_block(x, 0, center)
     rms = x.double().square().mean(dim=2).sum(dim=-1).sqrt().float()
-    torch.testing.assert_close(statistics.weight[:, :, 0, 0], rms, rtol=1e-4, atol=0)
+    torch.testing.assert_close(statistics.scale[:, :, 0, 0], rms, rtol=1e-4, atol=0)
     if center:
         torch.testing.assert_close(
             statistics.mean, x.double().mean(dim=2, keepdim=True).float(), rtol=1e-3, atol=1e-4
@@ -131,9 +131,9 @@ def test_auto_centres_offset_channels_with_their_rope_partners(layout, expected,
     assert not statistics.mean[:, :2].any()
     for b in range(2):
         assert set(statistics.mean[b, 2, 0].nonzero().flatten().tolist()) == expected
-        weight = reference_weights(x[b, 2], power, layout)
+        scale = reference_scales(x[b, 2], power, layout)
         torch.testing.assert_close(
-            statistics.weight[b, 2, 0].expand(12), torch.tensor(weight), rtol=1e-4, atol=0
+            statistics.scale[b, 2, 0].expand(12), torch.tensor(scale), rtol=1e-4, atol=0
         )
     centred = sorted(expected)
     torch.testing.assert_close(
@@ -152,7 +152,7 @@ def test_auto_centres_no_other_channels(case, layout):
     statistics = ChannelStatistics.of_block(x, 0.5, "auto", layout)
     assert not statistics.mean.any()
     plain = ChannelStatistics.of_block(x, 0.5, False, layout)
-    assert torch.equal(statistics.weight, plain.weight)
+    assert torch.equal(statistics.scale, plain.scale)
 
 
 # --- normalise and back ---
@@ -169,11 +169,11 @@ def test_denormalize_undoes_normalize(power, layout, center):
         torch.testing.assert_close(back, vectors, rtol=1e-5, atol=1e-5)
 
 
-def test_normalize_subtracts_the_mean_and_divides_by_the_weight():
+def test_normalize_subtracts_the_mean_and_divides_by_the_scale():
     x, later = block(), block(tokens=7, seed=50)
     statistics = ChannelStatistics.of_block(x, 0.5, center=True)
     torch.testing.assert_close(statistics.mean, x.mean(dim=2, keepdim=True))
-    expected = (later - x.mean(dim=2, keepdim=True)) / statistics.weight
+    expected = (later - x.mean(dim=2, keepdim=True)) / statistics.scale
     torch.testing.assert_close(statistics.normalize(later), expected)
     assert statistics.normalize(later.bfloat16()).dtype == torch.float32
 
@@ -186,7 +186,7 @@ def test_scores_and_weighted_sums_need_no_denormalised_vectors():
     x, queries = block(), block(tokens=1, seed=50)
     statistics = ChannelStatistics.of_block(x, 0.5, center=True)
     u, p = statistics.normalize(x), torch.softmax(torch.randn(2, 3, 1, 20), dim=-1)
-    scores = (queries * statistics.weight) @ u.mT + queries @ statistics.mean.mT
+    scores = (queries * statistics.scale) @ u.mT + queries @ statistics.mean.mT
     torch.testing.assert_close(scores, queries @ x.mT, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(statistics.denormalize(p @ u), p @ x, rtol=1e-4, atol=1e-4)
 
@@ -197,17 +197,17 @@ def test_scores_and_weighted_sums_need_no_denormalised_vectors():
 @powers
 @layouts
 @centering
-def test_dead_channels_have_a_weight(power, layout, center):
+def test_dead_channels_have_a_scale(power, layout, center):
     x = block()
     x[..., [0, 5]] = 0
     statistics = ChannelStatistics.of_block(x, power, center, layout)
-    assert (statistics.weight > 0).all()
-    assert torch.isfinite(statistics.weight).all()
+    assert (statistics.scale > 0).all()
+    assert torch.isfinite(statistics.scale).all()
     assert torch.isfinite(statistics.normalize(x)).all()
-    # A channel that wakes up is not blown up: its weight is that of a channel of 2% of the rms.
-    shares = [reference_weights(head, power, layout) for head in x[0]]
-    weight = statistics.weight[0, :, 0].expand(3, 12)
-    torch.testing.assert_close(weight, torch.tensor(shares), rtol=1e-4, atol=0)
+    # A channel that wakes up is not blown up: its scale is that of a channel of 2% of the rms.
+    shares = [reference_scales(head, power, layout) for head in x[0]]
+    scale = statistics.scale[0, :, 0].expand(3, 12)
+    torch.testing.assert_close(scale, torch.tensor(shares), rtol=1e-4, atol=0)
 
 
 @powers
@@ -217,8 +217,8 @@ def test_dead_channels_have_a_weight(power, layout, center):
 def test_a_block_of_zeros_has_finite_statistics(power, layout, center, tokens):
     x = torch.zeros(2, 3, tokens, 12)
     statistics = ChannelStatistics.of_block(x, power, center, layout)
-    assert (statistics.weight > 0).all()
-    assert torch.isfinite(statistics.weight).all()
+    assert (statistics.scale > 0).all()
+    assert torch.isfinite(statistics.scale).all()
     assert torch.equal(statistics.normalize(x), x)
     assert torch.equal(statistics.denormalize(x), x)
     later = statistics.normalize(block())
@@ -233,8 +233,8 @@ def test_magnitudes_far_from_one_change_only_the_unit(power, layout, center, mag
     x = block()
     near = ChannelStatistics.of_block(x, power, center, layout)
     far = ChannelStatistics.of_block(x * magnitude, power, center, layout)
-    assert torch.isfinite(far.weight).all()
-    torch.testing.assert_close(far.weight / magnitude, near.weight, rtol=1e-4, atol=0)
+    assert torch.isfinite(far.scale).all()
+    torch.testing.assert_close(far.scale / magnitude, near.scale, rtol=1e-4, atol=0)
     torch.testing.assert_close(
         far.normalize(x * magnitude), near.normalize(x), rtol=1e-3, atol=1e-4
     )
@@ -249,11 +249,11 @@ def test_magnitudes_far_from_one_change_only_the_unit(power, layout, center, mag
 def test_map_reaches_every_tensor_and_leaves_the_original(center):
     statistics = ChannelStatistics.of_block(block(), 0.5, center)
     second = statistics.map(lambda t: t[1:])
-    assert torch.equal(second.weight, statistics.weight[1:])
+    assert torch.equal(second.scale, statistics.scale[1:])
     assert (second.mean is None) == (not center)
     if center:
         assert torch.equal(second.mean, statistics.mean[1:])
-    assert statistics.weight.shape[0] == 2
+    assert statistics.scale.shape[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def test_embed_and_extract_are_inverse(d):
 @pytest.mark.parametrize("d", [3, 7, 10])
 def test_extracting_another_dimension_is_refused(d):
     mv = embed_vectors_as_multivectors(torch.ones(5))
-    with pytest.raises(ValueError, match=f"do not hold vectors of {d} numbers"):
+    with pytest.raises(ValueError, match=f"do not hold vectors of {d} elements"):
         extract_vectors_from_multivectors(mv, d)
 
 

@@ -333,7 +333,7 @@ def test_integers_are_refused(dtype):
 
 @pytest.mark.parametrize("shape", [(2, 63), (64, 1), (65,), ()], ids=str)
 def test_another_last_axis_is_refused(shape):
-    with pytest.raises(ValueError, match="last axis must hold 64 numbers"):
+    with pytest.raises(ValueError, match="last axis must hold 64 elements"):
         quantizer(64, 3).quantize(torch.ones(shape))
 
 

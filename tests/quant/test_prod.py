@@ -296,7 +296,7 @@ def test_other_floating_dtypes_are_coded_like_float32(dtype):
     [
         (torch.full((2, D), float("nan")), ValueError, r"NaN or infinite, the first at \(0, 0\)"),
         (torch.ones(2, D, dtype=torch.int32), TypeError, "x has dtype torch.int32"),
-        (torch.ones(2, D - 1), ValueError, f"last axis must hold {D} numbers"),
+        (torch.ones(2, D - 1), ValueError, f"last axis must hold {D} elements"),
     ],
     ids=["nan", "integers", "another-d"],
 )

@@ -116,7 +116,7 @@ def test_crop_and_append_again() -> None:
     assert torch.equal(store.get_keys(), full)
     store.crop(90)
     assert len(store) == 0
-    assert store.key_statistics is None
+    assert store.keys.statistics is None
     store.append(keys[:1], values[:1])  # another batch size: as good as new
     assert store.get_keys().shape[0] == 1
 
@@ -139,10 +139,10 @@ def test_growth_copies_history_rarely_and_wastes_little() -> None:
     capacities, copied = [], 0
     for _ in range(400):
         store.append(block, block)
-        if not capacities or store._keys.capacity != capacities[-1]:
-            capacities.append(store._keys.capacity)
+        if not capacities or store.keys.buffers.capacity != capacities[-1]:
+            capacities.append(store.keys.buffers.capacity)
             copied += len(store)
-        assert store._keys.capacity - len(store) <= len(store) / 64 + 32
+        assert store.keys.buffers.capacity - len(store) <= len(store) / 64 + 32
     assert copied / len(store) < 64
     parts = store.nbytes()
     assert parts["spare"] < 0.02 * sum(parts.values())
@@ -171,8 +171,8 @@ def test_bytes_are_those_of_the_tensors() -> None:
     assert parts["key_signs"] == vectors * 16
     assert parts["key_scale"] == parts["key_residual_norm"] == vectors * 2
     assert parts["value_codes"] == vectors * 32
-    real = sum(t.untyped_storage().nbytes() for t in store._keys.tensors.values())
-    real += sum(t.untyped_storage().nbytes() for t in store._values.tensors.values())
+    real = sum(t.untyped_storage().nbytes() for t in store.keys.buffers.tensors.values())
+    real += sum(t.untyped_storage().nbytes() for t in store.values.buffers.tensors.values())
     assert sum(parts.values()) - parts["statistics"] == real
 
 
@@ -226,7 +226,7 @@ def test_queries_must_fit() -> None:
     store.append(states(4), states(4))
     with pytest.raises(ValueError, match="multiple of 3"):
         store.attention_scores(states(1, heads=4))
-    with pytest.raises(ValueError, match="32 numbers"):
+    with pytest.raises(ValueError, match="32 elements"):
         store.attention_scores(states(1, d=16))
 
 
@@ -284,6 +284,6 @@ def test_auto_centring_leaves_ordinary_channels_alone() -> None:
     keys = torch.randn(1, 2, 64, 64, generator=generator) + 1.0
     store = make_store(64, 64)
     store.append(keys, keys)
-    assert store.key_statistics is not None
-    assert store.key_statistics.mean is not None
-    assert not store.key_statistics.mean.any()
+    assert store.keys.statistics is not None
+    assert store.keys.statistics.mean is not None
+    assert not store.keys.statistics.mean.any()

@@ -1,0 +1,189 @@
+"""What one attention call reads: cached keys, or values, as plain data.
+
+Attention in torch and attention in Triton read the same states through the same interface,
+`KVStates`; neither knows who holds them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rotorquant_hf.backend import on_device
+from rotorquant_hf.quant.packed import PackedSpan
+
+
+class DeviceView(NamedTuple):
+    """The tensors that the kernels read, to which `KVStates.lengths` refers.
+
+    Attributes:
+        rows: packed tokens, tensors (batch, heads, capacity, ...) by name as in `PackedSpan.rows`.
+        recent: (batch, heads, slots, d), a ring; neighbouring channels lie side by side.
+    """
+
+    rows: dict[str, Tensor]
+    recent: Tensor
+
+
+class KVStates(Protocol):
+    """All keys (or values) that one attention call may read, oldest token first."""
+
+    @property
+    def sinks(self) -> Tensor:
+        """(batch, heads, n, d), the first tokens, in full precision; n may be 0."""
+
+    @property
+    def packed(self) -> PackedSpan:
+        """The quantised tokens that follow."""
+
+    @property
+    def recent(self) -> Tensor:
+        """(batch, heads, m, d), the latest tokens, in full precision; dtype of `sinks`."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, tokens, d)."""
+
+    @property
+    def max_packed(self) -> int:
+        """Packed tokens that a kernel launch has to be laid out for."""
+
+    def device_view(self) -> DeviceView:
+        """Where the kernels find the packed and the recent tokens."""
+
+    def lengths(self) -> Tensor:
+        """Where in the device view the tokens lie, (5,) int32 on the device.
+
+        The number of sinks, the first packed row, the number of packed tokens, the first slot of
+        the recent tokens and their number.
+        """
+
+    def materialize(self) -> Tensor:
+        """The dequantised tensor, in the dtype of the full-precision tokens."""
+
+
+@dataclass(frozen=True)
+class CachedStates:
+    """`KVStates` of tensors that nothing changes later."""
+
+    sinks: Tensor
+    packed: PackedSpan
+    recent: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, tokens, d)."""
+        batch, heads, m, d = self.recent.shape
+        return batch, heads, self.sinks.shape[2] + self.packed.shape[2] + m, d
+
+    @property
+    def max_packed(self) -> int:
+        """As in `KVStates`: all there are."""
+        return self.packed.shape[2]
+
+    def device_view(self) -> DeviceView:
+        """As in `KVStates`: the tensors themselves."""
+        return DeviceView(self.packed.rows, unit_stride(self.recent))
+
+    def lengths(self) -> Tensor:
+        """As in `KVStates`; both views start at their first token."""
+        counts = [self.sinks.shape[2], 0, self.packed.shape[2], 0, self.recent.shape[2]]
+        return on_device(counts, self.recent.device)
+
+    def materialize(self) -> Tensor:
+        """The dequantised tensor, in the dtype of the recent tokens."""
+        out = self.recent.new_empty(self.shape)
+        first, last = self.sinks.shape[2], self.shape[2] - self.recent.shape[2]
+        out[:, :, :first] = self.sinks
+        self.packed.materialize(out[:, :, first:last])
+        out[:, :, last:] = self.recent
+        return out
+
+
+@dataclass
+class Clock:
+    """How often a ring has moved on; states remember when they were made."""
+
+    ticks: int = 0
+
+    def tick(self) -> None:
+        """Make all states made so far stale."""
+        self.ticks += 1
+
+
+@dataclass(frozen=True)
+class RingStates:
+    """`KVStates` whose recent tokens are in a ring, valid until the ring moves on.
+
+    Attributes:
+        sinks, packed: as in `KVStates`.
+        ring: (batch, heads, slots, d), contiguous.
+        begin, count: first slot and number of the recent tokens.
+        rows: the store's whole tensors, to which the lengths on the device refer.
+        device_lengths: (5,) int32, what `lengths` returns: the kernels of a step write it.
+        max_packed: packed tokens that a launch has to be laid out for; more than there are
+            where a CUDA graph is to replay it while they grow.
+        clock: the ring's. made_at: its ticks when this was made.
+    """
+
+    sinks: Tensor
+    packed: PackedSpan
+    ring: Tensor
+    begin: int
+    count: int
+    rows: dict[str, Tensor]
+    device_lengths: Tensor
+    max_packed: int
+    clock: Clock
+    made_at: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, tokens, d)."""
+        batch, heads, packed, d = self.packed.shape
+        return batch, heads, self.sinks.shape[2] + packed + self.count, d
+
+    @property
+    def recent(self) -> Tensor:
+        """The recent tokens, (batch, heads, count, d), copied."""
+        self._require_current()
+        return read_ring(self.ring, self.begin, self.count)
+
+    def device_view(self) -> DeviceView:
+        """As in `KVStates`: the memory that the ring and the store write in."""
+        self._require_current()
+        return DeviceView(self.rows, self.ring)
+
+    def lengths(self) -> Tensor:
+        """As in `KVStates`: those that the device itself keeps up to date."""
+        return self.device_lengths
+
+    def materialize(self) -> Tensor:
+        """The dequantised tensor, in the dtype of the recent tokens."""
+        return CachedStates(self.sinks, self.packed, self.recent).materialize()
+
+    def _require_current(self) -> None:
+        """Refuse to read what a later step has overwritten.
+
+        Raises:
+            RuntimeError: if the cache was updated since.
+        """
+        if self.clock.ticks != self.made_at:
+            raise RuntimeError(
+                "these keys or values are of an earlier update of the cache, whose window has "
+                "moved on since; clone() them before the next update, or read layer.keys anew"
+            )
+
+
+def read_ring(ring: Tensor, begin: int, count: int) -> Tensor:
+    """`count` tokens of a ring (batch, heads, slots, d) from slot `begin` on, copied in order."""
+    end = min(begin + count, ring.shape[2])
+    return torch.cat((ring[:, :, begin:end], ring[:, :, : count - (end - begin)]), dim=2)
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x with neighbouring channels side by side, as the kernels read them."""
+    return x if x.stride(-1) == 1 else x.contiguous()

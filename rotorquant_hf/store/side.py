@@ -1,0 +1,149 @@
+"""PackedSide: the packed keys, or the packed values, of one attention layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rotorquant_hf.quant.channels import ChannelStatistics
+from rotorquant_hf.quant.packed import PackedSpan
+from rotorquant_hf.quant.quantizer import Quantizer, QuantizerSpec
+from rotorquant_hf.quant.registry import shared_quantizer
+from rotorquant_hf.store.buffers import TokenBuffers
+
+
+class PackedSide:
+    """One side of a `RotorQuantKVCache`: quantiser, channel statistics and rows.
+
+    Args:
+        spec: the quantiser.
+        d: head dim.
+        device: where the rows lie. It changes when a layer is offloaded.
+        equalize, center, rope_layout: of the channel statistics; see
+            `ChannelStatistics.of_block`, where `equalize` is `power`.
+
+    Attributes:
+        buffers: the rows (batch, heads, tokens, ...), as `Quantizer.encode` names them.
+        statistics: of the first block, None before it.
+
+    Raises:
+        ValueError: naming the value that is not possible.
+    """
+
+    def __init__(
+        self,
+        spec: QuantizerSpec,
+        d: int,
+        device: torch.device,
+        *,
+        equalize: float,
+        center: bool | str = False,
+        rope_layout: str = "none",
+    ) -> None:
+        self.spec, self.d, self.device = spec, d, device
+        self._equalize, self._center, self._rope_layout = equalize, center, rope_layout
+        self.buffers = TokenBuffers()
+        self.statistics: ChannelStatistics | None = None
+        _ = self.quantizer  # refuse impossible settings now
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """What codes the vectors, on the device where the rows lie now.
+
+        Shared by all stores of the same settings, so never kept here: a copy of the side would
+        copy it, and an offloaded side would keep the tables of the other device.
+        """
+        return shared_quantizer(self.spec, self.d, self.device)
+
+    def __len__(self) -> int:
+        """Tokens stored."""
+        return len(self.buffers)
+
+    def take_statistics(self, block: Tensor) -> None:
+        """Fix the channel statistics by the first block (batch, heads, tokens, d)."""
+        if self.statistics is None:
+            self.statistics = ChannelStatistics.of_block(
+                block, self._equalize, self._center, self._rope_layout
+            )
+
+    def append(self, x: Tensor, expected: int = 0) -> None:
+        """Quantise vectors in torch and append their rows; the statistics must be taken.
+
+        Args:
+            x: (batch, heads, tokens, d).
+            expected: as in `TokenBuffers.append`.
+        """
+        quantizer, statistics, _ = self.coding()
+        self.buffers.append(quantizer.encode(statistics.normalize(x)), expected)
+
+    def coding(self) -> tuple[Quantizer, ChannelStatistics, dict[str, Tensor]]:
+        """What coding takes: quantiser, statistics, and the tensors for the rows."""
+        return self.quantizer, self._taken_statistics(), self.buffers.tensors
+
+    def grown(self, count: int, batch: int, heads: int) -> dict[str, Tensor]:
+        """Copies of the tensors with room for `count` more rows; see `TokenBuffers.adopt`."""
+        like = self.buffers.tensors or self.empty_rows(batch, heads)
+        return self.buffers.grown(like, count)
+
+    def empty_rows(self, batch: int, heads: int) -> dict[str, Tensor]:
+        """Rows of no tokens, (batch, heads, 0, ...), of the shapes and dtypes of `encode`."""
+        rows = self.quantizer.encode(torch.empty(0, self.d, device=self.device))
+        return {name: row.new_empty(batch, heads, 0, *row.shape[1:]) for name, row in rows.items()}
+
+    def span(self, start: int = 0, end: int | None = None) -> PackedSpan:
+        """The packed tokens [start, end), sharing this side's memory.
+
+        Raises:
+            ValueError: if there has been no token yet.
+        """
+        statistics = self._taken_statistics()
+        rows = self.buffers.rows(start, len(self) if end is None else end)
+        return PackedSpan(rows, statistics, self.quantizer)
+
+    def reconstructed(self) -> Tensor:
+        """The reconstructed vectors, (batch, heads, len(self), d) float32.
+
+        Raises:
+            ValueError: if there has been no token yet.
+        """
+        span = self.span()
+        out = torch.empty(span.shape, dtype=torch.float32, device=self.device)
+        span.materialize(out)
+        return out
+
+    def _taken_statistics(self) -> ChannelStatistics:
+        if self.statistics is None:
+            raise ValueError("the store is empty; append keys and values first")
+        return self.statistics
+
+    def clear(self) -> None:
+        """Forget everything, statistics included."""
+        self.buffers.clear()
+        self.statistics = None
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply `fn` to every tensor along the batch axis (selection, repetition)."""
+        self.buffers.map(fn)
+        if self.statistics is not None:
+            self.statistics = self.statistics.map(fn)
+
+    def state(self) -> dict[str, Tensor]:
+        """The rows in use and the statistics by name, for saving; empty before the first token.
+
+        The channel scales are called "weight" in files.
+        """
+        if self.statistics is None:
+            return {}
+        state = {**self.buffers.rows(0, len(self)), "weight": self.statistics.scale}
+        if self.statistics.mean is not None:
+            state["mean"] = self.statistics.mean
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state` (not an empty one), into an empty side."""
+        rows = dict(state)
+        self.statistics = ChannelStatistics(rows.pop("weight"), rows.pop("mean", None))
+        if rows:
+            self.buffers.append(rows)

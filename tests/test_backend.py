@@ -1,0 +1,44 @@
+"""The one answer to "kernels or torch?"."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rotorquant_hf import RotorQuantMSE, RotorQuantProd
+from rotorquant_hf.backend import backend, kernels_take
+
+CPU = torch.device("cpu")
+HALF = {"scale_dtype": torch.float16}
+
+
+class Subclass(RotorQuantMSE):
+    """May code in a way of its own, which no kernel knows."""
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "dtype", "taken"),
+    [
+        (RotorQuantMSE(64, 3, **HALF), torch.float32, True),
+        (RotorQuantMSE(64, 3, **HALF), torch.bfloat16, True),
+        (RotorQuantMSE(64, 3, **HALF), torch.float64, False),
+        (RotorQuantProd(512, 8, **HALF), torch.float32, True),
+        (RotorQuantProd(576, 8, **HALF), torch.float16, True),
+        (RotorQuantProd(576, 8, **HALF), torch.float32, False),  # more shared memory than there is
+        (RotorQuantMSE(20, 3, **HALF), torch.float32, False),  # planes that end within a byte
+        (RotorQuantProd(20, 3, **HALF), torch.float32, False),
+        (RotorQuantMSE(64, 3), torch.float32, False),  # scales in float32
+        (Subclass(64, 3, **HALF), torch.float32, False),
+    ],
+    ids=lambda x: (
+        f"{type(x).__name__} {x.d}" if isinstance(x, RotorQuantMSE | RotorQuantProd) else None
+    ),
+)
+def test_what_the_kernels_take(quantizer, dtype, taken) -> None:
+    known = RotorQuantMSE(64, 2, **HALF)
+    with backend("triton"):
+        assert kernels_take(CPU, dtype, quantizer) is taken
+        assert kernels_take(CPU, dtype, known, quantizer) is taken  # all of them, or none
+    with backend("torch"):
+        assert not kernels_take(CPU, dtype, quantizer)
+    assert not kernels_take(CPU, dtype, quantizer)

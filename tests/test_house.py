@@ -1,0 +1,140 @@
+"""The house stands as it is drawn: storeys, no circles, few dependencies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.imports import STOREYS, circles, levels, read_house
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = read_house(ROOT / "rotorquant_hf")
+HARNESS = read_house(ROOT / "evals")
+
+# These modules are made of Triton's functions; nothing imports them before a kernel is launched.
+TRITON_ROOMS = ("rotorquant_hf.kernels", "rotorquant_hf.attention.triton_attention")
+EXAMPLES = ("examples.sample_text",)
+"""Examples that can be copied out of the clone: they need no harness and no more libraries."""
+
+
+def test_every_room_has_a_storey() -> None:
+    assert sorted(room for rooms in STOREYS for room in rooms) == sorted(PACKAGE.rooms)
+
+
+def test_imports_run_downward() -> None:
+    assert PACKAGE.upward(STOREYS) == set()
+
+
+def test_the_package_has_no_circles() -> None:
+    assert circles(PACKAGE.rooms) == []
+    assert circles(PACKAGE.modules) == []
+
+
+def test_the_harness_has_no_circles() -> None:
+    assert circles(HARNESS.rooms) == []
+
+
+def test_nothing_below_the_layers_knows_transformers_but_the_registration() -> None:
+    below = [room for rooms in STOREYS[:4] for room in rooms]
+    knowing = [
+        path.stem
+        for room in below
+        for path in (ROOT / "rotorquant_hf").glob(f"{room}/*.py")
+        if "import transformers" in (text := path.read_text()) or "from transformers" in text
+    ]
+    assert knowing == ["registered"]
+
+
+def test_a_planted_circle_is_found(tmp_path: Path) -> None:
+    """Imports in functions, under TYPE_CHECKING and relative ones count."""
+    files = {
+        "__init__.py": "from .roof import top",
+        "roof.py": "import json\nfrom house.low import stone\n",
+        "low/__init__.py": "",
+        "low/stone.py": "def f():\n    from .. import roof\n",
+        "low/sand.py": "if TYPE_CHECKING:\n    from .stone import f\n",
+        "attic.py": "import house.low.sand as s\n",
+    }
+    for name, text in files.items():
+        path = tmp_path / "house" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    house = read_house(tmp_path / "house")
+    assert house.arrows == {("house", "roof"), ("roof", "low"), ("low", "roof"), ("attic", "low")}
+    assert house.modules["house.low.sand"] == {"house.low.stone"}
+    assert circles(house.rooms) == [["low", "roof"]]
+    assert circles(house.modules) == [["house.low.stone", "house.roof"]]
+    assert levels(house.rooms) == {"low": 1, "roof": 1, "house": 2, "attic": 2}
+    assert house.upward([["low"], ["roof"], ["attic", "house"]]) == {("low", "roof")}
+
+
+IMPORT_WITHOUT = """
+import importlib, importlib.metadata as metadata, re, sys
+
+def closure(names):
+    found = set()
+    while names:
+        name = re.sub("[-_.]+", "-", names.pop()).lower()
+        try:
+            required = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue  # of another platform
+        if name not in found:
+            found.add(name)
+            names += [re.match("[A-Za-z0-9._-]+", x)[0] for x in required if "extra ==" not in x]
+    return found
+
+triton, modules = sys.argv[1] == "triton", sys.argv[2:]
+allowed = closure(["torch", "transformers", "safetensors"]) | ({"triton"} if triton else set())
+hidden = {
+    top
+    for top, owners in metadata.packages_distributions().items()
+    if not allowed & {re.sub("[-_.]+", "-", owner).lower() for owner in owners}
+}
+hidden |= {"evals", "rotorquant_evals"} | (set() if triton else {"triton"})
+assert "pytest" in hidden, hidden  # it is here, and not to be needed
+
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        hide = name.partition(".")[0] in hidden
+        return None if hide else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
+for name in modules:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(name, repr(error))
+for name in sorted(hidden & set(sys.modules)):
+    print("imported", name)
+"""
+
+
+def failures_of(modules: list[str], triton: bool) -> list[str]:
+    """What goes wrong in importing modules where nothing but the base dependencies is found.
+
+    Args:
+        triton: whether Triton is found too.
+    """
+    command = [sys.executable, "-c", IMPORT_WITHOUT, "triton" if triton else "", *modules]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()
+
+
+def test_the_package_needs_nothing_but_its_dependencies() -> None:
+    plain = [name for name in PACKAGE.modules if not name.startswith(TRITON_ROOMS)]
+    assert failures_of(plain, triton=False) == []
+    kernels = [name for name in PACKAGE.modules if name not in plain]
+    assert failures_of(kernels, triton=True) == []
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_need_nothing_else_either(name: str) -> None:
+    assert failures_of([name], triton=False) == []
