@@ -37,7 +37,7 @@ class MemoryReport:
         tokens: tokens seen.
         parts: bytes by part. `PART_NAMES` has the names, but for what other quantisers than this
             package's store.
-        numbers: key and value numbers that the cache stands for (of a sliding window those it
+        numbers: key and value elements that the cache stands for (of a sliding window those it
             still holds).
         packed_numbers: those of them that are stored quantised.
         dtype: the model's dtype.
@@ -56,12 +56,12 @@ class MemoryReport:
 
     @property
     def uncompressed_bytes(self) -> int:
-        """Bytes of the same numbers in the model's dtype."""
+        """Bytes of the same elements in the model's dtype."""
         return self.numbers * self.dtype.itemsize
 
     @property
     def bits_per_number(self) -> float:
-        """Total bits over numbers."""
+        """Total bits over elements."""
         return 8 * self.total_bytes / max(self.numbers, 1)
 
     @property

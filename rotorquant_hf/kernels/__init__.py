@@ -1,1 +1,1 @@
-"""Triton kernels. Each does in one launch what plain torch beside it does in several."""
+"""Triton kernels. Each does in one launch what plain torch does in several."""

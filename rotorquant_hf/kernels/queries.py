@@ -1,4 +1,4 @@
-"""The kernel before attention: queries as packed keys want them.
+"""The kernel before attention: prepares queries for packed keys.
 
 A score is <q, k_hat> = <T(q w), c> s + <q, mean>, with the weights w and means of the keys'
 `ChannelStatistics`, and for `RotorQuantProd` + <S T(q w), sign> |r| sqrt(pi/2) / m. What depends
@@ -180,7 +180,7 @@ def prepare_kernel(
 
 @triton.jit
 def _unit_rows(b_y, HALF: tl.constexpr):
-    """Rows divided by their largest magnitude, and that; as they are unless HALF."""
+    """Rows divided by their largest magnitude, and that magnitude; unchanged and 1 unless HALF."""
     factor = tl.full([b_y.shape[0]], 1.0, tl.float32)
     if HALF:
         peak = tl.max(tl.abs(b_y), axis=1)

@@ -105,7 +105,7 @@ class RotorQuantLayer(CacheLayerMixin):
             raise
 
     def _advance(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention reads; then the new tokens go to their places, or an error to none."""
+        """Store the new tokens and return what their attention reads; an error stores none."""
         if self._decodes(key_states, value_states):
             return self._step(key_states, value_states)
         past = self.recent
@@ -127,7 +127,7 @@ class RotorQuantLayer(CacheLayerMixin):
         return True
 
     def _fits_a_step(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether the kernels can do it: few tokens, no gradient, packed tokens that stay."""
+        """Whether the kernels take a step: few tokens, no gradient, packed tokens that stay."""
         store = self.store
         if not 0 < keys.shape[2] <= self.config.block_length:
             return False

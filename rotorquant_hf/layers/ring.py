@@ -146,7 +146,7 @@ class RingBuffer:
         return self.sinks[0].shape[2], first, len(self.store), self.begin, self.count
 
     def _upload(self) -> None:
-        """Tell the device the lengths, where the host changed them otherwise than by steps."""
+        """Tell the device the lengths if the host changed them other than by steps."""
         lengths = self._lengths()
         if lengths == self._on_device:
             return
