@@ -41,7 +41,8 @@ class Table:
         title, note: above it, and below it.
         bold: the rows, by position, whose texts are bold.
         folded: whether it is hidden under its title at first.
-        kind: "grid" for a small table whose cells are coloured by their values, 0 to 1.
+        kind: "grid" for a small table whose cells are coloured by their values, 0 to 1;
+            "verdicts" for one whose rows phones show as paragraphs.
         texts: by row of `values.index` and column, what is shown instead of the value.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,12 @@ def _problems(table: DataFrame) -> list[Section]:
     missing = missing[table["status"] != "ok"]
     if len(missing):
         title, folded = f"Not measured: {count(len(missing), 'row')}", len(missing) > _MANY
-        found.append(Section(title, [Table(missing, left=5, folded=folded, title="Rows")]))
+        found.append(Section(title, [Table(missing, left=5, folded=folded)]))
     warned = DataFrame({**whose, "warning": table["warnings"]}).explode("warning").dropna()
     if len(warned):
         said = "The measurements themselves say that these figures may not mean anything:"
-        blocks = [Text(said, "warning"), Table(warned, left=4)]
-        found.append(Section(f"Warnings: {len(warned)}", blocks))
+        warning = Text(said, "warning")
+        found.append(Section(f"Warnings: {len(warned)}", [warning, Table(warned, left=4)]))
     return found
 
 
@@ -120,7 +121,7 @@ def _origin(table: DataFrame, headers: Sequence[Row]) -> Section:
 
 def _columns(values: Sequence[Mapping[str, Any]]) -> DataFrame:
     """Mappings as texts: a column a path, None where there is nothing."""
-    found = pd.json_normalize(list(values)).astype(object)
+    found = pd.json_normalize([dict(each) for each in values]).astype(object)
     found = found.rename(columns=clean).loc[:, lambda table: ~table.columns.duplicated()]
     return found.map(lambda x: None if x is None or x != x else plain(x))
 
@@ -151,8 +152,7 @@ def _caches(table: DataFrame) -> Section:
         options = options.drop(columns=same)
         options.insert(0, "cache", list(group["cache"]))
         options = options.drop_duplicates(ignore_index=True)
-        title = f"{kind} ({len(options)})"
-        blocks.append(Table(options, title=title, note=note if same else "", folded=True))
+        blocks.append(Table(options, title=str(kind), note=note if same else "", folded=True))
     return Section("Options of the caches", blocks)
 
 
@@ -168,7 +168,7 @@ def _all_rows(table: DataFrame) -> Section:
     shown[["seconds", "finished"]] = table[["seconds", "finished"]]
     formats, folded = {"seconds": lambda x: fixed(x, 1)}, len(shown) > _MANY
     note = "Every option and figure is in rows.csv."
-    return Section("All rows", [Table(shown, formats, 6, "Rows", note, folded=folded)])
+    return Section("All rows", [Table(shown, formats, 6, note=note, folded=folded)])
 
 
 def _summary(result: Mapping[str, Any]) -> str:
@@ -194,7 +194,7 @@ def _escaped(value: Any) -> str:
 
 def _markdown_table(table: Table) -> Markup:
     rows = []
-    for row, bold in zip(table.rows(), table.bold or [False] * len(table.values), strict=True):
+    for row, bold in zip_longest(table.rows(), table.bold):
         rows.append([_escaped(text) for text, _ in row])
         for i, (text, value) in enumerate(row[: table.left]):
             if bold and text and value is None and len(text) <= _LONG:

@@ -93,7 +93,7 @@ def _differences(names: Series, facts: Series) -> Series:
     """The facts in which things of one name differ, as texts; empty where they are alike."""
     shown = [{clean(key): plain(x) for key, x in each.items()} for each in facts]
     table = DataFrame(shown, index=names.index).fillna("none")
-    found = Series("", index=names.index)
+    found: Any = Series("", index=names.index)
     for _, group in table.groupby(names):
         unlike = group.columns[group.nunique() > 1][:_MAX_DIFFERENCES]
         for i, row in group[unlike].iterrows():
@@ -118,7 +118,7 @@ def points(found: DataFrame) -> DataFrame:
     return DataFrame(list(each), dtype=object).set_axis(each.index)
 
 
-def figures(found: DataFrame, fields: Sequence[str]) -> DataFrame:
+def figures(found: DataFrame, fields: list[str]) -> DataFrame:
     """Columns of `LABELS`, and some fields as numbers: NaN where there is none."""
     numbers = found.reindex(columns=fields).map(number).astype(float)
     return numbers.reset_index().astype({"baseline": bool})

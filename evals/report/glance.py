@@ -32,15 +32,15 @@ def section(rows: DataFrame) -> Section:
             blocks += [Text(str(panel), "heading"), Text(text), *_tables(members)]
     found: dict[str, list[Any]] = {}
     for (model, cache), said in others.items():
-        verdict = Verdict(NONE, "perplexity was not measured")
-        found.setdefault(model, []).append((cache, verdict, said))
+        found.setdefault(model, []).append((cache, Verdict(NONE), said))
     for model, members in found.items():
-        blocks += [Text(model, "heading"), *_tables(members)]
+        text = "Perplexity was not measured with these caches, so there is no verdict on them."
+        blocks += [Text(model, "heading"), Text(text), *_tables(members)]
     blocks = blocks or [Text("There are no figures of a compressed cache to judge.")]
     return Section("At a glance", blocks, limits())
 
 
-def rests_on(figures: Sequence[Mapping[str, Any]]) -> str:
+def rests_on(figures: Sequence[Mapping[Any, Any]]) -> str:
     """A sentence on the tokens, windows and texts of some perplexities."""
 
     def span(name: str) -> str:
@@ -54,16 +54,16 @@ def rests_on(figures: Sequence[Mapping[str, Any]]) -> str:
     return f"Each figure rests on {text} ({shorten(', '.join(names), 300) or 'not recorded'})."
 
 
-def _bits(record: tuple[Any, Mapping[str, Any]]) -> float:
+def _bits(record: tuple[Any, Mapping[Any, Any]]) -> float:
     return number(record[1].get("bits_per_number_16bit")) or float("inf")
 
 
-def _saved(figures: Mapping[str, Any]) -> list[str]:
+def _saved(figures: Mapping[Any, Any]) -> list[str]:
     bits = number(figures.get("bits_per_number_16bit"))
     return [f"{fixed(bits)} bits instead of 16: {fixed(16 / bits, 1)}× smaller"] if bits else []
 
 
-def _cost(figures: Mapping[str, Any]) -> list[str]:
+def _cost(figures: Mapping[Any, Any]) -> list[str]:
     before, after, rise = (
         number(figures.get(name)) for name in ("baseline_perplexity", "perplexity", "delta")
     )
@@ -82,7 +82,11 @@ def _others(rows: DataFrame) -> dict[tuple[str, str], list[str]]:
     found: dict[tuple[str, str], list[str]] = {}
     for table, ratio, text in (
         (stored(results(rows, "memory")), "smaller", "{}× fewer bytes, as measured, at {} tokens"),
-        (decoded(results(rows, "speed")), "faster", "decodes at {}× the speed at {} tokens"),
+        (
+            decoded(results(rows, "speed")),
+            "faster",
+            "decodes {}× as fast at {} tokens",
+        ),
     ):
         known = table[table[ratio].notna() & ~table["baseline"]].sort_values("context")
         last = known.groupby(["model", "cache"], sort=False)[["context", ratio]].last()
@@ -113,13 +117,15 @@ def _tables(members: list[Any]) -> list[Table]:
     members = sorted(members, key=lambda member: WORDS.index(member[1].word))
     heads = ["cache", "verdict", "what it saves and costs"]
     values = DataFrame([(c, v.word, _sentence(said, v.why)) for c, v, said in members], None, heads)
-    passing = values["verdict"] == PASSES
-    rest = values[~passing]
-    tables = [Table(values[passing], left=3, bold=[True] * sum(passing))] if passing.any() else []
-    if len(rest):
-        folded = len(rest) > _FEW
-        tables.append(Table(rest, left=3, title="Not proven to pass", folded=folded))
-    return tables
+    passing = values[values["verdict"] == PASSES]
+    rest = values.drop(passing.index)
+    if passing.empty or rest.empty:
+        return [Table(values, left=3, bold=[True] * len(passing), kind="verdicts")]
+    title, folded = "Not proven to pass", len(rest) > _FEW
+    return [
+        Table(passing, left=3, bold=[True] * len(passing), kind="verdicts"),
+        Table(rest, left=3, title=title, folded=folded, kind="verdicts"),
+    ]
 
 
 def _sentence(said: list[str], why: str) -> str:

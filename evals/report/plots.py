@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import io
 import re
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from math import floor, log10
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 from adjustText import adjust_text
+from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,13 +26,13 @@ from matplotlib.ticker import FuncFormatter, LogFormatter, LogLocator, NullLocat
 from matplotlib.transforms import Bbox
 from pandas import DataFrame
 
-from .text import shorten, size, thousands
+from .text import size, thousands
 
 _INK = "#010203"  # stands for the page's own colour until a figure is written
 GREY, ACCENT, BAD = "#868c95", "#3f7fd6", "#e0523f"
 _COLORS = (ACCENT, "#d9731a", "#2e9e6b", "#a066d3", "#d9487d", "#1a97ab", "#a3872a", "#99705c")
 _MARKERS, _DASHES = "osD^vPX*", ("-", (0, (5, 2)), (0, (1.5, 2)))
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 9,
     "text.color": _INK, "axes.labelcolor": _INK, "xtick.labelcolor": _INK,
     "ytick.labelcolor": _INK, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
@@ -70,7 +72,8 @@ def _drawing(x_label: str, y_label: str, height: float = 3.5) -> Iterator[Axes]:
 def _svg(axes: Axes, name: str) -> str:
     """The figure for a page, on which `name` keeps its ids from those of others."""
     buffer, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    axes.figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    figure: Any = axes.figure
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = re.sub(r' (xmlns(:\w+)?|width|height)="[^"]*"', "", svg[svg.index("<svg") :], count=4)
     svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg).replace(_INK, "currentColor")
@@ -143,34 +146,36 @@ def annotate(axes: Axes, table: DataFrame) -> list[Text]:
     Returns:
         The texts: none covers another or a point, or leaves the figure.
     """
-    axes.figure.draw_without_rendering()
-    axes.figure.set_layout_engine("none")  # places are final from here on
+    figure: Any = axes.figure
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # places are final from here on
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
-    named = table["front"] & (table["front"].sum() <= _MAX_NAMES)
-    best, rest = table[named].sort_values(["x", "y"]), table[~named]
+    texts = (table["number"].astype(str) + " " + table["cache"]).map(lambda x: fill(x, 20))
+    named = table["front"] & (texts.str.count("\n") < 3) & (table["front"].sum() <= _MAX_NAMES)
+    best, rest = table[named].sort_values(["x", "y"]), table
     dots = axes.transData.transform(table[["x", "y"]])
     names, arrows, line = [], [], axes.transData.transform(best[["x", "y"]])
-    for (x, y), n, cache in zip(line, best["number"], best["cache"], strict=True):
+    for (x, y), text in zip(line, texts[best.index], strict=True):
         # Under a front there is room: names start there.
         at = axes.transData.inverted().transform((x - 6, y - 6))
-        text = textwrap.fill(shorten(f"{n} {cache}", 60), 20)
-        names.append(axes.text(*at, text, fontsize=8, linespacing=1, ha="right", va="top"))
+        names.append(axes.text(at[0], at[1], text, fontsize=8, linespacing=1, ha="right", va="top"))
     if names:
         steps = np.linspace(0, len(line) - 1, 40)
         along = [np.interp(steps, range(len(line)), line[:, i]) for i in (0, 1)]
         obstacles = axes.transData.inverted().transform([*dots, *np.transpose(along)])
         _, arrows = adjust_text(
             names, *obstacles.T, target_x=list(best["x"]), target_y=list(best["y"]), ax=axes,
-            iter_lim=200, force_text=(0.2, 0.4), avoid_self=False, force_explode=(0, 0),
+            iter_lim=400, expand=(1.1, 1.5), avoid_self=False, force_explode=(0, 0),
+            force_text=(0.2, 0.4), force_static=(0.2, 0.4),
             arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.7},
         )  # fmt: skip
     kept: dict[Text, Bbox] = {}
-    for text, n in zip(names, best["number"], strict=True):
-        if not _keep(text, kept, dots):
-            text.set_text(str(n))
-            if not _keep(text, kept, dots):
-                for gone in (text, *(x for x in arrows if x.patchA is text)):
-                    gone.remove()
+    for i, text in zip(best.index, names, strict=True):
+        if _keep(text, kept, dots):
+            rest = rest.drop(i)
+        else:
+            for gone in (text, *(x for x in arrows if x.patchA is text)):
+                gone.remove()
     for x, y, n in zip(rest["x"], rest["y"], rest["number"], strict=True):
         for offset, side in (((4, 0), "left"), ((-4, 0), "right"), ((0, 5), "center")):
             text = axes.annotate(str(n), (x, y), offset, textcoords="offset points", fontsize=7)
@@ -194,14 +199,11 @@ def _keep(text: Text, kept: dict[Text, Bbox], dots: Any) -> bool:
 def styles(names: Iterable[str], baselines: Iterable[str]) -> dict[str, dict[str, Any]]:
     """How each cache's line is drawn; baselines are grey and dashed."""
     grey = dict.fromkeys(baselines)
-    found: dict[str, dict[str, Any]] = {
-        name: {"color": GREY, "marker": "o", "linestyle": (0, (4, 3))} for name in grey
-    }
-    for i, name in enumerate(x for x in dict.fromkeys(names) if x not in grey):
-        turn, color = divmod(i, len(_COLORS))  # colours come round with another marker and dash
-        marker, dash = _MARKERS[(i + turn) % len(_MARKERS)], _DASHES[turn % len(_DASHES)]
-        found[name] = {"color": _COLORS[color], "marker": marker, "linestyle": dash}
-    return found
+    found = {name: {"color": GREY, "marker": "o", "linestyle": (0, (4, 3))} for name in grey}
+    # Colours come round with another dash.
+    looks = cycler(linestyle=_DASHES) * (cycler(color=_COLORS) + cycler(marker=_MARKERS))
+    others = [name for name in dict.fromkeys(names) if name not in grey]
+    return found | dict(zip(others, cycle(looks), strict=False))
 
 
 def lines(name: str, y_label: str, table: DataFrame, drawn: dict[str, dict[str, Any]]) -> str:
@@ -213,12 +215,15 @@ def lines(name: str, y_label: str, table: DataFrame, drawn: dict[str, dict[str, 
         table: `cache`, `x` (above 0) and `y`; `low` and `high` of each y, or NaN.
         drawn: by cache, from `styles`.
     """
-    with _drawing("context (tokens)", y_label, 3 + 0.17 * table["cache"].nunique()) as axes:
-        low, high = table[["y", "low", "high"]].min(axis=None), table[["y", "high"]].max(axis=None)
+    labels = {cache: fill(cache, 60) for cache in dict.fromkeys(table["cache"])}
+    legend = "\n".join(labels.values()).count("\n")
+    with _drawing("context (tokens)", y_label, 3.2 + 0.16 * legend) as axes:
+        values: Any = table[["y", "low", "high"]].stack()
+        low, high = values.min(), values.max()
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: thousands(x)))
-        for cache, group in table.sort_values("x").groupby("cache", sort=False):
-            style, label = drawn[cache], shorten(cache, 70)
+        for cache, label in labels.items():
+            group, style = table[table["cache"] == cache].sort_values("x"), drawn[cache]
             axes.plot(group["x"], group["y"], label=label, markersize=5, **style)
             axes.vlines(group["x"], group["low"], group["high"], style["color"], alpha=0.55)
         if low > 0 and (y_label == "bytes" or high / low > 10):

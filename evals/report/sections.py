@@ -76,7 +76,7 @@ _QUALITY: list[Column] = [
 
 def perplexity(found: DataFrame) -> list[Any]:
     """Quality against bits: plots with Pareto fronts, and a table."""
-    records = found.to_dict("records")
+    records: list[Any] = found.to_dict("records")
     names = {field for _, field, _ in _QUALITY} | {"baseline_perplexity", "delta"}
     table = figures(found, sorted(names - {"cache"}))
     table["verdict"] = [judge(record).word for record in records]
@@ -99,7 +99,8 @@ def _quality(slug: str, table: DataFrame) -> list[Any]:
     baselines, others = table[table["baseline"]], table[~table["baseline"]].copy()
     others["number"] = range(1, len(others) + 1)
     noise = baselines["kl_mean"].where(lambda x: x > 0).min()
-    drawn, fronts = [], []
+    drawn: list[Any] = []
+    fronts = []
     for bits, title in ((_BITS, "KL divergence"), (_LONG_BITS, "The same without exact tokens")):
         dots = others.assign(x=others[bits], y=others["kl_mean"]).dropna(subset=["x", "y"])
         dots = dots[dots["y"] > 0]
@@ -152,7 +153,7 @@ def _between(low: Series, high: Series, shown: Callable[[Any], str]) -> list[str
 _PLACE = ["panel", "batch", "context"]
 
 
-def against_context(found: DataFrame, fields: Sequence[str], ratios: Mapping[str, str]) -> Any:
+def against_context(found: DataFrame, fields: list[str], ratios: Mapping[str, str]) -> Any:
     """Points, and by name the ratio of a figure to the uncompressed cache's at the same place."""
     table = figures(points(found), ["batch", "context", *fields])
     for name, field in ratios.items():
@@ -175,7 +176,7 @@ def _context(
     """
     styles = plots.styles(table["cache"], table["cache"][table["baseline"]])
     blocks: list[Any] = []
-    groups = table.groupby(["panel", "batch"], sort=False, dropna=False)
+    groups: Any = table.groupby(["panel", "batch"], sort=False, dropna=False)
     for i, ((panel, batch), group) in enumerate(groups):
         name = panel if pd.isna(batch) else f"{panel}, batch {whole(batch)}"
         blocks.append(Text(name, "heading"))
@@ -211,7 +212,7 @@ def stored(found: DataFrame) -> DataFrame:
 
 def memory(found: DataFrame) -> list[Any]:
     """Bytes of the cache, and peaks, against context."""
-    drawn = {
+    drawn: dict[str, tuple[str, str, list[str]]] = {
         "cache_bytes": ("Bytes of the cache", "bytes", []),
         "peak_prefill_bytes": ("Peak while prefilling, above the model's own", "bytes", []),
         "peak_decode_bytes": ("Peak while decoding, above the model's own", "bytes", []),
@@ -330,7 +331,7 @@ def _grid(cache: str, table: DataFrame) -> Table:
         (depth, thousands(length)): f"{whole(passed)}/{whole(asked)}{'*' if exact else ''}"
         for (depth, length), passed, asked, exact in cells.itertuples()
     }
-    rates.columns = list(map(thousands, rates.columns))
+    rates = rates.rename(columns=thousands).rename_axis(columns=None)
     rates.insert(0, "depth", rates.index)
     formats = {"depth": lambda x: share(x, 0)} | dict.fromkeys(rates.columns[1:], share)
     return Table(rates, formats, title=cache, kind="grid", texts=shown)

@@ -22,7 +22,7 @@ class Verdict(NamedTuple):
     why: str = ""
 
 
-def judge(figures: Mapping[str, Any]) -> Verdict:
+def judge(figures: Mapping[Any, Any]) -> Verdict:
     """What `verify` says of a perplexity result, and whether that is proven.
 
     A limit that is broken by the figures themselves fails. What is broken only by the far end of
@@ -31,7 +31,7 @@ def judge(figures: Mapping[str, Any]) -> Verdict:
     warnings, options = texts(figures.get("warnings")), VerifyOptions()
     if warnings:
         return Verdict(DOUBTFUL, "; ".join(warnings))
-    known = {key: number(value) for key, value in figures.items()}
+    known: dict[Any, Any] = {key: number(value) for key, value in figures.items()}
     known |= {"warnings": [], "delta_ci95": None}
     try:
         faults = reasons(known | {"compressed_share": 1.0}, options)
@@ -45,7 +45,7 @@ def judge(figures: Mapping[str, Any]) -> Verdict:
     return Verdict(UNPROVEN if unproven else PASSES, "; ".join(unproven))
 
 
-def interval_of(figures: Mapping[str, Any]) -> tuple[float, float] | None:
+def interval_of(figures: Mapping[Any, Any]) -> tuple[float, float] | None:
     """The 95% interval of the change of perplexity, if there is one."""
     pair = figures.get("delta_ci95")
     if not isinstance(pair, list | tuple) or len(pair) != 2:
