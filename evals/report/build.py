@@ -21,7 +21,7 @@ from .blocks import Section, Table, Text
 from .frames import Row, frame, part, results, texts, to_csv
 from .sections import SECTIONS
 from .sections import section as known_section
-from .text import clean, count, fixed, number, plain, shorten, significant
+from .text import clean, count, figure, fixed, number, plain, shorten
 
 _MANY = 12  # rows of a table, from which on it is folded
 _LONG = 38  # characters of a cell, from which on it is broken into lines and never bold
@@ -173,7 +173,7 @@ def _all_rows(table: DataFrame) -> Section:
 
 def _summary(result: Mapping[str, Any]) -> str:
     """The first figures of a result, and how many points it has."""
-    found = [f"{clean(k)} {significant(v, 4)}" for k, v in result.items() if number(v) is not None]
+    found = [f"{clean(k)} {figure(v)}" for k, v in result.items() if number(v) is not None]
     points = result.get("points")
     found = found[:5] + ([count(len(points), "point")] if isinstance(points, list) else [])
     return shorten(", ".join(found), 160) or "–"

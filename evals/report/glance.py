@@ -37,7 +37,7 @@ def section(rows: DataFrame) -> Section:
         text = "Perplexity was not measured with these caches, so there is no verdict on them."
         blocks += [Text(model, "heading"), Text(text), *_tables(members)]
     blocks = blocks or [Text("There are no figures of a compressed cache to judge.")]
-    return Section("At a glance", blocks, limits())
+    return Section("At a glance", blocks, limits() if len(judged) else "")
 
 
 def rests_on(figures: Sequence[Mapping[Any, Any]]) -> str:

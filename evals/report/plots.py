@@ -80,20 +80,20 @@ def _svg(axes: Axes, name: str) -> str:
     return svg.replace("<svg", '<svg class="plot" role="img"', 1)
 
 
-def frontier(name: str, x_label: str, table: DataFrame, noise: float | None) -> str:
+def frontier(name: str, x_label: str, table: DataFrame, noise: float) -> str:
     """KL divergence over bits, with the Pareto front as a line and its points named.
 
     Args:
         name: of the figure.
         x_label: what the bits are.
         table: `x`, `y` (above 0), `number`, `cache`, `front`, `passes` and `doubtful`.
-        noise: the divergence that rounding makes, drawn if it is not far below the points.
+        noise: the divergence that rounding makes, drawn if it is not far below the points; or NaN.
     """
     with _drawing(x_label, "mean KL divergence (nats)") as axes:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(_PLAIN)
         axes.yaxis.set_minor_formatter(_MINOR)
-        if noise is not None and table["y"].min() / 10 <= noise <= table["y"].max():
+        if table["y"].min() / 10 <= noise <= table["y"].max():
             at = axes.get_yaxis_transform()
             axes.axhline(noise, color=GREY, linestyle="--", linewidth=1)
             axes.text(0.99, noise, "rounding noise", transform=at, va="bottom", ha="right")

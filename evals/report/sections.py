@@ -14,11 +14,10 @@ from .frames import figures, points, texts
 from .text import (
     change,
     clean,
+    figure,
     fixed,
     number,
-    plain,
     share,
-    shorten,
     significant,
     size,
     thousands,
@@ -41,14 +40,12 @@ def table_of(data: DataFrame, columns: Sequence[Column], **more: Any) -> Table:
     return Table(values, dict(zip(heads, shown, strict=True)), **more)
 
 
-def by_panel(data: DataFrame, columns: Sequence[Column], **more: Any) -> list[Any]:
-    """Such a table a model and setting, each under its heading."""
-    groups = data.groupby("panel", sort=False)
-    return [
-        block
-        for panel, group in groups
-        for block in (Text(str(panel), "heading"), table_of(group, columns, **more))
-    ]
+def panels(
+    data: DataFrame, make: Callable[[DataFrame], list[Any]], key: Any = "panel"
+) -> list[Any]:
+    """What `make` makes of the lines of each model and setting, under a heading."""
+    groups = data.groupby(key, sort=False)
+    return [x for name, group in groups for x in (Text(str(name), "heading"), *make(group))]
 
 
 _CACHE: Column = ("cache", "cache", str)
@@ -88,14 +85,11 @@ def perplexity(found: DataFrame) -> list[Any]:
     table["passes"] = (table["verdict"] == PASSES) & ~table["baseline"]
     table["doubtful"] = table["verdict"] == DOUBTFUL
     table["verdict"] = table["verdict"].mask(table["baseline"], "uncompressed")
-    blocks: list[Any] = []
-    for i, (panel, group) in enumerate(table.groupby("panel", sort=False)):
-        ordered = group.sort_values([_BITS, "kl_mean"])
-        blocks += [Text(str(panel), "heading"), *_quality(f"quality-{i}", ordered)]
-    return blocks
+    return panels(table, _quality)
 
 
-def _quality(slug: str, table: DataFrame) -> list[Any]:
+def _quality(table: DataFrame) -> list[Any]:
+    table = table.sort_values([_BITS, "kl_mean"])
     baselines, others = table[table["baseline"]], table[~table["baseline"]].copy()
     others["number"] = range(1, len(others) + 1)
     noise = baselines["kl_mean"].where(lambda x: x > 0).min()
@@ -109,7 +103,7 @@ def _quality(slug: str, table: DataFrame) -> list[Any]:
         fronts.append(best)
         if len(dots):
             dots["front"] = dots.index.isin(best)
-            name = f"{slug}-{len(drawn)}"
+            name = f"bits-{table.index[0]}-{len(drawn)}"
             svg = plots.frontier(name, "bits per number, 16-bit model", dots, noise)
             drawn.append(Plot(title, svg, _front_note(others, noise) if bits == _BITS else _LONG))
     dots = others.assign(x=others[_BITS], y=others["change"]).dropna(subset=["x", "y"])
@@ -117,7 +111,7 @@ def _quality(slug: str, table: DataFrame) -> list[Any]:
     if len(dots):
         one = dots["low"].isna().all()
         note = "One window only: no interval." if one else "Bars: 95% intervals; one that crosses "
-        svg = plots.intervals(f"{slug}-change", "bits per number, 16-bit model", dots)
+        svg = plots.intervals(f"change-{table.index[0]}", "bits per number, 16-bit model", dots)
         note += "" if one else "0 is no proven change."
         drawn.append(Plot("Change in perplexity", svg, note))
     shown = pd.concat([baselines, others])
@@ -311,14 +305,14 @@ def needle(found: DataFrame) -> list[Any]:
     every = points(found)
     grid = figures(every, ["length", "depth", "asked", "passed"])
     grid["exact"] = [x is False for x in every.reindex(columns=["quantised"])["quantised"]]
-    blocks: list[Any] = []
-    for panel, group in needles(found).groupby("panel", sort=False):
-        chosen = grid[(grid["panel"] == panel) & (grid["asked"] > 0)]
-        blocks += [Text(str(panel), "heading"), table_of(group, _NEEDLE)]
-        blocks += [_grid(str(name), each) for name, each in chosen.groupby("cache", sort=False)]
-        if chosen["exact"].any():
-            blocks.append(Text("* not stored quantised when it was asked for: still exact."))
-    return blocks
+
+    def make(group: DataFrame) -> list[Any]:
+        chosen = grid[(grid["panel"] == group["panel"].iloc[0]) & (grid["asked"] > 0)]
+        grids = [_grid(str(name), each) for name, each in chosen.groupby("cache", sort=False)]
+        text = Text("* not stored quantised when it was asked for: still at full precision.")
+        return [table_of(group, _NEEDLE), *grids, *([text] if chosen["exact"].any() else [])]
+
+    return panels(needles(found), make)
 
 
 def _grid(cache: str, table: DataFrame) -> Table:
@@ -348,7 +342,8 @@ def agreement(found: DataFrame) -> list[Any]:
         ("tokens of a prompt", "prompt_tokens", whole),
         ("new tokens each", "new_tokens", whole),
     ]
-    return by_panel(figures(found, [field for _, field, _ in columns[1:]]), columns)
+    table = figures(found, [field for _, field, _ in columns[1:]])
+    return panels(table, lambda group: [table_of(group, columns)])
 
 
 def lm_eval(found: DataFrame) -> list[Any]:
@@ -357,14 +352,14 @@ def lm_eval(found: DataFrame) -> list[Any]:
     scores = [_scores(tasks) for tasks in found.reindex(columns=["scores"])["scores"]]
     shown = {(i, name): text for i, each in enumerate(scores) for name, (_, text) in each.items()}
     table = table.join(DataFrame([{name: x for name, (x, _) in each.items()} for each in scores]))
-    blocks: list[Any] = []
-    for panel, group in table.groupby("panel", sort=False):
+
+    def make(group: DataFrame) -> list[Any]:
         values = group.drop(columns="panel").dropna(axis=1, how="all")
         values = values.rename(columns={"compressed_share": "read quantised"})
-        formats, note = {"read quantised": share}, "± one standard error."
-        blocks.append(Text(str(panel), "heading"))
-        blocks.append(Table(values, formats, note=note, texts=shown))
-    return blocks
+        note = "± one standard error."
+        return [Table(values, {"read quantised": share}, note=note, texts=shown)]
+
+    return panels(table, make)
 
 
 def _scores(tasks: Any) -> dict[str, tuple[float, str]]:
@@ -385,23 +380,12 @@ def _scores(tasks: Any) -> dict[str, tuple[float, str]]:
 
 def generic(found: DataFrame) -> list[Any]:
     """A table of the results of a measurement without a section of its own."""
-    names = {name: clean(name) for name in found if name not in ("warnings", "points")}
-    shown = found[list(names)].rename(columns=names)
+    shown = found.drop(columns=["warnings", "points"], errors="ignore").rename(columns=clean)
     shown = shown.loc[:, ~shown.columns.duplicated()].reset_index(drop=True)
-    formats = dict.fromkeys(shown.columns, _any)
-    shown.insert(0, "cache", found.index.get_level_values("cache"), allow_duplicates=True)
-    panels = found.index.get_level_values("panel")
-    return [
-        block
-        for panel, group in shown.groupby(panels, sort=False)
-        for block in (Text(str(panel), "heading"), Table(group, formats))
-    ]
-
-
-def _any(value: Any) -> str:
-    if number(value) is not None:
-        return whole(value) if isinstance(value, int) else significant(value, 4)
-    return "–" if value is None else shorten(plain(value), 80)
+    formats = dict.fromkeys(shown.columns, figure)
+    cache, panel = (found.index.get_level_values(name) for name in ("cache", "panel"))
+    shown.insert(0, "cache", cache, allow_duplicates=True)
+    return panels(shown, lambda group: [Table(group, formats)], panel)
 
 
 SECTIONS: dict[str, tuple[str, Callable[[DataFrame], list[Any]], str]] = {

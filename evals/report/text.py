@@ -93,6 +93,13 @@ def whole(value: Any) -> str:
     return fixed(value, 0)
 
 
+def figure(value: Any) -> str:
+    """A figure that nothing is known of; a short text of what is none."""
+    if number(value) is None:
+        return "–" if value is None else shorten(plain(value), 80)
+    return whole(value) if isinstance(value, int) else significant(value, 4)
+
+
 def size(value: Any) -> str:
     """Bytes in a unit that leaves one to four digits before the point."""
     x = number(value)

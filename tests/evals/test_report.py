@@ -512,7 +512,10 @@ def test_figures_that_are_no_numbers_draw_nothing(tmp_path) -> None:
     assert "Divergence of 0 or less, not drawn: zero." in page
 
 
-@pytest.mark.parametrize("rows", [[], [perplexity("only", 3.0, 0.01)], [{}]], ids=len)
+ONLY = [perplexity("only", 3.0, 0.01), perplexity("dynamic", 16.0, 0.0, 0, kind="dynamic"), {}]
+
+
+@pytest.mark.parametrize("rows", [[], *([each] for each in ONLY)])
 def test_few_rows(rows, tmp_path) -> None:
     page, _, flat = report(rows, tmp_path, [])
     assert page.startswith("<!DOCTYPE html>")
