@@ -1,9 +1,48 @@
-"""Reports of measured rows: a page with plots, Markdown tables, a CSV file.
+"""Reports of measured rows: a page with plots, Markdown tables, a CSV file."""
 
-`write(rows, headers, out, title)` makes all three. Sections (`quality.py`, `memory.py`, ...) turn
-rows into blocks (`blocks.py`); `page.py` and `markdown.py` turn blocks into text.
-"""
+from __future__ import annotations
 
-from .write import write
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
-__all__ = ["write"]
+from ..errors import NotAvailableError
+from .blocks import Section
+
+__all__ = ["Section", "write"]
+
+_PACKAGES = ("pandas", "jinja2", "matplotlib", "adjustText")
+
+
+def write(
+    rows: Sequence[Mapping[str, Any]],
+    headers: Sequence[Mapping[str, Any]],
+    out: Path,
+    title: str,
+) -> list[Path]:
+    """Write report.html, report.md and rows.csv; the same rows give the same bytes.
+
+    Args:
+        rows: of sweeps, those that failed or were not run included.
+        headers: of the sweeps that they come from.
+        out: the folder; made if it is not there.
+        title: of the report.
+
+    Returns:
+        The files.
+
+    Raises:
+        NotAvailableError: if a package that makes reports is missing; nothing is written then.
+    """
+    for name in _PACKAGES:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise NotAvailableError(
+                f"reports need {', '.join(_PACKAGES)}, and {name} is missing ({error}): "
+                "pip install -e '.[eval]' in the clone"
+            ) from error
+    from . import build
+
+    return build.write(rows, headers, out, title)

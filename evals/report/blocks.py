@@ -1,125 +1,82 @@
-"""What a report is made of, before it is a page or Markdown."""
+"""What sections are made of; a measurement's own section is built of these too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .text import number, plain
+
+if TYPE_CHECKING:  # the command line's --help does without pandas
+    from pandas import DataFrame
 
 
-@dataclass(frozen=True)
-class Cell:
-    """An entry of a table.
-
-    Attributes:
-        text: what is read.
-        value: what it is sorted by, where that is not the text.
-        heat: share of one, drawn as the depth of the cell's colour.
-        tone: "good", "bad", "faint" or "": how it stands out.
-        hint: more about it, shown where the pointer rests.
-    """
+@dataclass
+class Text:
+    """A "paragraph", a "heading" over the rows of one model, a "warning", or "code" to copy."""
 
     text: str
-    value: float | None = None
-    heat: float | None = None
-    tone: str = ""
-    hint: str = ""
+    kind: str = "paragraph"
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Attributes:
-        header: one text a column.
-        rows: of texts or `Cell`s.
-        left: how many of the first columns are text; the others are figures.
-        title: above it.
-        note: below it.
-        sortable: columns sort when their header is clicked.
-        folded: closed until it is opened, on the page.
-        compact: as narrow as its contents.
-    """
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[Cell | str]]
-    left: int = 1
-    title: str = ""
-    note: str = ""
-    sortable: bool = False
-    folded: bool = False
-    compact: bool = False
-
-
-@dataclass(frozen=True)
-class Key:
-    """What one line of a plot stands for; see `style.Stroke`."""
-
-    text: str
-    color: str
-    dash: str
-    marker: str
-
-
-@dataclass(frozen=True)
+@dataclass
 class Plot:
-    """A plot: on the page only."""
+    """A figure as SVG, with its title and a note; the page has it, Markdown does not."""
 
     title: str
     svg: str
     note: str = ""
+    kind: str = "plot"
 
 
-@dataclass(frozen=True)
-class Text:
-    """A paragraph; `tone` as of a `Cell`."""
+@dataclass
+class Table:
+    """A table whose columns sort by their values.
 
-    text: str
-    tone: str = ""
+    Attributes:
+        values: a line a row; columns are the heads.
+        formats: by column, how a value is shown; `text.plain` where there is none.
+        left: how many of the first columns are texts.
+        title, note: above it, and below it.
+        bold: the rows, by position, whose texts are bold.
+        folded: whether it is hidden under its title at first.
+        kind: "grid" for a small table whose cells are coloured by their values, 0 to 1;
+            "verdicts" for one whose rows phones show as paragraphs.
+        texts: by row of `values.index` and column, what is shown instead of the value.
+    """
 
-
-@dataclass(frozen=True)
-class Points:
-    """A list of sentences, some with a term that they explain."""
-
-    items: Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Code:
-    """Text kept as it is; `folded` under its title on the page."""
-
-    text: str
+    values: DataFrame
+    formats: Mapping[str, Callable[[Any], str]] = field(default_factory=dict)
+    left: int = 1
     title: str = ""
+    note: str = ""
+    bold: Sequence[bool] = ()
     folded: bool = False
+    kind: str = "table"
+    texts: Mapping[tuple[Any, str], str] = field(default_factory=dict)
+
+    @property
+    def header(self) -> list[str]:
+        """The heads."""
+        return [str(name) for name in self.values.columns]
+
+    def rows(self) -> list[list[tuple[str, float | None]]]:
+        """Of every cell what is shown, and the number to sort by, None for a text."""
+        shown = [self.formats.get(name, plain) for name in self.header]
+        return [
+            [
+                (self.texts.get((key, name)) or show(value), number(value))
+                for name, show, value in zip(self.header, shown, values, strict=True)
+            ]
+            for key, *values in self.values.itertuples(name=None)
+        ]
 
 
-@dataclass(frozen=True)
-class Heading:
-    """A heading inside a section."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Legend:
-    """What the lines of the plots beside it stand for."""
-
-    keys: Sequence[Key]
-
-
-@dataclass(frozen=True)
-class Beside:
-    """Blocks side by side where there is room."""
-
-    blocks: Sequence[Block]
-
-
-Block = Table | Plot | Text | Points | Code | Heading | Legend | Beside
-
-
-@dataclass(frozen=True)
+@dataclass
 class Section:
-    """A part of the report with a heading of its own."""
+    """A part of the report: its title, what is in it, and what its figures mean."""
 
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[Text | Plot | Table]
+    meaning: str = ""

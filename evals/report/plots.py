@@ -1,219 +1,242 @@
-"""The kinds of plots: points with a Pareto front, differences with intervals, lines."""
+"""Plots as SVG: a Pareto front, differences with intervals, lines against context.
+
+They are transparent, in mid-tones that read on light and dark; text has the page's own colour.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from math import floor, log10
+from textwrap import fill
 from typing import Any
 
-from . import scales
-from .pareto import front
-from .placing import Box, Label, along, place
-from .style import ACCENT, BAD, DOT, FAINT, INK, Stroke
-from .svg import FONT, Canvas, drawing
-from .text import shorten
+import numpy as np
+from adjustText import adjust_text
+from cycler import cycler
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
+from pandas import DataFrame
 
-_CORNER = 0.16  # room at the lower left, for the names on the front
-_LABEL = 20  # characters of a cache's label inside a plot
+from .text import size, thousands
+
+_INK = "#010203"  # stands for the page's own colour until a figure is written
+GREY, ACCENT, BAD = "#868c95", "#3f7fd6", "#e0523f"
+_COLORS = (ACCENT, "#d9731a", "#2e9e6b", "#a066d3", "#d9487d", "#1a97ab", "#a3872a", "#99705c")
+_MARKERS, _DASHES = "osD^vPX*", ("-", (0, (5, 2)), (0, (1.5, 2)))
+_STYLE: Any = {
+    "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 9,
+    "text.color": _INK, "axes.labelcolor": _INK, "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
+    "grid.color": GREY, "grid.alpha": 0.25, "axes.grid": True, "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+}  # fmt: skip
+_MAX_NAMES = 16  # of a front that are written out; of longer ones only numbers
+_PLAIN = FuncFormatter(lambda x, _: f"{x:,g}")
+_MINOR = LogFormatter(minor_thresholds=(1, 0.5))
 
 
-@dataclass(frozen=True)
-class Point:
-    """A point of a scatter plot.
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other point dominates, by their first number: the Pareto front.
 
-    Attributes:
-        x, y: where it is.
-        number: in the table below the plot.
-        label: what it is.
-        hint: all about it.
-        low, high: ends of the interval of y, if there is one.
-        doubtful: the measurement itself says that its figures mean little.
+    Less is better in both. A point dominates another if it is nowhere worse and somewhere better;
+    of equal points all stay.
     """
-
-    x: float
-    y: float
-    number: int
-    label: str
-    hint: str
-    low: float | None = None
-    high: float | None = None
-    doubtful: bool = False
+    found: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i], i)):
+        # In this order only what came before can dominate, and the last of the front does so
+        # if anything does.
+        if not found or points[i][1] < points[found[-1]][1] or points[i] == points[found[-1]]:
+            found.append(i)
+    return found
 
 
-@dataclass(frozen=True)
-class Line:
-    """A series: points (x, y), perhaps with (low, high) of each y."""
-
-    name: str
-    stroke: Stroke
-    points: Sequence[tuple[float, float]]
-    spread: Sequence[tuple[float, float] | None] = ()
-
-
-def on_front(points: Sequence[Point]) -> list[Point]:
-    """The Pareto front of the points that are not doubtful."""
-    sound = [point for point in points if not point.doubtful]
-    return [sound[i] for i in front([(point.x, point.y) for point in sound])]
+@contextmanager
+def _drawing(x_label: str, y_label: str, height: float = 3.5) -> Iterator[Axes]:
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.set(xlabel=x_label, ylabel=y_label)
+        yield axes
 
 
-def frontier(
-    name: str, x_label: str, y_label: str, points: Sequence[Point], level: tuple[float, str] | None
-) -> str:
-    """Points over a logarithmic axis, with their Pareto front as a line.
+def _svg(axes: Axes, name: str) -> str:
+    """The figure for a page, on which `name` keeps its ids from those of others."""
+    buffer, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure: Any = axes.figure
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = re.sub(r' (xmlns(:\w+)?|width|height)="[^"]*"', "", svg[svg.index("<svg") :], count=4)
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg).replace(_INK, "currentColor")
+    return svg.replace("<svg", '<svg class="plot" role="img"', 1)
 
-    Points of the front are named; the others get their number where it has room.
+
+def frontier(name: str, x_label: str, table: DataFrame, noise: float) -> str:
+    """KL divergence over bits, with the Pareto front as a line and its points named.
 
     Args:
         name: of the figure.
-        x_label, y_label: of the axes.
-        points: with y above 0.
-        level: a horizontal line and what it is, drawn if it is not far below the points.
+        x_label: what the bits are.
+        table: `x`, `y` (above 0), `number`, `cache`, `front`, `passes` and `doubtful`.
+        noise: the divergence that rounding makes, drawn if it is not far below the points; or NaN.
     """
-    best = on_front(points)
-    with drawing(name, x_label, y_label) as canvas:
-        axes = canvas.axes
-        low, high = min(p.y for p in points), max(p.y for p in points)
-        if level is not None and not low / 10 <= level[0] <= high:
-            level = None
-        scales.logarithmic(axes.yaxis, min(low, level[0]) if level else low, high, _CORNER)
-        _bits(axes, points)
-        if level is not None:
-            _level(canvas, *level)
-        axes.plot([p.x for p in best], [p.y for p in best], color=ACCENT, linewidth=1.6, zorder=2)
-        _dots(canvas, points, best)
-        _annotate(canvas, points, best, [(p.x, p.y) for p in best])
-        return canvas.svg()
+    with _drawing(x_label, "mean KL divergence (nats)") as axes:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(_PLAIN)
+        axes.yaxis.set_minor_formatter(_MINOR)
+        if table["y"].min() / 10 <= noise <= table["y"].max():
+            at = axes.get_yaxis_transform()
+            axes.axhline(noise, color=GREY, linestyle="--", linewidth=1)
+            axes.text(0.99, noise, "rounding noise", transform=at, va="bottom", ha="right")
+        best = table[table["front"]].sort_values(["x", "y"])
+        axes.plot(best["x"], best["y"], color=ACCENT)
+        _dots(axes, table)
+        width = table["x"].max() - table["x"].min()
+        axes.set_xlim(left=axes.get_xlim()[0] - 0.25 * width)  # room for names under the front
+        annotate(axes, table)
+        return _svg(axes, name)
 
 
-def intervals(name: str, x_label: str, y_label: str, points: Sequence[Point]) -> str:
-    """Differences with their intervals as error bars, and a line at 0."""
-    with drawing(name, x_label, y_label) as canvas:
-        axes = canvas.axes
-        ends = [y for p in points for y in (p.low, p.y, p.high) if y is not None]
-        scales.differences(axes.yaxis, ends)
-        _bits(axes, points)
-        axes.axhline(0, color=INK, linewidth=1)
-        for p in points:
-            if p.low is not None and p.high is not None:
-                axes.plot([p.x, p.x], [p.low, p.high], color=DOT, linewidth=1.4, zorder=2)
-        xs = [p.x for p in points]
-        _dots(canvas, points, [])
-        _annotate(canvas, points, [], [(min(xs), 0.0), (max(xs), 0.0)])
-        return canvas.svg()
-
-
-def lines(name: str, x_label: str, y_label: str, series: Sequence[Line], kind: str) -> str:
-    """Series against the context's length.
+def intervals(name: str, x_label: str, table: DataFrame) -> str:
+    """Changes of perplexity with their intervals, and a line at 0.
 
     Args:
         name: of the figure.
-        x_label, y_label: of the axes.
-        series: what to draw.
-        kind: of the values: "bytes" or "rates".
+        x_label: what the bits are.
+        table: as of `frontier`, and `low` and `high` of each y; NaN where there is none.
     """
-    with drawing(name, x_label, y_label) as canvas:
-        axes = canvas.axes
-        values = [y for line in series for _, y in line.points]
-        values += [y for line in series for ends in line.spread if ends for y in ends]
-        scale = scales.bytes_ if kind == "bytes" else scales.rates
-        scale(axes.yaxis, min(values), max(values))
-        scales.contexts(axes.xaxis, [x for line in series for x, _ in line.points])
-        for line in series:
-            _line(canvas, line)
-        return canvas.svg()
+    with _drawing(x_label, "change in perplexity (%)") as axes:
+        spread = table[["y", "low", "high"]].abs().max(axis=1)
+        if spread.max() > 8 * spread.median() > 0:  # a few would dwarf the rest
+            near = 10.0 ** floor(log10(spread.median()))
+            axes.set_yscale("symlog", linthresh=near, linscale=0.7)
+            axes.yaxis.set_major_formatter(_PLAIN)
+        axes.axhline(0, color=GREY, linewidth=1)
+        axes.vlines(table["x"], table["low"], table["high"], color=GREY, alpha=0.7, linewidth=1.2)
+        _dots(axes, table)
+        annotate(axes, table.assign(front=False))
+        return _svg(axes, name)
 
 
-def _level(canvas: Canvas, y: float, text: str) -> None:
-    """A dashed line across, named at its left end, below, where a front has no points."""
-    canvas.axes.axhline(y, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    canvas.axes.annotate(
-        text,
-        (0, y),
-        (4, -4),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        va="top",
-        color=FAINT,
-        fontsize=FONT - 2,
-    )
+def _dots(axes: Axes, table: DataFrame) -> None:
+    """Blue what passes, grey what does not, a cross what is in doubt."""
+    axes.margins(0.08)
+    for (passes, doubtful), group in table.groupby(["passes", "doubtful"]):
+        color = BAD if doubtful else ACCENT if passes else GREY
+        marker = "x" if doubtful else "o"
+        axes.scatter(group["x"], group["y"], 24, color, marker=marker, zorder=3)
 
 
-def _line(canvas: Canvas, line: Line) -> None:
-    axes, stroke = canvas.axes, line.stroke
-    points = sorted(zip(line.points, line.spread or [None] * len(line.points), strict=True))
-    for (x, _), ends in points:
-        if ends is not None:
-            axes.plot([x, x], ends, color=stroke.color, linewidth=1.2, alpha=0.55)
-    (drawn,) = axes.plot(
-        [x for (x, _), _ in points],
-        [y for (_, y), _ in points],
-        color=stroke.color,
-        linestyle=stroke.linestyle,
-        linewidth=1.8,
-        marker=stroke.marker,
-        markersize=6,
-        markeredgewidth=0,
-    )
-    drawn.set_gid(canvas.hint(line.name))
+def annotate(axes: Axes, table: DataFrame) -> list[Text]:
+    """Names of the front, numbers of the rest, as far as they have room.
 
+    Args:
+        axes: with their points drawn.
+        table: `x`, `y`, `number`, `cache` and `front`.
 
-def _bits(axes: Any, points: Sequence[Point]) -> None:
-    scales.linear(axes.xaxis, min(p.x for p in points), max(p.x for p in points), _CORNER)
-
-
-def _dots(canvas: Canvas, points: Sequence[Point], best: Sequence[Point]) -> None:
-    chosen = {id(p) for p in best}
-    for p in sorted(points, key=lambda p: id(p) in chosen):  # the front on top
-        color = BAD if p.doubtful else ACCENT if id(p) in chosen else DOT
-        (drawn,) = canvas.axes.plot(
-            [p.x],
-            [p.y],
-            marker="x" if p.doubtful else "o",
-            markersize=7.5 if id(p) in chosen else 6.5,
-            color=color,
-            markeredgewidth=1.6 if p.doubtful else 0,
-            zorder=3,
-            clip_on=False,
-        )
-        drawn.set_gid(canvas.hint(p.hint))
-
-
-def _annotate(
-    canvas: Canvas,
-    points: Sequence[Point],
-    best: Sequence[Point],
-    line: Sequence[tuple[float, float]],
-) -> None:
-    """Names of the front, numbers of the rest where they have room."""
-    axes = canvas.axes
-    pixel = axes.transData.transform
-    obstacles = [tuple(pixel((p.x, p.y))) for p in points]
-    for p in points:
-        if p.low is not None and p.high is not None:
-            obstacles += along(pixel((p.x, p.low)), pixel((p.x, p.high)))
-    for a, b in pairwise(line):
-        obstacles += along(pixel(a), pixel(b))
-    chosen = {id(p) for p in best}
-    ordered = [*best, *(p for p in points if id(p) not in chosen)]
-    labels = []
-    for p in ordered:
-        texts = [str(p.number)]
-        if id(p) in chosen:
-            texts.insert(0, f"{p.number} {shorten(p.label, _LABEL)}")
-        at = tuple(pixel((p.x, p.y)))
-        labels.append(Label(at, texts, far=id(p) in chosen, needed=id(p) in chosen))
-    frame: Box = tuple(axes.bbox.extents)
-    to_data = axes.transData.inverted().transform
-    for p, spot in zip(ordered, place(labels, obstacles, frame), strict=True):
-        if spot is None:
-            continue
-        x, y = to_data((spot.x, spot.y))
-        strong = id(p) in chosen
-        axes.text(
-            x, y, spot.text, ha="center", va="center_baseline", zorder=5,
-            fontsize=FONT - (1 if strong else 2.5), color=INK if strong else FAINT,
+    Returns:
+        The texts: none covers another or a point, or leaves the figure.
+    """
+    figure: Any = axes.figure
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # places are final from here on
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+    texts = (table["number"].astype(str) + " " + table["cache"]).map(lambda x: fill(x, 20))
+    named = table["front"] & (texts.str.count("\n") < 3) & (table["front"].sum() <= _MAX_NAMES)
+    best, rest = table[named].sort_values(["x", "y"]), table
+    dots = axes.transData.transform(table[["x", "y"]])
+    names, arrows, line = [], [], axes.transData.transform(best[["x", "y"]])
+    for (x, y), text in zip(line, texts[best.index], strict=True):
+        # Under a front there is room: names start there.
+        at = axes.transData.inverted().transform((x - 6, y - 6))
+        names.append(axes.text(at[0], at[1], text, fontsize=8, linespacing=1, ha="right", va="top"))
+    if names:
+        steps = np.linspace(0, len(line) - 1, 40)
+        along = [np.interp(steps, range(len(line)), line[:, i]) for i in (0, 1)]
+        obstacles = axes.transData.inverted().transform([*dots, *np.transpose(along)])
+        _, arrows = adjust_text(
+            names, *obstacles.T, target_x=list(best["x"]), target_y=list(best["y"]), ax=axes,
+            iter_lim=400, expand=(1.1, 1.5), avoid_self=False, force_explode=(0, 0),
+            force_text=(0.2, 0.4), force_static=(0.2, 0.4),
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.7},
         )  # fmt: skip
-        if spot.end is not None:
-            end = to_data(spot.end)
-            axes.plot([p.x, end[0]], [p.y, end[1]], color=FAINT, linewidth=0.8, zorder=1)
+    kept: dict[Text, Bbox] = {}
+    for i, text in zip(best.index, names, strict=True):
+        if _keep(text, kept, dots):
+            rest = rest.drop(i)
+        else:
+            for gone in (text, *(x for x in arrows if x.patchA is text)):
+                gone.remove()
+    for x, y, n in zip(rest["x"], rest["y"], rest["number"], strict=True):
+        for offset, side in (((4, 0), "left"), ((-4, 0), "right"), ((0, 5), "center")):
+            text = axes.annotate(str(n), (x, y), offset, textcoords="offset points", fontsize=7)
+            text.set(ha=side, va="baseline" if side == "center" else "center_baseline")
+            if _keep(text, kept, dots):
+                break
+            text.remove()
+    return list(kept)
+
+
+def _keep(text: Text, kept: dict[Text, Bbox], dots: Any) -> bool:
+    """Add a text to those kept, with its box, if it covers none of them and no dot."""
+    box, frame = text.get_window_extent(), text.figure.bbox
+    inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 < box.y1 <= frame.y1
+    if not inside or box.padded(2).count_contains(dots) or box.count_overlaps(kept.values()):
+        return False
+    kept[text] = box
+    return True
+
+
+def styles(names: Iterable[str], baselines: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How each cache's line is drawn; baselines are grey and dashed."""
+    grey = dict.fromkeys(baselines)
+    found = {name: {"color": GREY, "marker": "o", "linestyle": (0, (4, 3))} for name in grey}
+    # Colours come round with another dash.
+    looks = cycler(linestyle=_DASHES) * (cycler(color=_COLORS) + cycler(marker=_MARKERS))
+    others = [name for name in dict.fromkeys(names) if name not in grey]
+    return found | dict(zip(others, cycle(looks), strict=False))
+
+
+def lines(name: str, y_label: str, table: DataFrame, drawn: dict[str, dict[str, Any]]) -> str:
+    """A line a cache against the context's length.
+
+    Args:
+        name: of the figure.
+        y_label: "bytes", which has a scale of powers of two, or another.
+        table: `cache`, `x` (above 0) and `y`; `low` and `high` of each y, or NaN.
+        drawn: by cache, from `styles`.
+    """
+    labels = {cache: fill(cache, 60) for cache in dict.fromkeys(table["cache"])}
+    legend = "\n".join(labels.values()).count("\n")
+    with _drawing("context (tokens)", y_label, 3.2 + 0.16 * legend) as axes:
+        values: Any = table[["y", "low", "high"]].stack()
+        low, high = values.min(), values.max()
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: thousands(x)))
+        for cache, label in labels.items():
+            group, style = table[table["cache"] == cache].sort_values("x"), drawn[cache]
+            axes.plot(group["x"], group["y"], label=label, markersize=5, **style)
+            axes.vlines(group["x"], group["low"], group["high"], style["color"], alpha=0.55)
+        if low > 0 and (y_label == "bytes" or high / low > 10):
+            base = 2 if y_label == "bytes" else 10
+            axes.set_yscale("log", base=base)
+            axes.set_ylim(low / 1.3, max(high * 1.3, low * base))
+            axes.yaxis.set_minor_formatter(_MINOR)
+        else:
+            axes.set_ylim(0, high * 1.08 or 1)
+        axes.yaxis.set_major_formatter(_PLAIN)
+        if y_label == "bytes":
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: size(x)))
+            axes.yaxis.set_major_locator(LogLocator(base=2, numticks=9))
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.figure.legend(loc="outside lower left", fontsize=8, handlelength=3)
+        return _svg(axes, name)

@@ -1,4 +1,4 @@
-"""Numbers and names as the reports print them."""
+"""Numbers and names as reports print them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plain(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, float):
-        return f"{value:g}"
+        return "–" if math.isnan(value) else f"{value:.10g}"
     if isinstance(value, list | tuple):
         return " ".join(map(plain, value)) if value else "none"
     if isinstance(value, dict):
@@ -41,24 +41,24 @@ def plain(value: Any) -> str:
     return clean(value)
 
 
-def shorten(text: str, most: int) -> str:
-    """At most so many characters, the last an ellipsis where there were more."""
-    return text if len(text) <= most else text[: most - 1].rstrip(" ,") + "…"
+def shorten(text: str, limit: int) -> str:
+    """At most `limit` characters, the last an ellipsis where there were more."""
+    return text if len(text) <= limit else text[: limit - 1].rstrip(" ,") + "…"
 
 
-def significant(value: Any, digits: int = 3, sign: bool = False) -> str:
+def significant(value: Any, digits: int = 3, sign: bool = False, suffix: str = "") -> str:
     """A number to some significant digits, its zeros kept; a dash where there is none."""
     x = number(value)
     if x is None:
         return "–"
     plus = "+" if sign and x > 0 else ""
     if x == 0:
-        return "0"
+        return f"0{suffix}"
     exponent = math.floor(math.log10(abs(float(f"{x:.{digits - 1}e}"))))
     if -4 <= exponent < 6:
-        return f"{plus}{x:,.{max(0, digits - 1 - exponent)}f}".replace("-", "−")
+        return f"{plus}{x:,.{max(0, digits - 1 - exponent)}f}{suffix}".replace("-", "−")
     mantissa, power = f"{x:.{digits - 1}e}".split("e")
-    return f"{plus}{mantissa}e{int(power)}".replace("-", "−")
+    return f"{plus}{mantissa}e{int(power)}{suffix}".replace("-", "−")
 
 
 def fixed(value: Any, places: int = 2, suffix: str = "", sign: bool = False) -> str:
@@ -66,18 +66,38 @@ def fixed(value: Any, places: int = 2, suffix: str = "", sign: bool = False) -> 
     x = number(value)
     if x is None:
         return "–"
-    return f"{x:{'+' if sign else ''},.{places}f}{suffix}".replace("-", "−")
+    text = f"{x:{'+' if sign else ''},.{places}f}"
+    if float(text.replace(",", "")) == 0:  # no sign on what rounds to nothing
+        text = text.lstrip("+-")
+    return (text + suffix).replace("-", "−")
 
 
-def share(value: Any, places: int = 1) -> str:
+def times(value: Any) -> str:
+    """A ratio."""
+    return fixed(value, 2, "×")
+
+
+def share(value: Any, places: int = 1, sign: bool = False) -> str:
     """A share of one, in percent."""
     x = number(value)
-    return fixed(None if x is None else 100 * x, places, "%")
+    return fixed(None if x is None else 100 * x, places, "%", sign)
+
+
+def change(value: Any) -> str:
+    """A change by a share of one, in percent, with its sign."""
+    return share(value, 2, sign=True)
 
 
 def whole(value: Any) -> str:
     """A whole number with its thousands marked."""
     return fixed(value, 0)
+
+
+def figure(value: Any) -> str:
+    """A figure that nothing is known of; a short text of what is none."""
+    if number(value) is None:
+        return "–" if value is None else shorten(plain(value), 80)
+    return whole(value) if isinstance(value, int) else significant(value, 4)
 
 
 def size(value: Any) -> str:
@@ -94,12 +114,10 @@ def size(value: Any) -> str:
 
 def thousands(value: float) -> str:
     """Tokens as an axis prints them: 512, 32k (of 1,024) or 10,000."""
-    whole_number = round(value)
-    if whole_number >= 1024 and whole_number % 1024 == 0:
-        return f"{whole_number // 1024:,}k"
-    return f"{whole_number:,}"
+    n = round(value)
+    return f"{n // 1024:,}k" if n >= 1024 and n % 1024 == 0 else f"{n:,}"
 
 
-def count(n: int, one: str, many: str | None = None) -> str:
+def count(n: int, one: str) -> str:
     """`1 row`, `2 rows`."""
-    return f"{n:,} {one if n == 1 else many or one + 's'}"
+    return f"{n:,} {one if n == 1 else one + 's'}"
