@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +16,12 @@ from evals.__main__ import parser
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
+MANUAL = (ROOT / "evals" / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = {
+    "README.md": README,
+    "evals/README.md": MANUAL,
+    "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+}
 CARDS = {
     name: (ROOT / "examples" / name / "README.md").read_text(encoding="utf-8")
     for name in ("books-7m", "recall-1m")
@@ -36,7 +43,7 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys) -> None:
         exec(compile(snippet, f"README snippet {number}", "exec"), namespace)
     output = capsys.readouterr().out
     assert "It was a dark night, and" in output
-    assert "bits per number" in output
+    assert "bits per element" in output or "bits per number" in output
     assert "torch.Size([1, 8, 100, 48]) torch.uint8" in output
 
 
@@ -59,7 +66,7 @@ def commands(document: str) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     "argv",
-    commands(README) + commands(CARDS["books-7m"]),
+    commands(README) + commands(MANUAL) + commands(CARDS["books-7m"]),
     ids=lambda argv: " ".join(argv)[:40],
 )
 def test_commands_of_the_harness_are_such(argv) -> None:
@@ -70,20 +77,54 @@ def test_commands_of_the_harness_are_such(argv) -> None:
         commands_.cache_of(args)
 
 
-def test_ci_runs_the_test_command() -> None:
-    run, test = blocks("bash")
-    assert "examples.generate" in run
-    assert test.strip() in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    "module", sorted(set(re.findall(r"python -m (evals\.[\w.]+)", README + MANUAL)))
+)
+def test_modules_named_as_commands_are_there(module: str) -> None:
+    found = importlib.util.find_spec(module)
+    assert found is not None
+    assert "def main(" in Path(found.origin).read_text(encoding="utf-8") or found.loader.is_package(
+        module
+    )
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#]+)\)", README))
-def test_links_lead_somewhere(path: str) -> None:
-    assert (ROOT / path).exists()
+def test_ci_runs_the_commands_word_for_word() -> None:
+    """CI takes them out of the README; what it takes is what stands there."""
+    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    take = re.search(r"readme_command\(\) \{.*?\n\}", run, re.S)[0]
+    for number, block in enumerate(blocks("bash"), start=1):
+        assert f'bash -euo pipefail -c "$(readme_command {number})"' in run
+        taken = subprocess.run(
+            ["bash", "-c", f"{take}; readme_command {number}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert taken == block
+    first, second = blocks("bash")
+    assert "-e . &&" in first
+    assert first.rstrip().endswith("-m examples.generate")
+    assert "pytest" in second
+
+
+LINKS = [
+    (name, link)
+    for name, document in DOCUMENTS.items()
+    for link in re.findall(r"\]\(([^)#]+)\)", document)
+]
+
+
+@pytest.mark.parametrize(("name", "link"), LINKS, ids=lambda x: x)
+def test_links_lead_somewhere(name: str, link: str) -> None:
+    assert ((ROOT / name).parent / link).exists()
 
 
 def test_public_files_name_no_machine() -> None:
     for path in [
-        ROOT / "README.md",
+        *ROOT.glob("*.md"),
+        ROOT / "evals" / "README.md",
+        *ROOT.glob(".github/**/*.yml"),
         *ROOT.glob("evals/results/**/*.*"),
         *ROOT.glob("examples/*/*.md"),
     ]:

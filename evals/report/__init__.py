@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..errors import NotAvailableError
+from ..requirements import require_packages
 from .blocks import Section
 
 __all__ = ["Section", "write"]
 
-_PACKAGES = ("pandas", "jinja2", "matplotlib", "adjustText")
+_PACKAGES = ("pandas", "jinja2", "matplotlib", "adjusttext")
 
 
 def write(
@@ -35,14 +34,7 @@ def write(
     Raises:
         NotAvailableError: if a package that makes reports is missing; nothing is written then.
     """
-    for name in _PACKAGES:
-        try:
-            import_module(name)
-        except ImportError as error:
-            raise NotAvailableError(
-                f"reports need {', '.join(_PACKAGES)}, and {name} is missing ({error}): "
-                "pip install -e '.[eval]' in the clone"
-            ) from error
+    require_packages("report", _PACKAGES)
     from . import build
 
     return build.write(rows, headers, out, title)

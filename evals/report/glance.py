@@ -1,4 +1,4 @@
-"""The first section: what each cache saves, what it costs, and whether it passes."""
+"""The first section: what each cache saves, what it costs, and whether it is safe."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame
 
+from ..verify import NOT_ENOUGH, SAFE
 from .blocks import Section, Table, Text
 from .frames import results, texts
 from .sections import decoded, needles, stored
 from .text import change, count, fixed, number, share, shorten, significant, thousands
-from .verdict import NONE, PASSES, UNPROVEN, WORDS, Verdict, interval_of, judge, limits
+from .verdict import NONE, WORDS, Verdict, interval_of, judge, limits
 
-_FEW = 8  # that are shown at once, where they do not pass
+_FEW = 8  # that are shown at once, where they are not safe
 
 
 def section(rows: DataFrame) -> Section:
-    """A verdict on every cache of every model: those that pass first, small ones first."""
+    """A verdict on every cache of every model: the safe ones first, then by bits."""
     others, judged = _others(rows), results(rows, "perplexity")
     blocks: list[Any] = []
     for panel, group in judged.groupby(level="panel", sort=False):
@@ -104,26 +105,26 @@ def _others(rows: DataFrame) -> dict[tuple[str, str], list[str]]:
 
 def _summary(members: list[Any]) -> str:
     words = [verdict.word for _, verdict, _ in members]
-    text = f"{words.count(PASSES)} of {count(len(words), 'cache')} proven to pass all limits"
-    if PASSES in words:
-        text += f"; the smallest of them: {members[words.index(PASSES)][0]}"
-    if UNPROVEN in words:
-        text += f"; {words.count(UNPROVEN)} may pass, but there is not enough evidence"
+    text = f"{words.count(SAFE)} of {count(len(words), 'cache')} shown to be safe"
+    if SAFE in words:
+        text += f"; the smallest of them: {members[words.index(SAFE)][0]}"
+    if NOT_ENOUGH in words:
+        text += f"; {words.count(NOT_ENOUGH)} without enough evidence"
     return f"{text}."
 
 
 def _tables(members: list[Any]) -> list[Table]:
-    """Those that pass, and the others, folded where they are many."""
+    """The safe ones, and the others, folded where they are many."""
     members = sorted(members, key=lambda member: WORDS.index(member[1].word))
     heads = ["cache", "verdict", "what it saves and costs"]
     values = DataFrame([(c, v.word, _sentence(said, v.why)) for c, v, said in members], None, heads)
-    passing = values[values["verdict"] == PASSES]
-    rest = values.drop(passing.index)
-    if passing.empty or rest.empty:
-        return [Table(values, left=3, bold=[True] * len(passing), kind="verdicts")]
-    title, folded = "Not proven to pass", len(rest) > _FEW
+    safe = values[values["verdict"] == SAFE]
+    rest = values.drop(safe.index)
+    if safe.empty or rest.empty:
+        return [Table(values, left=3, bold=[True] * len(safe), kind="verdicts")]
+    title, folded = "Not shown to be safe", len(rest) > _FEW
     return [
-        Table(passing, left=3, bold=[True] * len(passing), kind="verdicts"),
+        Table(safe, left=3, bold=[True] * len(safe), kind="verdicts"),
         Table(rest, left=3, title=title, folded=folded, kind="verdicts"),
     ]
 

@@ -86,7 +86,7 @@ def frontier(name: str, x_label: str, table: DataFrame, noise: float) -> str:
     Args:
         name: of the figure.
         x_label: what the bits are.
-        table: `x`, `y` (above 0), `number`, `cache`, `front`, `passes` and `doubtful`.
+        table: `x`, `y` (above 0), `number`, `cache`, `front`, `safe` and `doubtful`.
         noise: the divergence that rounding makes, drawn if it is not far below the points; or NaN.
     """
     with _drawing(x_label, "mean KL divergence (nats)") as axes:
@@ -128,10 +128,10 @@ def intervals(name: str, x_label: str, table: DataFrame) -> str:
 
 
 def _dots(axes: Axes, table: DataFrame) -> None:
-    """Blue what passes, grey what does not, a cross what is in doubt."""
+    """Blue what is safe, grey what is not, a cross what is in doubt."""
     axes.margins(0.08)
-    for (passes, doubtful), group in table.groupby(["passes", "doubtful"]):
-        color = BAD if doubtful else ACCENT if passes else GREY
+    for (safe, doubtful), group in table.groupby(["safe", "doubtful"]):
+        color = BAD if doubtful else ACCENT if safe else GREY
         marker = "x" if doubtful else "o"
         axes.scatter(group["x"], group["y"], 24, color, marker=marker, zorder=3)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame, Series
 
+from ..verify import SAFE
 from . import plots
 from .blocks import Plot, Section, Table, Text
 from .frames import figures, points, texts
@@ -24,7 +25,7 @@ from .text import (
     times,
     whole,
 )
-from .verdict import DOUBTFUL, PASSES, interval_of, judge
+from .verdict import DOUBTFUL, interval_of, judge
 
 _MANY = 12  # rows of a table, from which on it is folded under plots
 _BITS, _LONG_BITS = "bits_per_number_16bit", "packed_bits_per_number_16bit"
@@ -82,7 +83,7 @@ def perplexity(found: DataFrame) -> list[Any]:
     table[["low", "high"]] = ends.div(table["baseline_perplexity"], axis=0).to_numpy()
     table["change"] = table["delta"] / table["baseline_perplexity"]
     table["interval"] = _between(table["low"], table["high"], change)
-    table["passes"] = (table["verdict"] == PASSES) & ~table["baseline"]
+    table["safe"] = (table["verdict"] == SAFE) & ~table["baseline"]
     table["doubtful"] = table["verdict"] == DOUBTFUL
     table["verdict"] = table["verdict"].mask(table["baseline"], "uncompressed")
     return panels(table, _quality)
@@ -118,17 +119,17 @@ def _quality(table: DataFrame) -> list[Any]:
     shown["mark"] = ["●" if i in fronts[0] else "" for i in shown.index]
     shown["cache"] += shown["doubtful"].map({True: " ⚠", False: ""})
     note = "● on the Pareto front: no other cache here has fewer bits and less divergence. Bold: "
-    note += "passes. Bits: per number in a 16-bit model; of long texts without the exact tokens."
+    note += "safe. Bits: per number in a 16-bit model; of long texts without the exact tokens."
     for text in dict.fromkeys(text for notes in shown["notes"] for text in notes):
         note += f" {', '.join(shown['cache'][[text in x for x in shown['notes']]])}: {text}."
-    return [*drawn, table_of(shown, _QUALITY, left=4, note=note, bold=list(shown["passes"]))]
+    return [*drawn, table_of(shown, _QUALITY, left=4, note=note, bold=list(shown["safe"]))]
 
 
 _LONG = "As long texts come near to: only what is stored quantised, with scales and tables."
 
 
 def _front_note(others: DataFrame, noise: float) -> str:
-    note = "Lower left is better; the line is the Pareto front. Blue: passes. Numbers: see table."
+    note = "Lower left is better; the line is the Pareto front. Blue: safe. Numbers: see table."
     if noise > 0:
         note += f" Rounding alone makes {significant(noise, 2)} nats."
     if others["doubtful"].any():

@@ -1,4 +1,4 @@
-"""Does a cache pass the limits of `python -m evals verify`, and is that proven?"""
+"""Does a cache keep the limits of `verify`, and is that shown?"""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from ..measurements.perplexity import PerplexityOptions
-from ..verify import VerifyOptions, reasons
+from ..verify import NOT_ENOUGH, NOT_SAFE, SAFE, VerifyOptions, missing, reasons
 from .frames import texts
 from .text import number, plain
 
-WORDS = ("passes", "not proven", "does not pass", "in doubt", "no verdict")
-PASSES, UNPROVEN, FAILS, DOUBTFUL, NONE = WORDS
+DOUBTFUL, NONE = "in doubt", "no verdict"
+WORDS = (SAFE, NOT_ENOUGH, NOT_SAFE, DOUBTFUL, NONE)
+"""Those of `verify`, and what it never says: of figures with warnings, and without figures."""
 
 
 class Verdict(NamedTuple):
@@ -23,26 +24,20 @@ class Verdict(NamedTuple):
 
 
 def judge(figures: Mapping[Any, Any]) -> Verdict:
-    """What `verify` says of a perplexity result, and whether that is proven.
-
-    A limit that is broken by the figures themselves fails. What is broken only by the far end of
-    the interval, has no interval, or was hardly read quantised, has not enough evidence.
-    """
+    """What `verify` says of a perplexity result, by its own limits."""
     warnings, options = texts(figures.get("warnings")), VerifyOptions()
-    if warnings:
+    if warnings and number(figures.get("compressed_share")):
         return Verdict(DOUBTFUL, "; ".join(warnings))
     known: dict[Any, Any] = {key: number(value) for key, value in figures.items()}
-    known |= {"warnings": [], "delta_ci95": None}
+    known |= {"warnings": warnings, "delta_ci95": interval_of(figures)}
+    known |= {name: figures.get(name) for name in ("interval_over", "documents")}
     try:
-        faults = reasons(known | {"compressed_share": 1.0}, options)
-        unproven = reasons(known | {"delta_ci95": interval_of(figures)}, options)
-    except (ArithmeticError, KeyError, TypeError):
+        faults, lacking = reasons(known, options), missing(known, options)
+    except (ArithmeticError, KeyError, TypeError, ValueError):
         return Verdict(NONE, "figures are missing, or are no numbers")
     if faults:
-        return Verdict(FAILS, "; ".join(faults))
-    if interval_of(figures) is None:
-        unproven.append("one window only: there is no interval")
-    return Verdict(UNPROVEN if unproven else PASSES, "; ".join(unproven))
+        return Verdict(NOT_SAFE, "; ".join(faults))
+    return Verdict(NOT_ENOUGH if lacking else SAFE, "; ".join(lacking))
 
 
 def interval_of(figures: Mapping[Any, Any]) -> tuple[float, float] | None:
@@ -63,8 +58,8 @@ def limits() -> str:
         if entry.name not in own and isinstance(entry.default, float)
     ]
     return (
-        "A cache passes if it is proven to keep the limits of python -m evals verify: by an "
-        "interval over several windows, and with enough read quantised. "
-        f"The limits: {'; '.join(found)}. Bits are per key or value number in a 16-bit model, "
+        "A cache is safe if it is shown to keep the limits of `verify`: by an interval over "
+        "several windows, and with enough read quantised. "
+        f"The limits: {'; '.join(found)}. Bits are per key or value element in a 16-bit model, "
         "everything counted."
     )

@@ -72,6 +72,7 @@ def perplexity(label, bits, kl, delta=0.5, interval=(0.25, 0.75), kind="rotorqua
         "reference": "dynamic",
         "chunk": 64,
         "window": 512,
+        "interval_over": "windows",
         "documents": ["road.txt"],
         "warnings": more.pop("warnings", []),
     }
@@ -244,7 +245,7 @@ def test_quality_table_marks_the_front(tmp_path) -> None:
     assert (better["tokens"], better["windows"]) == ("4,096", "8")
     assert found["dynamic"]["#"] == "–"
     assert (
-        "| 3 | **better** | **passes** | **●** | 3.00 | 2.50 | 0.00400 | 0.0400 | 98.77% |"
+        "| 3 | **better** | **safe** | **●** | 3.00 | 2.50 | 0.00400 | 0.0400 | 98.77% |"
         in markdown
     )
     warned = "the stored codes are not read"
@@ -259,17 +260,17 @@ def bold(page, markdown):
     return found
 
 
-def test_only_what_passes_is_bold(tmp_path) -> None:
+def test_only_what_is_safe_is_bold(tmp_path) -> None:
     """A preset that takes perplexity from 50 to 56 is on the front, and not in bold."""
     rows = [perplexity("good", 5.0, 0.001, 0.0, (-0.1, 0.1)), perplexity("bad", 2.0, 0.2, 6.0)]
     rows[1]["result"] |= {"baseline_perplexity": 50.0, "perplexity": 56.0}
     page, markdown, _ = report(rows, tmp_path)
     assert quality_row(page, "bad")["front"] == "●"
-    assert bold(page, markdown) == {"good", "passes", "●"}
-    text = next(line[2] for line in Tables(page).rows if line[:2] == ["bad", "does not pass"])
+    assert bold(page, markdown) == {"good", "safe", "●"}
+    text = next(line[2] for line in Tables(page).rows if line[:2] == ["bad", "not safe"])
     assert "2.00 bits instead of 16: 8.0× smaller; perplexity 50.00 → 56.00 (+12.00%" in text
     assert "Mean KL 0.2 is over" in text
-    assert "1 of 2 caches proven to pass all limits; the smallest of them: good." in page
+    assert "1 of 2 caches shown to be safe; the smallest of them: good." in page
     said = "Each figure rests on 4,096 predicted tokens, in 8 windows of at most 512 tokens, of "
     for file in (page, markdown):
         assert f"{said}1 text (road.txt)." in file
@@ -283,14 +284,14 @@ def figures(**more):
 @pytest.mark.parametrize(
     ("more", "word", "why"),
     [
-        ({}, "passes", ""),
-        ({"kl_mean": 0.1}, "does not pass", "mean KL 0.1"),
-        ({"top1_agreement": 0.5}, "does not pass", "top-1"),
-        ({"delta": 3.0, "delta_ci95": None}, "does not pass", "perplexity may rise by 10.00%"),
-        ({"delta_ci95": [-3.0, 3.0]}, "not proven", "perplexity may rise by 10.00%"),
-        ({"delta_ci95": None}, "not proven", "one window"),
-        ({"delta_ci95": [math.nan, None]}, "not proven", "one window"),
-        ({"compressed_share": 0.01}, "not proven", "only 1% of what was read"),
+        ({}, "safe", ""),
+        ({"kl_mean": 0.1}, "not safe", "mean KL 0.1"),
+        ({"top1_agreement": 0.5}, "not safe", "top-1"),
+        ({"delta": 3.0, "delta_ci95": None}, "not safe", "perplexity rises by 10.00%"),
+        ({"delta_ci95": [-3.0, 3.0]}, "not enough evidence", "perplexity may rise by 10.00%"),
+        ({"delta_ci95": None}, "not enough evidence", "one window"),
+        ({"delta_ci95": [math.nan, None]}, "not enough evidence", "one window"),
+        ({"compressed_share": 0.01}, "not enough evidence", "1% of what was read"),
         ({"warnings": ["nothing read"], "kl_mean": 0.1}, "in doubt", "nothing read"),
         ({"kl_mean": None}, "no verdict", "missing"),
         ({"kl_mean": "0.1"}, "no verdict", "missing"),
@@ -304,12 +305,14 @@ def test_verdicts(more, word, why) -> None:
 
 
 def test_verdicts_are_those_of_verify() -> None:
-    """With an interval and enough read quantised, a cache passes just where verify says safe."""
     options = verify.VerifyOptions()
     for kl in (0.0, 0.004, 0.0051, 0.1):
         for high in (0.1, 0.29, 0.31):
             found = figures(kl_mean=kl, kl_p99=kl, delta_ci95=[-0.1, high])
-            assert (judge(found).word == "passes") == (not verify.reasons(found, options))
+            asked = verify.Verdict(
+                "k3v3", found, verify.reasons(found, options), verify.missing(found, options)
+            )
+            assert judge(found).word == asked.outcome
 
 
 def test_the_first_section_has_what_other_measurements_say(tmp_path) -> None:
@@ -321,7 +324,7 @@ def test_the_first_section_has_what_other_measurements_say(tmp_path) -> None:
         needle("other"),
     ]
     page, _, _ = report(rows, tmp_path)
-    text = next(line[2] for line in Tables(page).rows if line[:2] == ["k3v3", "passes"])
+    text = next(line[2] for line in Tables(page).rows if line[:2] == ["k3v3", "safe"])
     assert "4.00× fewer bytes, as measured, at 1k tokens; finds 87.5% of 32 needles" in text
     assert ["other", "no verdict", "Finds 87.5% of 32 needles."] in Tables(page).rows
     assert "Perplexity was not measured with these caches" in page
@@ -525,7 +528,7 @@ def test_few_rows(rows, tmp_path) -> None:
 @pytest.mark.parametrize("name", ["matplotlib", "pandas", "jinja2", "adjustText"])
 def test_without_a_package_it_says_so_and_writes_nothing(name, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    said = rf"{name} is missing .*pip install -e '\.\[eval\]'"
+    said = rf"report needs {name.lower()}, which is not installed: pip install -e '\.\[eval\]'"
     with pytest.raises(NotAvailableError, match=said) as caught:
         report([needle()], tmp_path)
     assert "\n" not in str(caught.value)
