@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import multiprocessing
 import os
 import sys
@@ -19,7 +18,8 @@ from torch import Tensor
 from rotorquant_hf.backend import backend
 
 from ..environment import on_gpu
-from ..errors import InputError
+from ..errors import InputError, NotAvailableError
+from ..requirements import require_packages
 from ..sweep.rows import JSONLines
 
 DEVICE_LOST = 75  # exit status: start the command anew, with --resume
@@ -51,11 +51,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def require_triton(parser: argparse.ArgumentParser) -> None:
     """Refuse to go on without Triton."""
-    if importlib.util.find_spec("triton") is None:
-        parser.error(
-            "this needs Triton: pip install -e '.[triton]' in a clone, or "
-            "pip install 'rotorquant-hf[triton]'"
-        )
+    try:
+        require_packages("this", ["triton"])
+    except NotAvailableError as error:
+        parser.error(str(error))
 
 
 def require_kernels(parser: argparse.ArgumentParser, device: str) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from ..probes.chunked import fill
 from ..probes.footprint import elements_of
 from ..probes.integrity import NOTHING_COMPRESSED
 from ..subjects.models import LoadedModel
-from ..timing import Timing
+from ..timing import Timing, timed
 from .base import Measurement
 from .memory import decode, random_prompt
 
@@ -120,24 +119,11 @@ def _sample(loaded: LoadedModel, spec: CacheSpec, prompt: torch.Tensor, new_toke
     def prefill() -> torch.Tensor:
         return fill(model, prompt, cache).argmax(-1, keepdim=True)
 
-    first, token = _timed(prefill, prompt.device)
+    first, token = timed(prefill, prompt.device)
     # The step after a prompt sets decoding up (a ring, a first quantised block): not a usual one.
     token = decode(model, token, cache, 1)
-    rest, _ = _timed(lambda: decode(model, token, cache, new_tokens), prompt.device)
+    rest, _ = timed(lambda: decode(model, token, cache, new_tokens), prompt.device)
     return _Sample(first, rest / new_tokens, elements_of(cache).quantised > 0)
-
-
-def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    _synchronize(device)
-    begin = time.perf_counter()
-    result = work()
-    _synchronize(device)
-    return time.perf_counter() - begin, result
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _point(batch: int, context: int, samples: list[_Sample], new_tokens: int) -> dict[str, Any]:
