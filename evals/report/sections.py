@@ -96,7 +96,7 @@ def _quality(table: DataFrame) -> list[Any]:
     noise = baselines["kl_mean"].where(lambda x: x > 0).min()
     drawn: list[Any] = []
     fronts = []
-    for bits, title in ((_BITS, "KL divergence"), (_LONG_BITS, "The same without exact tokens")):
+    for bits, title in ((_BITS, "KL divergence"), (_LONG_BITS, "The same, quantised tokens alone")):
         dots = others.assign(x=others[bits], y=others["kl_mean"]).dropna(subset=["x", "y"])
         dots = dots[dots["y"] > 0]
         sound = dots[~dots["doubtful"]]
@@ -105,21 +105,21 @@ def _quality(table: DataFrame) -> list[Any]:
         if len(dots):
             dots["front"] = dots.index.isin(best)
             name = f"bits-{table.index[0]}-{len(drawn)}"
-            svg = plots.frontier(name, "bits per number, 16-bit model", dots, noise)
+            svg = plots.frontier(name, "bits per element, 16-bit model", dots, noise)
             drawn.append(Plot(title, svg, _front_note(others, noise) if bits == _BITS else _LONG))
     dots = others.assign(x=others[_BITS], y=others["change"]).dropna(subset=["x", "y"])
     dots[["y", "low", "high"]] *= 100
     if len(dots):
         one = dots["low"].isna().all()
         note = "One window only: no interval." if one else "Bars: 95% intervals; one that crosses "
-        svg = plots.intervals(f"change-{table.index[0]}", "bits per number, 16-bit model", dots)
+        svg = plots.intervals(f"change-{table.index[0]}", "bits per element, 16-bit model", dots)
         note += "" if one else "0 is no proven change."
         drawn.append(Plot("Change in perplexity", svg, note))
     shown = pd.concat([baselines, others])
     shown["mark"] = ["●" if i in fronts[0] else "" for i in shown.index]
     shown["cache"] += shown["doubtful"].map({True: " ⚠", False: ""})
     note = "● on the Pareto front: no other cache here has fewer bits and less divergence. Bold: "
-    note += "safe. Bits: per number in a 16-bit model; of long texts without the exact tokens."
+    note += "safe. Bits: per element in a 16-bit model; of long texts: of quantised tokens alone."
     for text in dict.fromkeys(text for notes in shown["notes"] for text in notes):
         note += f" {', '.join(shown['cache'][[text in x for x in shown['notes']]])}: {text}."
     return [*drawn, table_of(shown, _QUALITY, left=4, note=note, bold=list(shown["safe"]))]
@@ -231,7 +231,7 @@ def _memory_tables(table: DataFrame) -> list[Table]:
     note = f"Bytes as measured in {dtypes}. “Smaller”: than the uncompressed cache of the same "
     note += "context. Prompts are random tokens."
     if "float32" in dtypes:
-        note += " In a 16-bit model the uncompressed cache and exact tokens take half of this."
+        note += " In a 16-bit model an uncompressed cache and full-precision tokens take half."
     folded = len(table) > _MANY
     every = table_of(table, columns, title="All points", note=note, folded=folded)
     return [every, *_parts(table)]
@@ -398,7 +398,7 @@ SECTIONS: dict[str, tuple[str, Callable[[DataFrame], list[Any]], str]] = {
         "(The uncompressed cache itself is compared with one pass without a cache: rounding.) "
         "Change: of the text's perplexity against the uncompressed cache's, with a 95% interval "
         "over the texts (over the windows, if there is one text). Bits: all bytes of the cache, "
-        "recent tokens, scales and spare room included, over the key and value numbers it stands "
+        "recent tokens, scales and spare room included, over the key and value elements it stands "
         "for, as in a 16-bit model whatever the model was measured in. Top-1: share of tokens "
         "whose likeliest successor is the uncompressed cache's. Read quantised: share of the keys "
         "and values read.",
