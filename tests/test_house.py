@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.imports import STOREYS, circles, levels, read_house
 
 ROOT = Path(__file__).parent.parent
@@ -16,8 +14,12 @@ HARNESS = read_house(ROOT / "evals")
 
 # These modules are made of Triton's functions; nothing imports them before a kernel is launched.
 TRITON_ROOMS = ("rotorquant_hf.kernels", "rotorquant_hf.attention.triton_attention")
-EXAMPLES = ("examples.sample_text",)
-"""Examples that can be copied out of the clone: they need no harness and no more libraries."""
+# Examples that train or draw read texts as the harness does; the others can be copied out.
+COPIED = ("generate", "how_it_works", "sample_text")
+WITH_HARNESS = ("text_data", "train_model", "train_recall")
+
+# Modules of the harness that an extra is the point of; commands ask for it before they import them.
+NEEDS_EXTRA = ("evals.lm_eval.model", "evals.report")
 
 
 def test_every_room_has_a_storey() -> None:
@@ -87,14 +89,14 @@ def closure(names):
             names += [re.match("[A-Za-z0-9._-]+", x)[0] for x in required if "extra ==" not in x]
     return found
 
-triton, modules = sys.argv[1] == "triton", sys.argv[2:]
-allowed = closure(["torch", "transformers", "safetensors"]) | ({"triton"} if triton else set())
+found, modules = set(sys.argv[1].split(",")), sys.argv[2:]
+allowed = closure(["torch", "transformers", "safetensors"]) | {"rotorquant-hf"} | found
 hidden = {
     top
     for top, owners in metadata.packages_distributions().items()
     if not allowed & {re.sub("[-_.]+", "-", owner).lower() for owner in owners}
 }
-hidden |= {"evals", "rotorquant_evals"} | (set() if triton else {"triton"})
+hidden |= {"evals", "rotorquant_evals", "triton"} - found
 assert "pytest" in hidden, hidden  # it is here, and not to be needed
 
 class Hiding:
@@ -117,24 +119,33 @@ for name in sorted(hidden & set(sys.modules)):
 """
 
 
-def failures_of(modules: list[str], triton: bool) -> list[str]:
+def failures_of(modules: list[str], *found: str) -> list[str]:
     """What goes wrong in importing modules where nothing but the base dependencies is found.
 
     Args:
-        triton: whether Triton is found too.
+        found: what is found besides: "triton", "evals".
     """
-    command = [sys.executable, "-c", IMPORT_WITHOUT, "triton" if triton else "", *modules]
+    command = [sys.executable, "-c", IMPORT_WITHOUT, ",".join(found), *modules]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return run.stdout.splitlines()
 
 
 def test_the_package_needs_nothing_but_its_dependencies() -> None:
     plain = [name for name in PACKAGE.modules if not name.startswith(TRITON_ROOMS)]
-    assert failures_of(plain, triton=False) == []
+    assert failures_of(plain) == []
     kernels = [name for name in PACKAGE.modules if name not in plain]
-    assert failures_of(kernels, triton=True) == []
+    assert failures_of(kernels, "triton") == []
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_need_nothing_else_either(name: str) -> None:
-    assert failures_of([name], triton=False) == []
+def test_examples_need_nothing_else_either() -> None:
+    every = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"__init__"}
+    assert every == {*COPIED, *WITH_HARNESS}
+    assert failures_of([f"examples.{name}" for name in COPIED]) == []
+    assert failures_of([f"examples.{name}" for name in WITH_HARNESS], "evals") == []
+
+
+def test_the_harness_is_imported_without_its_extras() -> None:
+    """So that a command can say what is missing."""
+    modules = [name for name in HARNESS.modules if not name.startswith(NEEDS_EXTRA)]
+    assert len(modules) > 50
+    assert failures_of(modules, "evals") == []
