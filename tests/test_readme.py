@@ -10,10 +10,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from evals import commands as commands_
 from evals.__main__ import parser
+from rotorquant_hf import RotorQuantCache
 from tests.conftest import ROOT
+from tests.helpers import cuda_graph
+from tests.helpers.models import build
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MANUAL = (ROOT / "evals" / "README.md").read_text(encoding="utf-8")
@@ -45,6 +49,23 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys) -> None:
     assert "It was a dark night, and" in output
     assert "bits per element" in output or "bits per number" in output
     assert "torch.Size([1, 8, 100, 48]) torch.uint8" in output
+
+
+def test_the_snippet_of_a_decode_graph_runs(monkeypatch) -> None:
+    """With the imports and names that snippets before it have brought."""
+    (snippet,) = blocks("py")
+    snippet = snippet.replace("range(100)", "range(40)")  # in Triton's interpreter a step is slow
+    model = build("llama")
+    prompt = torch.randint(1, model.config.vocab_size, (1, 200))
+    if torch.cuda.is_available():
+        model, prompt = model.cuda(), prompt.cuda()
+    else:
+        model = cuda_graph.OnGPU(model)
+    session = {"model": model, "prompt": prompt, "RotorQuantCache": RotorQuantCache}
+    with cuda_graph.decoding(monkeypatch, lambda: [session["cache"]]):
+        exec(compile(snippet, "README's DecodeGraph", "exec"), session)
+    assert session["cache"].get_seq_length() == 240
+    assert cuda_graph.EmulatedGraph.captures > 0 or torch.cuda.is_available()
 
 
 @pytest.mark.parametrize(

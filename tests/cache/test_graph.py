@@ -1,6 +1,5 @@
 """DecodeGraph, with real CUDA graphs on a GPU and emulated ones elsewhere."""
 
-import contextlib
 import copy
 
 import pytest
@@ -17,47 +16,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"residual_length": 8, "block_length": 4, "num_sink_tokens": 2}
 
 
-class OnGPU:
-    """A model that says it is on a GPU, so that the emulation gets to run."""
-
-    device = torch.device("cuda")
-
-    def __init__(self, model):
-        self.model = model
-
-    def __call__(self, **kwargs):
-        return self.model(**kwargs)
-
-
 @pytest.fixture
 def graphs(monkeypatch):
     """Makes a DecodeGraph; all that runs after it is on the kernels."""
     caches = []
 
-    def memory():
-        layers = [x for cache in caches for x in cache.layers if x.ring is not None]
-        return [
-            tensor
-            for layer in layers
-            for tensor in (
-                layer.ring.lengths,
-                *layer.ring.rings,
-                *layer.store.keys.buffers.tensors.values(),
-                *layer.store.values.buffers.tensors.values(),
-            )
-        ]
-
     def make(model, cache, **options):
         caches.append(cache)
-        return DecodeGraph(model if DEVICE == "cuda" else OnGPU(model), cache, **options)
+        return DecodeGraph(model if DEVICE == "cuda" else cuda_graph.OnGPU(model), cache, **options)
 
-    cuda_graph.EmulatedGraph.captures = 0
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(backend("triton"))
-        if DEVICE == "cpu":
-            stack.enter_context(cuda_graph.emulated(monkeypatch, memory))
-            # On the CPU entries are checked for NaN, which waits for the answer.
-            monkeypatch.setattr("rotorquant_hf.layers.full.check_finite", lambda *a, **k: None)
+    with cuda_graph.decoding(monkeypatch, lambda: caches):
         yield make
 
 
@@ -214,7 +182,7 @@ class TestRefused:
 
     def test_an_empty_cache(self, model):
         with pytest.raises(ValueError, match="cache is empty; feed the prompt"):
-            DecodeGraph(OnGPU(model), RotorQuantCache())
+            DecodeGraph(cuda_graph.OnGPU(model), RotorQuantCache())
 
     @pytest.mark.parametrize(
         ("cache", "graph", "message"),
@@ -229,7 +197,7 @@ class TestRefused:
         cache = RotorQuantCache(config=model.config, **cache)
         model(torch.ones(1, 3, dtype=torch.long), past_key_values=cache)
         with pytest.raises(ValueError, match=message):
-            DecodeGraph(OnGPU(model), cache, **graph)
+            DecodeGraph(cuda_graph.OnGPU(model), cache, **graph)
 
     def test_short_sliding_windows(self):
         model = copy.deepcopy(build("mistral"))
@@ -237,20 +205,20 @@ class TestRefused:
         cache = RotorQuantCache(config=model.config, **SMALL)
         model(torch.ones(1, 3, dtype=torch.long), past_key_values=cache)
         with pytest.raises(ValueError, match=r"sliding window of 16 tokens, of which .* up to 16"):
-            DecodeGraph(OnGPU(model), cache)
+            DecodeGraph(cuda_graph.OnGPU(model), cache)
 
     def test_torch_backend(self, model):
         cache = RotorQuantCache()
         model(torch.ones(1, 3, dtype=torch.long), past_key_values=cache)
         with backend("torch"), pytest.raises(ValueError, match="layer 0 does not decode through"):
-            DecodeGraph(OnGPU(model), cache)
+            DecodeGraph(cuda_graph.OnGPU(model), cache)
 
     @pytest.mark.parametrize("shape", [(1, 3), (2, 1), (1,)], ids=str)
     def test_other_shapes(self, model, shape):
         cache = RotorQuantCache()
         one = torch.ones(1, 1, dtype=torch.long)
         model(one.expand(1, 3), past_key_values=cache)
-        graph = DecodeGraph(OnGPU(model), cache)
+        graph = DecodeGraph(cuda_graph.OnGPU(model), cache)
         with pytest.raises(ValueError, match=r"input_ids has shape .*; pass \(1, 1\)"):
             graph(torch.ones(shape, dtype=torch.long), one)
         with pytest.raises(ValueError, match=r"position_ids has shape .*; pass \(1, 1\)"):

@@ -12,7 +12,7 @@ what they held before.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
+
+from rotorquant_hf import RotorQuantCache
+from rotorquant_hf.backend import backend
 
 _SYNCHRONISING = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero"}
 
@@ -97,4 +100,47 @@ def emulated(monkeypatch: Any, memory: Callable[[], list[Tensor]]) -> Iterator[N
         patch.setattr(torch.cuda, "CUDAGraph", EmulatedGraph)
         patch.setattr(torch.cuda, "graph", capture)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(recording))
+        yield
+
+
+class OnGPU:
+    """A model that says it is on a GPU, so that the emulation gets to run."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.config = model, model.config
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+@contextmanager
+def decoding(monkeypatch: Any, caches: Callable[[], list[RotorQuantCache]]) -> Iterator[None]:
+    """Decode on the kernels, with CUDA graphs: real ones on a GPU, emulated ones elsewhere.
+
+    Args:
+        caches: gives the caches whose steps may be captured.
+    """
+
+    def memory() -> list[Tensor]:
+        layers = [x for cache in caches() for x in cache.layers if x.ring is not None]
+        return [
+            tensor
+            for layer in layers
+            for tensor in (
+                layer.ring.lengths,
+                *layer.ring.rings,
+                *layer.store.keys.buffers.tensors.values(),
+                *layer.store.values.buffers.tensors.values(),
+            )
+        ]
+
+    EmulatedGraph.captures = 0
+    with ExitStack() as stack:
+        stack.enter_context(backend("triton"))
+        if not torch.cuda.is_available():
+            stack.enter_context(emulated(monkeypatch, memory))
+            # On the CPU entries are checked for NaN, which waits for the answer.
+            monkeypatch.setattr("rotorquant_hf.layers.full.check_finite", lambda *a, **k: None)
         yield
