@@ -18,7 +18,7 @@ from ..options import option
 from ..probes.chunked import passes, read
 from ..probes.footprint import elements_of, footprint
 from ..probes.half_size import half_footprint, layer_shapes
-from ..probes.integrity import warnings_of
+from ..probes.integrity import warnings_of, warnings_of_filled
 from ..subjects.models import LoadedModel
 from ..subjects.texts import TextOptions, cut
 from .base import Measurement, one_by_one
@@ -147,6 +147,7 @@ def compare(
     make_cache: Callable[[], Cache],
     chunk: int,
     documents: Sequence[Any] | None = None,
+    before_last: Callable[[int, Cache, int], None] | None = None,
 ) -> Comparison:
     """Feed texts through new caches and compare with a reference.
 
@@ -157,6 +158,8 @@ def compare(
         make_cache: makes an empty cache; called once per window.
         chunk: maximum tokens of a forward pass; 1 is true decoding.
         documents: what each window is of; windows of one document are not independent.
+        before_last: told, before the last pass over a window, its index, the cache, and how many
+            tokens of it the cache holds.
     """
     kl, agree, losses, bits = [], [], [], []
     quantised = seen = 0.0
@@ -164,6 +167,8 @@ def compare(
         cache, stored = make_cache(), Elements(0, 0)
         loss = torch.zeros(2, dtype=torch.float64)
         for start, end in passes(cache, chunk, ids.shape[1]):
+            if before_last is not None and end == ids.shape[1]:
+                before_last(index, cache, start)
             n = end - start
             actual = read(model, ids[:, start:end], cache).double().log_softmax(-1)
             # The pass read quantised what was so before it; the rest, itself included, was not.
@@ -274,24 +279,32 @@ class PerplexityMeasurement:
 
         make_cache()  # an unavailable cache says so before any work
         names = [window.name for window in self.windows]
-        result = compare(model, self.ids, reference, make_cache, self.options.chunk, names)
-        probe = max(self.ids, key=lambda ids: ids.shape[1])
-        warnings = (
-            [] if spec.is_baseline else warnings_of(model, probe, make_cache, self.options.chunk)
-        )
+        chunk, warnings = self.options.chunk, list[str]()
+        longest = max(range(len(self.ids)), key=lambda i: self.ids[i].shape[1])
+
+        def probe(index: int, cache: Cache, start: int) -> None:
+            if index != longest or spec.is_baseline:
+                return
+            ids = self.ids[index]
+            if start:  # the cache is filled as a probe needs it
+                found = warnings_of_filled(model, ids, start, cache, make_cache, chunk)
+            else:
+                found = warnings_of(model, ids, make_cache, chunk)
+            warnings.extend(found)
+
+        result = compare(model, self.ids, reference, make_cache, chunk, names, probe)
         if model.dtype.itemsize == 2:
             bits = (result.bits_per_number, result.packed_bits_per_number)
         else:
-            longest = max(ids.shape[1] for ids in self.ids)
-            chunk, device = self.options.chunk, self.loaded.device
-            half = half_footprint(self.shapes, make_cache, longest, chunk, device)
+            tokens, device = self.ids[longest].shape[1], self.loaded.device
+            half = half_footprint(self.shapes, make_cache, tokens, chunk, device)
             bits = (half.bits_per_number, half.packed_bits_per_number)
         return asdict(result) | {
             "bits_per_number_16bit": bits[0],
             "packed_bits_per_number_16bit": bits[1],
             "reference": "one pass without a cache" if spec.is_baseline else "dynamic",
             "chunk": self.options.chunk,
-            "window": max(ids.shape[1] for ids in self.ids),
+            "window": self.ids[longest].shape[1],
             "windows": len(self.ids),
             "documents": sorted(set(names)),
             "interval_over": "documents" if len(set(names)) > 1 else "windows of one document",

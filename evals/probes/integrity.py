@@ -3,6 +3,10 @@
 A cache that keeps full-precision copies beside its codes shows no loss and saves nothing; one that
 quantises nothing shows no loss either. So the stored codes are scrambled, of the keys and of the
 values of one layer after the other, and the model must notice each.
+
+To notice, no whole pass is needed: one pass notes what calls each layer's attention, and the same
+call is then made once more with the codes of its layer scrambled. Only where that leaves the
+attention's output as it was does a whole pass decide, by the logits.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from ..caches.registry import kind_of
+from .attention_calls import AttentionCall, read_and_note
 from .chunked import feed, read
 from .footprint import footprint, reachable_bytes
 
@@ -36,8 +41,27 @@ def warnings_of(
     """
     cache = make_cache()
     probe = min(_PROBE, ids.shape[1] // 2)
-    text, rest = ids[:, :-probe], ids[:, -probe:]
-    feed(model, text, cache, chunk)
+    text = ids.shape[1] - probe
+    feed(model, ids[:, :text], cache, chunk)
+    return warnings_of_filled(model, ids, text, cache, make_cache, chunk)
+
+
+def warnings_of_filled(
+    model: PreTrainedModel,
+    ids: Tensor,
+    start: int,
+    cache: Cache,
+    make_cache: Callable[[], Cache],
+    chunk: int,
+) -> list[str]:
+    """`warnings_of` a cache that has taken the first `start` tokens of a text; it stays as it is.
+
+    Args:
+        model, ids, make_cache, chunk: as in `warnings_of`.
+        start: at least 1, and less than the tokens of the text.
+        cache: filled in passes of at most `chunk` tokens.
+    """
+    text, rest = ids[:, :start], ids[:, start : start + _PROBE]
     counted, reachable = footprint(cache, model.dtype), reachable_bytes(cache)
     held, quantised = counted.elements
     tokens, found = text.shape[1], []
@@ -103,11 +127,23 @@ def _unread(
             feed(model, text, again, chunk)
             return again
 
-    kind, expected = kind_of(cache), read(model, rest, filled())
+    def scrambled(index: int, part: str) -> Cache:
+        probed = filled()
+        for codes in kind.codes(probed.layers[index])[part]:
+            codes.view(torch.uint8).bitwise_xor_(0x55)
+        return probed
+
+    kind = kind_of(cache)
+    expected, calls = read_and_note(model, rest, filled())
     for index, layer in enumerate(cache.layers):
+        call = _sound(calls.get(index), filled)
         for part in kind.codes(layer):
-            probed = filled()
-            for codes in kind.codes(probed.layers[index])[part]:
-                codes.view(torch.uint8).bitwise_xor_(0x55)
-            if torch.equal(expected, read(model, rest, probed)):
+            if call is not None and not call.gives_the_same(scrambled(index, part)):
+                continue
+            if torch.equal(expected, read(model, rest, scrambled(index, part))):
                 yield f"{part} of layer {index}"
+
+
+def _sound(call: AttentionCall | None, filled: Callable[[], Cache]) -> AttentionCall | None:
+    """The call, if making it once more gives what it gave, so that a change means the codes."""
+    return call if call is not None and call.gives_the_same(filled()) else None

@@ -8,7 +8,9 @@ from transformers import DynamicCache, cache_utils
 
 from evals.caches.registry import CacheSpec
 from evals.measurements.perplexity import SinglePass, compare
-from evals.probes.integrity import warnings_of
+from evals.probes.attention_calls import read_and_note
+from evals.probes.chunked import feed
+from evals.probes.integrity import warnings_of, warnings_of_filled
 from rotorquant_hf import RotorQuantCache
 from tests.helpers.models import build
 
@@ -88,6 +90,41 @@ def test_a_compressed_cache_is_found_sound(model, sampled, options) -> None:
         return RotorQuantCache(**{**OPTIONS, **options})
 
     assert found(model, sampled[:, :300], make_cache) == ""
+
+
+def test_a_sound_cache_is_probed_by_one_pass(model, sampled) -> None:
+    """The rest are calls of attention alone: whole passes would take longer than the text."""
+    passes = []
+    handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        cache = RotorQuantCache(**OPTIONS)
+        feed(model, sampled[:, :292], cache, 64)
+        passes.clear()
+        before = cache.get_seq_length(), cache.layers[0].keys.clone()
+        options = (sampled[:, :300], 292, cache, lambda: RotorQuantCache(**OPTIONS), 64)
+        assert warnings_of_filled(model, *options) == []
+    finally:
+        handle.remove()
+    assert len(passes) == 1
+    assert cache.get_seq_length() == before[0]  # and the cache can go on
+    assert torch.equal(cache.layers[0].keys.clone(), before[1])
+    assert "update" not in vars(cache)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_attention_that_is_not_repeatable_is_judged_by_whole_passes(model, sampled) -> None:
+    """Noise in a layer's output is no proof that its codes are read."""
+
+    def noise(module, args, output):
+        return (output[0] + 1e-6 * torch.randn_like(output[0]), *output[1:])
+
+    handle = model.model.layers[2].self_attn.register_forward_hook(noise)
+    try:
+        calls = read_and_note(model, sampled[:, :20], RotorQuantCache(**OPTIONS))[1]
+        assert set(calls) == set(range(8))
+        assert not calls[2].gives_the_same(RotorQuantCache(**OPTIONS))
+    finally:
+        handle.remove()
 
 
 def test_a_window_that_holds_all_is_caught(model, sampled) -> None:
