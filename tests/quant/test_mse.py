@@ -362,7 +362,7 @@ def test_a_norm_too_large_for_the_dtype_of_the_scale_is_refused(scale):
         ({"d": 577}, "d is 577"),
         ({"rotor_layers": 0}, "layers is 0"),
         ({"rotation": "haar", "rotor_layers": 2}, "layers is 2"),
-        ({"rotation": make_rotation(16)}, "vectors of 16 numbers, not 64"),
+        ({"rotation": make_rotation(16)}, "vectors of 16 elements, not 64"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
