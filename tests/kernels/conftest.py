@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _device_answers() -> Iterator[None]:
+def _device_answers(request: pytest.FixtureRequest) -> Iterator[None]:
     """After a fault in a kernel every call fails in this process: another one goes on.
 
     A worker of pytest-xdist ends at once, and is replaced; without workers pytest ends.
@@ -29,7 +29,7 @@ def _device_answers() -> Iterator[None]:
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        if "PYTEST_XDIST_WORKER" not in os.environ:
+        if not hasattr(request.config, "workerinput"):
             pytest.exit(f"the device is lost: {error}", returncode=DEVICE_LOST)
         print(f"the device is lost: {error}", file=sys.stderr, flush=True)
         os._exit(DEVICE_LOST)
