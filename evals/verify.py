@@ -109,7 +109,7 @@ def verdicts(loaded: LoadedModel, options: VerifyOptions) -> Iterator[Verdict]:
 def reasons(figures: dict[str, Any], options: VerifyOptions) -> list[str]:
     """Why a preset with these figures is not safe; empty if nothing speaks against it."""
     if not figures["compressed_share"]:
-        return []  # nothing was read quantised: the figures say nothing about the preset
+        return []  # nothing was read quantised: what the figures lack is said by `missing`
     found = list(figures["warnings"])
     delta = figures["delta"] / figures["baseline_perplexity"]
     values = [figures[name] for name in ("kl_mean", "kl_p99", "top1_agreement")]
@@ -133,11 +133,11 @@ def missing(figures: dict[str, Any], options: VerifyOptions) -> list[str]:
     needed, found = _window_for(figures, options), []
     if not share and window >= needed:
         found += figures["warnings"]  # why nothing was, however long the text
-    if share < options.min_packed:
+    if share < options.min_packed or not share:
         more = f": give texts, and a --window, of at least {needed:,} tokens"
+        read = f"{share:.0%} of what was read was read quantised, under {options.min_packed:.0%}"
         found.append(
-            f"{share:.0%} of what was read was read quantised, under {options.min_packed:.0%}"
-            + (more if window < needed else "")
+            (read if share else "nothing was read quantised") + (more if window < needed else "")
         )
     if figures["delta_ci95"] is None:
         smaller = f", or --window {window // 2}" if window // 2 >= needed else ""

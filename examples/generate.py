@@ -54,6 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     memory = cache.memory()
     print(f"\n{memory}\n")
     saved = memory.uncompressed_bytes - memory.total_bytes
+    if not memory.packed_numbers:
+        print("Nothing was quantised: all tokens are recent ones. Give a longer prompt.")
+        return
     print(
         f"{args.preset} saved {saved:,} of {memory.uncompressed_bytes:,} bytes, at "
         f"{memory.tokens:,} tokens. The full-precision sinks and recent window do not grow: "

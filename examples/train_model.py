@@ -62,8 +62,8 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuses what no model or batch can have."""
         for name, value in asdict(self).items():
-            least = 0 if name in ("seed", "warmup", "final_rate", "weight_decay") else 1e-12
-            inside = isinstance(value, str) or least <= value < math.inf
+            lowest = 0 if name in ("seed", "warmup", "final_rate", "weight_decay") else 1e-12
+            inside = isinstance(value, str) or lowest <= value < math.inf
             require(inside, f"{_flag(name)} {value} is out of range: choose a positive number")
         whole = self.heads % self.kv_heads == 0
         require(whole, f"--heads {self.heads} must be a multiple of --kv-heads {self.kv_heads}")

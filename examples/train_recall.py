@@ -36,10 +36,10 @@ FACTS = (
 """Forms of a fact; a question is the fact up to its answer."""
 
 
-def words_of(text: str, least: int = 20) -> list[str]:
-    """The lower-case words of 4 to 9 letters that a text has `least` times or more."""
+def words_of(text: str, min_count: int = 20) -> list[str]:
+    """The lower-case words of 4 to 9 letters that a text has `min_count` times or more."""
     counts = Counter(re.findall(r"\b[a-z]{4,9}\b", text))
-    return sorted(word for word, count in counts.items() if count >= least)
+    return sorted(word for word, count in counts.items() if count >= min_count)
 
 
 class Windows:

@@ -35,8 +35,8 @@ class MemoryReport:
 
     Attributes:
         tokens: tokens seen.
-        parts: bytes by part. `PART_NAMES` has the names, but for what other quantisers than this
-            package's store.
+        parts: bytes by part. `PART_NAMES` has the names of what this package's quantisers store;
+            another quantiser's rows go by their own.
         numbers: key and value elements that the cache stands for (of a sliding window those it
             still holds).
         packed_numbers: those of them that are stored quantised.
@@ -101,7 +101,8 @@ class MemoryReport:
             [
                 f"{'cache of ' + format(self.tokens, ',') + ' tokens':<26}{'bytes':>15}",
                 *lines,
-                f"{'total':<26}{self.total_bytes:>15,}  {self.bits_per_number:.2f} bits per number",
+                f"{'total':<26}{self.total_bytes:>15,}  {self.bits_per_number:.2f} bits per "
+                "element",
                 f"{'in ' + name:<26}{self.uncompressed_bytes:>15,}  {self.ratio:.2f}x smaller "
                 f"(quantised tokens alone: {self.packed_ratio:.2f}x)",
             ]

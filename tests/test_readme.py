@@ -26,6 +26,7 @@ DOCUMENTS = {
     "evals/README.md": MANUAL,
     "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
 }
+RESULTS = [path.read_text(encoding="utf-8") for path in ROOT.glob("evals/results/*.md")]
 CARDS = {
     name: (ROOT / "examples" / name / "README.md").read_text(encoding="utf-8")
     for name in ("books-7m", "recall-1m")
@@ -47,7 +48,7 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys) -> None:
         exec(compile(snippet, f"README snippet {number}", "exec"), namespace)
     output = capsys.readouterr().out
     assert "It was a dark night, and" in output
-    assert "bits per element" in output or "bits per number" in output
+    assert "bits per element" in output
     assert "torch.Size([1, 8, 100, 48]) torch.uint8" in output
 
 
@@ -99,7 +100,8 @@ def test_commands_of_the_harness_are_such(argv) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", sorted(set(re.findall(r"python -m (evals\.[\w.]+)", README + MANUAL)))
+    "module",
+    sorted(set(re.findall(r"python -m (evals\.[\w.]+)", "".join([README, MANUAL, *RESULTS])))),
 )
 def test_modules_named_as_commands_are_there(module: str) -> None:
     found = importlib.util.find_spec(module)
@@ -127,6 +129,30 @@ def test_ci_runs_the_commands_word_for_word() -> None:
     assert "-e . &&" in first
     assert first.rstrip().endswith("-m examples.generate")
     assert "pytest" in second
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("rotorquant_hf/quant/rotations.py", "Rotation ROTATIONS make_rotation"),
+        ("rotorquant_hf/quant/quantizer.py", "Quantizer from_spec encode terms"),
+        ("rotorquant_hf/quant/registry.py", "QUANTIZERS"),
+        (
+            "evals/caches/base.py",
+            "Kind make cache_class elements quantised_states tokens_until_change period",
+        ),
+        ("evals/caches/__init__.py", "KINDS"),
+        ("evals/measurements/base.py", "Measurement"),
+        ("evals/measurements/registry.py", "MEASUREMENTS"),
+    ],
+)
+def test_recipes_name_what_is_there(file: str, name: str) -> None:
+    recipes = DOCUMENTS["CONTRIBUTING.md"]
+    code = (ROOT / file).read_text(encoding="utf-8")
+    assert file.removeprefix("rotorquant_hf/") in recipes
+    for word in name.split():
+        assert re.search(rf"\b{word}\b", code), word
+        assert f"`{word}" in recipes or word == "MEASUREMENTS", word
 
 
 LINKS = [

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig, QuantizedCache, cache_utils
 from transformers.cache_utils import QuantizedLayer
 
-from ..errors import InputError, NotAvailableError
+from ..errors import InputError
 from ..options import option
 from .base import Elements, Kind
 
@@ -64,12 +64,7 @@ class Quantized(Kind):
 
     def make(self, options: Any, config: PreTrainedConfig) -> Cache:
         """As `Kind.make`."""
-        try:
-            return QuantizedCache(self.name, config, **dataclasses.asdict(options))
-        except (KeyError, ValueError) as error:
-            raise NotAvailableError(
-                f"Transformers makes no {self.name} cache for this model: {error}"
-            ) from error
+        return QuantizedCache(self.name, config, **dataclasses.asdict(options))
 
     def label(self, options: Any) -> str:
         """The name, the bits where there is a choice, and what differs from the defaults."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import Cache, PreTrainedConfig
 
-from rotorquant_hf import PRESETS
+from rotorquant_hf import PRESETS, RotorQuantConfig
 
 from ..errors import InputError, NotAvailableError
 from . import KINDS
@@ -105,7 +105,11 @@ class CacheSpec:
                 f"{self.kind} is not installed: pip install {kind.package} ({error})"
             ) from error
         except (KeyError, ValueError) as error:
-            raise InputError(f"{self.label}: {error}") from error
+            if isinstance(self.options, RotorQuantConfig):
+                raise InputError(f"{self.label}: {error}") from error
+            raise NotAvailableError(
+                f"Transformers makes no {self.kind} cache for this model: {error}"
+            ) from error
 
 
 def kind_of(cache: Cache) -> Kind:

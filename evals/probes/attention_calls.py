@@ -37,6 +37,11 @@ class AttentionCall:
     layers: list[int] = field(default_factory=list)
     output: Any = None
 
+    @property
+    def names_the_cache(self) -> bool:
+        """Whether the cache is among the arguments, so that another can take its place."""
+        return _holds((self.args, self.kwargs), self.cache)
+
     @torch.no_grad()
     def gives_the_same(self, cache: Cache) -> bool:
         """Whether the same call with another cache returns the same numbers."""
@@ -48,7 +53,9 @@ class AttentionCall:
 def read_and_note(
     model: PreTrainedModel, ids: Tensor, cache: Cache
 ) -> tuple[Tensor, dict[int, AttentionCall]]:
-    """`read`, and by layer of the cache the call that updated it, where there is just one.
+    """`read`, and by layer of the cache the call that updated it, where it can be made again.
+
+    That is a call which was given the cache, and the only one that updated the layer.
 
     Args:
         model: in evaluation mode.
@@ -61,7 +68,8 @@ def read_and_note(
         logits = read(model, ids, cache)
     indices = [index for call in noted for index in call.layers]
     once = {index for index in indices if indices.count(index) == 1}
-    return logits, {i: call for call in noted for i in call.layers if i in once}
+    sound = [call for call in noted if call.names_the_cache]
+    return logits, {i: call for call in sound for i in call.layers if i in once}
 
 
 @contextmanager
@@ -102,16 +110,22 @@ def _hooks(
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
-    if isinstance(value, dict):
+    if type(value) is dict:  # other mappings (a ModelOutput) are handed on as they are
         return {name: _copied(x) for name, x in value.items()}
     return type(value)(map(_copied, value)) if type(value) in (tuple, list) else value
+
+
+def _holds(value: Any, wanted: Any) -> bool:
+    values = value.values() if type(value) is dict else value
+    nested = type(value) in (dict, tuple, list)
+    return value is wanted or (nested and any(_holds(x, wanted) for x in values))
 
 
 def _replaced(value: Any, old: Any, new: Any) -> Any:
     """The value with `new` wherever it holds `old`; tensors are copied once more."""
     if value is old:
         return new
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {name: _replaced(x, old, new) for name, x in value.items()}
     if type(value) in (tuple, list):
         return type(value)(_replaced(x, old, new) for x in value)

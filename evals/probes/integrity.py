@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from ..caches.registry import kind_of
+from ..caches.tensors import tensors_in
 from .attention_calls import AttentionCall, read_and_note
 from .chunked import feed, read
 from .footprint import footprint, reachable_bytes
@@ -120,12 +121,11 @@ def _unread(
     """Layers and parts whose codes do not change the logits; `cache` holds `text`."""
 
     def filled() -> Cache:
-        try:
-            return copy.deepcopy(cache)
-        except Exception:  # deepcopy may be unsupported
-            again = make_cache()
-            feed(model, text, again, chunk)
-            return again
+        copied = _copy_of(cache)
+        if copied is None:
+            copied = make_cache()
+            feed(model, text, copied, chunk)
+        return copied
 
     def scrambled(index: int, part: str) -> Cache:
         probed = filled()
@@ -144,6 +144,22 @@ def _unread(
                 yield f"{part} of layer {index}"
 
 
+def _copy_of(cache: Cache) -> Cache | None:
+    """A copy that shares no memory with the cache, which is being measured; None if none is had."""
+    try:
+        copied = copy.deepcopy(cache)
+    except Exception:  # deepcopy may be unsupported
+        return None
+    ours, theirs = (
+        {x.data_ptr() for x in tensors_in(each.layers, modules=False) if x.numel()}
+        for each in (cache, copied)
+    )
+    return copied if ours.isdisjoint(theirs) else None
+
+
 def _sound(call: AttentionCall | None, filled: Callable[[], Cache]) -> AttentionCall | None:
     """The call, if making it once more gives what it gave, so that a change means the codes."""
-    return call if call is not None and call.gives_the_same(filled()) else None
+    try:
+        return call if call is not None and call.gives_the_same(filled()) else None
+    except Exception:  # not to be called alone: a whole pass decides
+        return None

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from transformers import DynamicCache, cache_utils
 
 from evals.caches.registry import CacheSpec
-from evals.measurements.perplexity import SinglePass, compare
-from evals.probes.attention_calls import read_and_note
+from evals.measurements.perplexity import (
+    PerplexityMeasurement,
+    PerplexityOptions,
+    Reference,
+    SinglePass,
+    compare,
+)
 from evals.probes.chunked import feed
 from evals.probes.integrity import warnings_of, warnings_of_filled
+from evals.subjects.models import LoadedModel, ModelOptions
 from rotorquant_hf import RotorQuantCache
+from tests.conftest import ROOT
 from tests.helpers.models import build
 
 OPTIONS = {"residual_length": 32, "key_bits": 2, "value_bits": 2}
@@ -112,19 +121,93 @@ def test_a_sound_cache_is_probed_by_one_pass(model, sampled) -> None:
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
-def test_attention_that_is_not_repeatable_is_judged_by_whole_passes(model, sampled) -> None:
-    """Noise in a layer's output is no proof that its codes are read."""
+def test_a_change_that_is_not_of_the_codes_is_no_proof(model, sampled) -> None:
+    """The attention of layer 7 gives something else at every call, and what follows ignores it."""
 
     def noise(module, args, output):
-        return (output[0] + 1e-6 * torch.randn_like(output[0]), *output[1:])
+        return (output[0] + torch.randn_like(output[0]), *output[1:])
 
-    handle = model.model.layers[2].self_attn.register_forward_hook(noise)
+    layer = model.model.layers[7]
+    handles = [layer.self_attn.register_forward_hook(noise)]
+    handles.append(layer.register_forward_hook(lambda module, args, output: args[0]))
     try:
-        calls = read_and_note(model, sampled[:, :20], RotorQuantCache(**OPTIONS))[1]
-        assert set(calls) == set(range(8))
-        assert not calls[2].gives_the_same(RotorQuantCache(**OPTIONS))
+        warnings = found(model, sampled[:, :300], HidesCopies)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    assert "and 12 more)" in warnings  # 16 parts: those of layer 7 too
+
+
+class ReadAlone(HidesCopies):
+    """Reads its codes only where the attention is called alone: in a pass it reads copies."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        before = self.get_seq_length(layer_idx - 1) if layer_idx else None
+        copies = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx and before != self.get_seq_length(layer_idx):  # layer 0 has not gone before
+            return self.layers[layer_idx].keys[:], self.layers[layer_idx].values[:]
+        return copies
+
+
+def test_what_differs_when_called_alone_is_no_proof(model, sampled) -> None:
+    assert "and 12 more)" in found(model, sampled[:, :300], ReadAlone)
+
+
+def test_layers_that_hide_the_cache_are_judged_by_whole_passes(model, sampled) -> None:
+    """The call cannot be made with another cache, nor be made again."""
+    attention = model.model.layers[3].self_attn
+    forward = attention.forward
+
+    def hidden(*args, past_key_values=None, **kwargs):
+        return forward(*args, past_key_values=hidden.cache, **kwargs)
+
+    def keep(module, args, kwargs):
+        hidden.cache = kwargs["past_key_values"]
+
+    def drop(module, args, kwargs):
+        return args, kwargs | {"past_key_values": None}
+
+    handles = [model.model.layers[3].register_forward_pre_hook(keep, with_kwargs=True)]
+    handles.append(attention.register_forward_pre_hook(drop, with_kwargs=True, prepend=True))
+    attention.forward = hidden
+    try:
+        assert found(model, sampled[:, :300], lambda: RotorQuantCache(**OPTIONS)) == ""
+        assert "and 12 more)" in found(model, sampled[:, :300], HidesCopies)
+    finally:
+        del attention.forward
+        for handle in handles:
+            handle.remove()
+
+
+class Shared(RotorQuantCache):
+    """A handle on a pool: a copy is the same."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+@pytest.mark.parametrize("lengths", [(300,), (60, 300, 200)], ids=str)
+def test_a_measurement_says_what_the_probe_finds_and_is_not_spoilt(
+    model, tokenizer, sampled, monkeypatch, lengths
+) -> None:
+    """In the longest window, wherever it stands, also of a cache whose copies are itself."""
+    results = {}
+    for cache in (RotorQuantCache, Shared, HidesCopies):
+        make = cache if cache is HidesCopies else functools.partial(cache, **OPTIONS)
+        loaded = LoadedModel(model, tokenizer, ModelOptions())
+        monkeypatch.setattr(LoadedModel, "new_cache", lambda self, spec, make=make: (
+            DynamicCache() if spec.is_baseline else make()
+        ))  # fmt: skip
+        path = ROOT / "examples" / "sampled" / "clock.txt"
+        options = PerplexityOptions(text=(str(path),), window=256, max_tokens=512)
+        measurement = PerplexityMeasurement(loaded, options)
+        measurement.ids = [sampled[:, :n] for n in lengths]
+        measurement.windows = [measurement.windows[0]] * len(lengths)
+        measurement.reference = Reference(model, measurement.ids)
+        results[cache] = measurement.run(CacheSpec.of("k2v2"))
+    assert results[RotorQuantCache]["warnings"] == []
+    assert results[Shared] == results[RotorQuantCache]
+    assert "codes are not read" in "; ".join(results[HidesCopies]["warnings"])
 
 
 def test_a_window_that_holds_all_is_caught(model, sampled) -> None:

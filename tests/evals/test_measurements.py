@@ -227,6 +227,13 @@ def test_too_little_evidence_is_no_verdict(change, says) -> None:
         assert verdict_of(change | {"kl_mean": 1.0}).outcome == verify.NOT_SAFE
 
 
+def test_what_nothing_was_read_of_is_not_safe() -> None:
+    """Not even where no share is asked for."""
+    nothing = FIGURES | {"compressed_share": 0.0, "window": 120, "warnings": ["nothing packed"]}
+    asked = verify.VerifyOptions(min_packed=0.0)
+    assert "nothing was read quantised" in "; ".join(verify.missing(nothing, asked))
+
+
 def test_the_fewest_bits_among_the_safe_are_recommended(loaded) -> None:
     def verdict(preset: str, bits: float, *reasons: str, lacks: str = "") -> verify.Verdict:
         figures = FIGURES | {"bits_per_number_16bit": bits}

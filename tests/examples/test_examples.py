@@ -23,6 +23,13 @@ def test_generate_streams_and_says_what_was_saved(capsys) -> None:
     assert "quantised tokens alone: 4.92x" in output
 
 
+def test_generate_says_where_nothing_was_quantised(capsys) -> None:
+    generate.main(["--prompt", "Hello", "--max-new-tokens", "3"])
+    output = capsys.readouterr().out
+    assert "Nothing was quantised: all tokens are recent ones" in output
+    assert "long texts come near" not in output
+
+
 def test_generate_can_be_copied_out() -> None:
     """It imports nothing of this repository but the package."""
     source = (ROOT / "examples" / "generate.py").read_text(encoding="utf-8")
