@@ -20,7 +20,7 @@ from .failures import Failure
 from .lm_eval.__main__ import main as lm_eval
 from .measurements.registry import MEASUREMENTS
 from .options import add_arguments, from_arguments
-from .places import called
+from .places import called, clone
 from .requirements import install, missing, packages_of, require_packages
 from .subjects.models import ModelOptions, load, pick_device
 from .subjects.texts import TooShortError
@@ -107,6 +107,8 @@ def run_verify(args: argparse.Namespace) -> int:
         if any(argument.split("=")[0] == old for argument in args.argv):
             print(f"DeprecationWarning: {old} is now {new}", file=sys.stderr)
     own_text = "text" in args or "dataset" in args
+    if not own_text and clone() is None:
+        raise InputError("verify needs a text like yours: --text FILE (the samples are in a clone)")
     text = {} if own_text else {"text": (verify.SAMPLES,)}
     options = from_arguments(verify.VerifyOptions, args, **text)
     model = from_arguments(ModelOptions, args)

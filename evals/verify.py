@@ -140,10 +140,9 @@ def missing(figures: dict[str, Any], options: VerifyOptions) -> list[str]:
             (read if share else "nothing was read quantised") + (more if window < needed else "")
         )
     if figures["delta_ci95"] is None:
-        smaller = f", or --window {window // 2}" if window // 2 >= needed else ""
         found.append(
             f"one window of {window:,} tokens gives no interval: give at least "
-            f"{2 * max(window, needed):,} tokens of text{smaller}"
+            f"{2 * max(window, needed):,} tokens (--text, --max-tokens)"
         )
     elif relative_rise(figures) > options.max_delta:
         found.append(
@@ -253,9 +252,11 @@ def conclusion(found: list[Verdict], loaded: LoadedModel) -> str:
 def _refusal(found: list[Verdict]) -> str:
     closest = min(found, key=lambda verdict: verdict.figures["kl_mean"])
     why = "; ".join(closest.reasons)
-    left = [preset for preset in PRESETS if preset not in [verdict.preset for verdict in found]]
+    measured = [verdict.preset for verdict in found]
+    most_bits = min(map(PRESETS.index, measured))  # fewer bits than those that failed are no help
+    left = [preset for preset in PRESETS[:most_bits] if preset not in measured]
     advice = (
-        f"Not measured here: {', '.join(left)}; add them to --presets."
+        f"Not measured here, and of more bits: {', '.join(left)}; add them to --presets."
         if left
         else "Do not compress its cache, or look at what differs about it: `attention`, "
         "`rope_layout`, large key biases, `exact_layers`."
@@ -263,7 +264,7 @@ def _refusal(found: list[Verdict]) -> str:
     if len(found) == 1:
         names = f"{closest.preset} is not safe on this model with this text: {why}"
         return f"WARNING: {names}.\n{advice}"
-    names = "no preset" if not left else f"none of {', '.join(v.preset for v in found)}"
+    names = "none of " + ", ".join(measured) if set(PRESETS) - set(measured) else "no preset"
     return (
         f"WARNING: {names} is safe on this model with this text. The closest, {closest.preset}: "
         f"{why}.\n{advice}"
@@ -280,7 +281,10 @@ def _recommendation(best: Verdict, loaded: LoadedModel) -> str:
     return (
         f"Recommended: {best.preset}, {bits:.2f} bits per element in a 16-bit model on "
         f"windows of {best.figures['window']} tokens (fewer on longer texts)\n\n"
-        f"    from rotorquant_hf import RotorQuantCache\n{note}    {line}"
+        f"    from rotorquant_hf import RotorQuantCache\n{note}    {line}\n\n"
+        f"Measured on {loaded.options.model}, {best.figures['tokens']:,} tokens of "
+        f"{', '.join(best.figures['documents'])}; contexts over {best.figures['window']:,} tokens "
+        "were not."
     )
 
 

@@ -3,7 +3,8 @@
     python -m examples.generate
     python -m examples.generate --model Qwen/Qwen2.5-0.5B-Instruct --preset k3v3
 
-It needs torch, transformers and rotorquant_hf alone: copy it, and change what you like.
+It needs torch, transformers and rotorquant_hf alone: copy it, and change what you like (the
+default model and prompt are those of the repository; give --model and --prompt).
 """
 
 import argparse
@@ -19,6 +20,7 @@ HERE = Path(__file__).parent
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Generate text with a compressed cache.")
+    # The default model and text are those of the repository: elsewhere name --model and --prompt.
     parser.add_argument("--model", default=str(HERE / "books-7m"), help="folder or Hub name")
     parser.add_argument("--preset", default="k4v4", choices=list(PRESETS))
     parser.add_argument("--prompt", help="the prompt itself, instead of --prompt-file")
@@ -26,6 +28,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=1200, help="tokens of it to read")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     args = parser.parse_args(argv)
+    if min(args.prompt_tokens, args.max_new_tokens) < 1 or args.prompt == "":
+        parser.error("give a prompt, and at least 1 for --prompt-tokens and --max-new-tokens")
     if not args.prompt and not args.prompt_file.is_file():
         parser.error(f"--prompt-file {args.prompt_file}: no such file")
     device = "cuda" if torch.cuda.is_available() else "cpu"

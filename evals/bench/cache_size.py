@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from rotorquant_hf import PRESETS, RotorQuantCache
+from rotorquant_hf.quant.rotations import MAX_DIM, MIN_DIM
 
 from .common import default_device, new_parser
 
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if min(args.tokens, args.batch, args.heads, args.head_dim) < 1:
         parser.error("choose sizes from 1")
+    if not MIN_DIM <= args.head_dim <= MAX_DIM:
+        parser.error(f"--head-dim is {args.head_dim}; choose from {MIN_DIM} to {MAX_DIM}")
     torch.manual_seed(0)
     shape = (args.batch, args.heads, args.tokens, args.head_dim)
     keys = torch.randn(shape, dtype=getattr(torch, args.dtype), device=args.device)

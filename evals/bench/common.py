@@ -54,7 +54,7 @@ def require_triton(parser: argparse.ArgumentParser) -> None:
     try:
         require_packages("this", ["triton"])
     except NotAvailableError as error:
-        parser.error(str(error))
+        parser.exit(2, f"error: {error}\n")
 
 
 def require_kernels(parser: argparse.ArgumentParser, device: str) -> None:

@@ -129,7 +129,7 @@ def _machine() -> str:
 
 
 def _summary(samples: list[float]) -> str:
-    low, middle, high = statistics.quantiles(samples, n=4)
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
     return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
 
 

@@ -27,6 +27,7 @@ from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
 from ..caches.registry import CacheSpec
 from ..errors import InputError
+from ..places import shipped
 from ..probes.chunked import passes
 from ..probes.footprint import elements_of
 from .model_args import cache_of, check_names, chunk_of, refused
@@ -76,7 +77,8 @@ class RotorQuantLM(HFLM):
         self.warnings: list[str] = []
         self._foreseen: set[tuple[str, str]] = set()  # kinds and tasks warned of before their run
         self._reads, self._passes = Reads(), list[Pass]()
-        super().__init__(pretrained, **kwargs)
+        name = shipped(pretrained) if isinstance(pretrained, str) else pretrained
+        super().__init__(name, **kwargs)
         self._make_cache = make_cache or (lambda: self.spec.make(self.model.config))
         self._make_cache()  # an unavailable cache fails before any work
         accelerator = getattr(self, "accelerator", None)

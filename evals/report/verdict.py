@@ -58,7 +58,7 @@ def limits() -> str:
         if entry.name not in own and isinstance(entry.default, float)
     ]
     return (
-        "A cache is safe if it is shown to keep the limits of `verify`: by an interval over "
+        "A cache is safe if it is shown to keep the limits of verify: by an interval over "
         "several windows, and with enough read quantised. "
         f"The limits: {'; '.join(found)}. Bits are per key or value element in a 16-bit model, "
         "everything counted."

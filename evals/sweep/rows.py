@@ -100,10 +100,12 @@ class ResultsFile(JSONLines):
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
         super().__init__(path)
+        self._added: dict[str, Any] = {}
         try:
             if self.entries:
                 _check_schema(self.entries, path)
                 check_same(path, self.entries[0], header, ("device",))
+                self._added = _added_packages(self.entries[0], header)
             else:
                 self.write({"kind": "sweep", "schema": SCHEMA, **header})
         except BaseException:
@@ -111,14 +113,23 @@ class ResultsFile(JSONLines):
             raise
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write a row, down to the disk."""
-        self.write({"kind": "row", "schema": SCHEMA, **row})
+        """Write a row, down to the disk; with packages that came after the header was written."""
+        added = {"packages": self._added} if self._added else {}
+        self.write({"kind": "row", "schema": SCHEMA, **row, **added})
+
+
+def _added_packages(head: Mapping[str, Any], header: Mapping[str, Any]) -> dict[str, str]:
+    """Packages, with their versions, that were not installed when a file was begun."""
+    before, now = (x.get("versions", {}).get("packages") or {} for x in (head, header))
+    return {name: version for name, version in now.items() if name not in before}
 
 
 def check_same(
     path: Path, head: Mapping[str, Any], header: Mapping[str, Any], more: tuple[str, ...] = ()
 ) -> None:
     """Refuse a file that belongs to another sweep, or to other software.
+
+    Packages that were missing before may be there now: rows that lacked them are measured then.
 
     Args:
         path: of the file.
@@ -137,6 +148,8 @@ def check_same(
         )
     for name in (*_SOFTWARE, *more):
         before, now = (x.get("versions", {}).get(name) for x in (head, header))
+        if name == "packages" and before is not None:
+            now = {package: (now or {}).get(package) for package in before}
         if before != now:
             raise InputError(
                 f"{path} was begun with {name} {before}, and this is {now}: choose another --out, "

@@ -208,7 +208,6 @@ def test_the_installed_module_names_itself_and_what_is_not_there(installed) -> N
     assert "it has no hook for plugins" in " ".join(shown.stdout.split())
     for command, path in (
         (["memory"], "examples/books-7m"),
-        (["verify", "--model", str(MODEL)], "examples/sampled"),
         (["sweep", "configs/quick.yaml"], "configs/quick.yaml"),
     ):
         done = _call(installed, "-m", "rotorquant_evals", *command)
@@ -217,6 +216,9 @@ def test_the_installed_module_names_itself_and_what_is_not_there(installed) -> N
             f"error: {path} is not here: {path.split('/')[0]}/ comes with the clone of "
             "rotorquant_hf, and this is an installed copy; name a path of your own\n"
         )
+    done = _call(installed, "-m", "rotorquant_evals", "verify", "--model", str(MODEL))
+    assert done.returncode == 2
+    assert "verify needs a text like yours: --text FILE" in done.stderr
 
 
 def test_lm_eval_from_the_script(installed) -> None:

@@ -20,20 +20,24 @@ RESULTS = [path for path in sorted((ROOT / "evals" / "results").iterdir()) if pa
 def committed(request, tmp_path, monkeypatch) -> tuple[Path, dict, list[dict], Plan]:
     """A results folder with its header and rows, and the plan that its config gives today.
 
-    The books that were read are not committed: a text of their name takes their place, so the
-    digest of the text is the recorded one.
+    The texts that were read are not committed, nor are pretrained models: a text of their name
+    takes their place, and the digests are the recorded ones.
     """
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (header,), rows = read_results([request.param])
     for name in header["config"]["text"]:
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "book.txt").write_text("a book", encoding="utf-8")
+        path = tmp_path / name if Path(name).suffix else tmp_path / name / "book.txt"
+        path.parent.mkdir(parents=True)
+        path.write_text("a book", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     config = ROOT / "configs" / f"{header['name']}.yaml"
-    plan = read_plan(config, {"text": header["config"]["text"]})
-    texts = {name: header["config"]["sources"][name] for name in header["config"]["text"]}
-    return request.param, header, rows, replace(plan, sources=plan.sources | texts)
+    recorded = header["config"]
+    shipped = all(name.startswith("examples/") for name in recorded["models"])
+    models = {} if shipped else {"models": recorded["models"]}
+    plan = read_plan(config, {"text": recorded["text"], **models})
+    absent = recorded["text"] if shipped else [*recorded["text"], *recorded["models"]]
+    sources = {name: recorded["sources"][name] for name in absent}
+    return request.param, header, rows, replace(plan, sources=plan.sources | sources)
 
 
 def test_ids_and_fingerprint_are_those_of_the_config(committed) -> None:

@@ -204,12 +204,12 @@ def test_verdicts(change, says) -> None:
         ),
         (
             {"compressed_share": 0.0, "window": 2048, "warnings": ["no compressed layer"]},
-            "not enough evidence: no compressed layer; 0% of what was read was read quantised",
+            "not enough evidence: no compressed layer; nothing was read quantised",
         ),
         (
             {"delta_ci95": None},
-            "one window of 2,048 tokens gives no interval: give at least 4,096 tokens of text, "
-            "or --window 1024",
+            "one window of 2,048 tokens gives no interval: give at least 4,096 tokens "
+            "(--text, --max-tokens)",
         ),
         # t of 3 degrees of freedom is 3.18: (0.39 * 1.96 / 3.18 / 0.09)^2 times as many.
         (
@@ -309,7 +309,7 @@ def test_verify_says_that_the_one_preset_measured_is_not_safe(capsys) -> None:
     ("words", "says"),
     [
         (20, "Not enough evidence: the text is shorter than a chunk: its longest document has"),
-        (100, "Not enough evidence that a preset is safe. k8v8: 0% of what was read was read"),
+        (100, "Not enough evidence that a preset is safe. k8v8: nothing was read quantised"),
     ],
 )
 def test_verify_of_a_text_too_short_says_how_much_it_takes(capsys, tmp_path, words, says) -> None:

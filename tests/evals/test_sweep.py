@@ -125,6 +125,28 @@ def test_a_process_that_is_killed_loses_no_row(config, tmp_path) -> None:
     assert rows[: len(kept)] == kept
 
 
+def test_packages_may_come_later(config, tmp_path) -> None:
+    """What a package was missing for is measured once it is there; other versions are refused."""
+    out, versions = tmp_path / "out", dict(sweep.versions_of(torch.device("cpu"), []))
+    installed = versions["packages"]
+    had = {name: version for name, version in installed.items() if name != "hqq"}
+    plan = read_plan(config())
+    header = {"name": plan.name, "fingerprint": plan.fingerprint, "config": {}}
+    file = ResultsFile(out / "rows.jsonl", header | {"versions": versions | {"packages": had}})
+    file.append({"id": "a"})
+    file.close()
+    file = ResultsFile(out / "rows.jsonl", header | {"versions": versions})
+    file.append({"id": "b"})
+    file.close()
+    first, second = lines(out)[1:]
+    assert "packages" not in first
+    assert second["packages"] == {"hqq": installed["hqq"]}
+    other = versions | {"packages": installed | {"lm-eval": "0.0"}}
+    for refused in (other, versions | {"packages": {}}):
+        with pytest.raises(InputError, match="was begun with packages"):
+            ResultsFile(out / "rows.jsonl", header | {"versions": refused})
+
+
 def test_two_sweeps_never_mix(config, tmp_path, capsys) -> None:
     out = tmp_path / "out"
     run(config(), out)
