@@ -17,12 +17,12 @@ SAMPLED = ROOT / "examples" / "sampled"
 @pytest.fixture(scope="module")
 def windows(tokenizer) -> Windows:
     text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(SAMPLED.glob("*.txt")))
-    return Windows(encode(tokenizer, text), words_of(text, least=3), tokenizer, seed=0)
+    return Windows(encode(tokenizer, text), words_of(text, min_count=3), tokenizer, seed=0)
 
 
 def test_words_are_those_that_come_often() -> None:
     text = "candle candle Candle mice mice mice an an an extraordinarily " * 2
-    assert words_of(text, least=4) == ["candle", "mice"]
+    assert words_of(text, min_count=4) == ["candle", "mice"]
 
 
 def test_every_answer_learned_stands_in_the_window_before(windows, tokenizer) -> None:
