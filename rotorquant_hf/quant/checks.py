@@ -29,3 +29,21 @@ def check_finite(name: str, x: Tensor, on_gpu: bool = False) -> None:
             f"{name} has {int(bad.sum())} entries that are NaN or infinite, the first at {first} "
             f"({float(x[first])}); check the model's dtype (float16 overflows at 65504) and weights"
         )
+
+
+def check_hessian(hessian: Tensor, x: Tensor) -> None:
+    """Raise unless `hessian` is (d, d) for vectors `x`, or has one such matrix per leading axis."""
+    d, leading = x.shape[-1], x.shape[:-2]
+    if not hessian.is_floating_point():
+        raise TypeError(f"hessian has dtype {hessian.dtype}; pass a floating dtype")
+    own = hessian.shape[:-2]
+    fits = len(own) <= len(leading) and all(
+        a in (1, b) for a, b in zip(reversed(own), reversed(leading), strict=False)
+    )
+    if hessian.shape[-2:] != (d, d) or not fits:
+        raise ValueError(
+            f"hessian has shape {tuple(hessian.shape)}; for x of shape {tuple(x.shape)} pass "
+            f"({d}, {d}), or with leading axes that broadcast to {tuple(leading)}"
+        )
+    if hessian.device != x.device:
+        raise ValueError(f"hessian is on {hessian.device}, x is on {x.device}; move one")

@@ -9,6 +9,9 @@ reconstruction is T^-1(s c) with c = centroid[index] and one scale s per vector:
     unbiased        s = |x|^2 / <y, c>      <x, x_hat> = |x|^2: no shrinking (EDEN,
                                             Vargaftik et al., arXiv:2108.08842)
 
+With a Hessian, the second moment of the queries that will read the vectors, the indices are chosen
+for a small error along those queries (`rounding`), and least_squares is weighted by it.
+
 Sources: RotorQuant (the reference classes this project implements); TurboQuant, Zandieh et al.,
 arXiv:2504.19874, Algorithm 1.
 """
@@ -20,12 +23,18 @@ from typing import Self, TypedDict, cast
 import torch
 from torch import Tensor
 
-from rotorquant_hf.quant.checks import check_finite, check_vectors
+from rotorquant_hf.quant.checks import check_finite, check_hessian, check_vectors
 from rotorquant_hf.quant.lloyd_max import LloydMaxCodebook
 from rotorquant_hf.quant.lookup import CodeTable
 from rotorquant_hf.quant.packing import pack, packed_bytes, unpack
 from rotorquant_hf.quant.quantizer import Quantizer, QuantizerSpec, Term
 from rotorquant_hf.quant.rotations import Rotation, make_rotation
+from rotorquant_hf.quant.rounding import (
+    feedback,
+    regularised,
+    round_with_feedback,
+    weighted_dot,
+)
 
 SCALES = ("norm", "matched", "least_squares", "unbiased")
 """Names of the rules for the one scale per vector."""
@@ -110,32 +119,41 @@ class RotorQuantMSE(Quantizer):
         """Bytes that one quantised vector takes: codes and scale."""
         return packed_bytes(self.d, self.bits) + self.scale_dtype.itemsize
 
-    def quantize(self, x: Tensor) -> tuple[Tensor, MSECodes]:
+    def quantize(self, x: Tensor, hessian: Tensor | None = None) -> tuple[Tensor, MSECodes]:
         """Quantise vectors.
 
         Args:
             x: (..., d), floating.
+            hessian: (d, d), or (..., d, d) for x (..., n, d): the second moment q' q of queries,
+                of any unit. The codes then keep (x - x_hat)' H (x - x_hat) small, with H the
+                Hessian plus a ridge of .03 of its mean diagonal, and never larger than without.
 
         Returns:
             The reconstruction in the rotated space, T(x_hat), (..., d) float32, and the codes.
 
         Raises:
             TypeError: if `x` is not floating. ValueError: if its last axis is not d, or on the
-                CPU if it has NaN or infinite entries, or a norm that `scale_dtype` cannot hold.
+                CPU if it has NaN or infinite entries, or a norm that `scale_dtype` cannot hold,
+                or for a Hessian of another shape or that is no second moment.
         """
         check_vectors("x", x, self.d)
         x = x.float()
         check_finite("x", x)
-        return self.code(x)
+        if hessian is not None:
+            check_hessian(hessian, x)
+        return self.code(x, hessian)
 
-    def code(self, x: Tensor) -> tuple[Tensor, MSECodes]:
+    def code(self, x: Tensor, hessian: Tensor | None = None) -> tuple[Tensor, MSECodes]:
         """`quantize` without its checks, for float32 vectors known to be finite."""
         x, peak = peak_and_rest(x)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         unit = self.rotation.rotate(x / norm.clamp(min=1))  # |x| >= 1 unless x = 0
         index = torch.bucketize(unit, self.boundaries, out_int32=True)
+        weight = None if hessian is None else self._rotated(hessian)
+        if weight is not None:
+            index = self._round_for_queries(unit, index, weight)
         c = self.centroids[index]
-        scale = norm * self._scale_of_unit(unit, c) * peak
+        scale = norm * self._scale_of_unit(unit, c, weight) * peak
         max_scale = torch.finfo(self.scale_dtype).max
         # Asked the other way round, NaN would pass: finite x may overflow on its way here.
         if x.device.type == "cpu" and not bool((scale <= max_scale).all()):
@@ -148,16 +166,40 @@ class RotorQuantMSE(Quantizer):
         codes: MSECodes = {"codes": pack(index, self.bits), "scale": scale.squeeze(-1)}
         return c * scale.float(), codes
 
-    def _scale_of_unit(self, y: Tensor, c: Tensor) -> Tensor:
-        """The scale (..., 1) for rotated unit vectors `y` and their centroids `c`, (..., d)."""
+    def _rotated(self, hessian: Tensor) -> Tensor:
+        """The regularised Hessian of rotated vectors, T H T' (T leaves its trace as it is)."""
+        with torch.autocast(hessian.device.type, enabled=False):
+            h = self.rotation.rotate(self.rotation.rotate(regularised(hessian)).mT)
+        return (h + h.mT) / 2
+
+    def _round_for_queries(self, unit: Tensor, nearest: Tensor, weight: Tensor) -> Tensor:
+        """Indices for rotated unit vectors: of LDLQ, or the nearest where these do better."""
+        aware = round_with_feedback(unit, self.centroids, self.boundaries, feedback(weight))
+        errors = []
+        for index in (aware, nearest):
+            c = self.centroids[index]
+            e = unit - self._scale_of_unit(unit, c, weight) * c
+            errors.append(weighted_dot(e, e, weight))
+        return torch.where(errors[0] < errors[1], aware, nearest)
+
+    def _scale_of_unit(self, y: Tensor, c: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The scale (..., 1) for rotated unit vectors `y` and their centroids `c`, (..., d).
+
+        Args:
+            weight: (..., d, d), the rotated Hessian that weights least squares.
+        """
         if self.scale == "norm":
             return torch.ones_like(y[..., :1])
         if self.scale == "matched":
             return 1 / torch.linalg.vector_norm(c, dim=-1, keepdim=True)
         dot = (y * c).sum(dim=-1, keepdim=True)
+        if self.scale == "least_squares" and weight is not None:
+            # Of LDLQ's centroids the product may be negative, for a vector that few queries see.
+            return (weighted_dot(c, y, weight) / weighted_dot(c, c, weight)).clamp(min=0)
         if self.scale == "least_squares":
             return dot / c.square().sum(dim=-1, keepdim=True)
-        # y and c agree in sign everywhere, so the product is positive; 0 only for x = 0.
+        # y and its nearest centroids agree in sign everywhere, so the product is positive; 0 only
+        # for x = 0. (With a Hessian, centroids for which it is not lose to the nearest.)
         return 1 / dot.clamp(min=torch.finfo(dot.dtype).tiny)
 
     def encode(self, u: Tensor) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from typing import Self, TypedDict, cast
 import torch
 from torch import Tensor
 
-from rotorquant_hf.quant.checks import check_finite, check_vectors
+from rotorquant_hf.quant.checks import check_finite, check_hessian, check_vectors
 from rotorquant_hf.quant.lloyd_max import MAX_BITS
 from rotorquant_hf.quant.lookup import CodeTable
 from rotorquant_hf.quant.mse import MSECodes, RotorQuantMSE, peak_and_rest
@@ -137,19 +137,22 @@ class RotorQuantProd(Quantizer):
         """sqrt(pi/2) / m S, (m, d): the residual counts as |r| (signs @ correction)."""
         return self.S * (math.sqrt(math.pi / 2) / self.qjl_dim)
 
-    def quantize(self, x: Tensor) -> ProdCodes:
-        """Quantise vectors x (..., d), floating. Errors as in `RotorQuantMSE.quantize`.
+    def quantize(self, x: Tensor, hessian: Tensor | None = None) -> ProdCodes:
+        """Quantise vectors x (..., d), floating. `hessian` and errors: as `RotorQuantMSE.quantize`.
 
+        A Hessian serves stage 1; the estimate stays unbiased, whatever stage 1 leaves over.
         S acts on the residual in the rotated space: S T is again Gaussian (orthogonal), so the
         law of the estimate is the same, and nothing has to be rotated back.
         """
         check_vectors("x", x, self.d)
         x = x.float()
         check_finite("x", x)
-        return self._code(x)
+        if hessian is not None:
+            check_hessian(hessian, x)
+        return self._code(x, hessian)
 
-    def _code(self, x: Tensor) -> ProdCodes:
-        y_hat, mse_indices = self.mse.code(x)
+    def _code(self, x: Tensor, hessian: Tensor | None = None) -> ProdCodes:
+        y_hat, mse_indices = self.mse.code(x, hessian)
         x, peak = peak_and_rest(x)
         residual = self.rotation.rotate(x) - y_hat / peak
         norm = torch.linalg.vector_norm(residual, dim=-1) * peak.squeeze(-1)

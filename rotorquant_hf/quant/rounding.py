@@ -23,29 +23,36 @@ _COLUMNS = 16
 """Coordinates rounded one by one before the rest is updated by one matrix product."""
 
 
-def feedback(hessian: Tensor, ridge: float = 0.03) -> Tensor:
+def regularised(hessian: Tensor, ridge: float = 0.03) -> Tensor:
+    """A Hessian of mean diagonal 1, plus a ridge, (..., d, d) float32.
+
+    Args:
+        hessian: (..., d, d), symmetric and positive semidefinite, of any unit; 0: none preferred.
+        ridge: added to the diagonal, as a share of its mean: it keeps directions that no query
+            looked along from taking all of the error.
+    """
+    h = hessian.double()
+    mean = h.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+    mean = torch.where(mean == 0, torch.ones_like(mean), mean)
+    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    return (h / mean + ridge * eye).float()
+
+
+def feedback(hessian: Tensor) -> Tensor:
     """What `round_with_feedback` subtracts from later coordinates per unit of error.
 
     Args:
-        hessian: (..., d, d), symmetric and positive semidefinite, of any unit.
-        ridge: added to the diagonal, as a share of its mean: it keeps directions that no query
-            looked along from taking all of the error.
+        hessian: (..., d, d), symmetric and positive definite; see `regularised`.
 
     Returns:
         U_ij / U_ii, (..., d, d) float32, upper triangular with a unit diagonal.
 
     Raises:
-        ValueError: if the hessian has NaN or infinite entries, or is not positive semidefinite.
+        ValueError: if the Hessian is not positive definite, or has NaN or infinite entries.
     """
     h = hessian.double()
-    mean = h.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
-    # A head that no query has looked along yet: nothing to prefer.
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
-    h = h / mean[..., None, None] + ridge * eye
-    # H = L D L' with L unit *upper* triangular is the Cholesky factorisation of H with rows and
-    # columns reversed, and U_ij / U_ii of H^-1 = U' U are the entries of L^-1 reversed alike:
-    # no inverse of an ill-conditioned H is formed.
+    # With H = L D L', L unit *upper* triangular (the Cholesky factor of H with rows and columns
+    # reversed), U_ij / U_ii are the entries of L^-1: no inverse of an ill-conditioned H is formed.
     lower, info = torch.linalg.cholesky_ex(h.flip(-1, -2))
     if bool((info != 0).any()):
         raise ValueError(
@@ -53,18 +60,21 @@ def feedback(hessian: Tensor, ridge: float = 0.03) -> Tensor:
             "moments of queries, q' q summed over tokens"
         )
     lower = lower / lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
     inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
     return inverse.flip(-1, -2).float()
 
 
 def round_with_feedback(w: Tensor, centroids: Tensor, boundaries: Tensor, factor: Tensor) -> Tensor:
-    """Indices of centroids for vectors, (..., n, d) int32.
+    """Indices of centroids for vectors, int32 in the shape of `w`.
 
     Args:
-        w: (..., n, d) float32, in the unit of the centroids.
+        w: (..., n, d) or (d,) float32, in the unit of the centroids.
         centroids: (levels,) ascending. boundaries: (levels - 1,), the midpoints.
         factor: (..., d, d), from `feedback`.
     """
+    if w.dim() == 1:
+        return round_with_feedback(w[None], centroids, boundaries, factor)[0]
     w = w.clone()
     d = w.shape[-1]
     index = torch.empty(w.shape, dtype=torch.int32, device=w.device)
@@ -82,3 +92,8 @@ def round_with_feedback(w: Tensor, centroids: Tensor, boundaries: Tensor, factor
         if end < d:
             w[..., end:] -= errors @ factor[..., begin:end, end:]
     return index
+
+
+def weighted_dot(a: Tensor, b: Tensor, hessian: Tensor) -> Tensor:
+    """a' H b of vectors (..., n, d) with Hessians (..., d, d), (..., n, 1)."""
+    return ((a @ hessian) * b).sum(dim=-1, keepdim=True)
