@@ -136,8 +136,9 @@ def _unread(
     kind = kind_of(cache)
     expected, calls = read_and_note(model, rest, filled())
     for index, layer in enumerate(cache.layers):
-        call = _sound(calls.get(index), filled)
-        for part in kind.codes(layer):
+        parts = kind.codes(layer)
+        call = _sound(calls.get(index), filled) if parts else None
+        for part in parts:
             if call is not None and not call.gives_the_same(scrambled(index, part)):
                 continue
             if torch.equal(expected, read(model, rest, scrambled(index, part))):

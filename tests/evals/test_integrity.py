@@ -153,6 +153,25 @@ def test_what_differs_when_called_alone_is_no_proof(model, sampled) -> None:
     assert "and 12 more)" in found(model, sampled[:, :300], ReadAlone)
 
 
+class ReadByTheNextLayer(RotorQuantCache):
+    """Layer 4 reads what layer 3 has stored, and nobody what layer 4 has (keys are shared so)."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == 3:
+            return tuple(torch.zeros(x.shape) for x in states)
+        if layer_idx == 4:
+            return self.layers[3].keys, self.layers[3].values
+        return states
+
+
+def test_codes_that_a_later_layer_reads_are_read(model, sampled) -> None:
+    """The attention of their own layer, called alone, does not tell: a whole pass does."""
+    warnings = found(model, sampled[:, :300], lambda: ReadByTheNextLayer(**OPTIONS))
+    assert "stored codes are not read (keys of layer 4, values of layer 4)" in warnings
+    assert "layer 3" not in warnings
+
+
 def test_layers_that_hide_the_cache_are_judged_by_whole_passes(model, sampled) -> None:
     """The call cannot be made with another cache, nor be made again."""
     attention = model.model.layers[3].self_attn
