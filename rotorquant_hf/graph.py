@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotorquant_hf.attention.registered import single_tokens_without_masks
 from rotorquant_hf.cache import RotorQuantCache
 from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
@@ -131,7 +132,7 @@ class DecodeGraph:
         before = [x.ring.snapshot() for x in self._layers if x.ring is not None]
         length = self.cache.get_seq_length()
         try:
-            with torch.cuda.graph(graph):
+            with single_tokens_without_masks(), torch.cuda.graph(graph):
                 self._logits = self._step(self._input_ids, self._position_ids)
         except BaseException:
             for layer, snapshot in zip(self._layers, before, strict=True):

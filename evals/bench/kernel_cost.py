@@ -170,6 +170,7 @@ def attention_cost(
         "V_BITS": value_bits,
         "SIGNS": signs,
         "PTX": half,
+        "DIRECT": tiling.direct,
         "BLOCK_M": tiling.block_m,
         "BLOCK_N": tiling.block_n,
         "EXACT_N": tiling.exact_n,
@@ -200,7 +201,7 @@ def other_costs(d: int, signs: int = 0, arch: int = 90) -> dict[str, Cost]:
     found = {}
     for name, kernel, constants in (
         ("prepare", prepare_kernel, {"MEAN": True, "HALF": True} | prepare_options(d, signs)),
-        ("combine", combine_kernel, {"MEAN": True, "SINKS": True} | combine_options(d)),
+        ("combine", combine_kernel, {"MEAN": True, "SINKS": True} | combine_options(d, 4)),
         ("push", push_kernel, push_options(d, d)),
     ):
         launch = {"num_warps": constants.pop("num_warps")}

@@ -13,6 +13,8 @@ only; several tokens over a past have a mask of n x tokens there.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +29,7 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
 from rotorquant_hf.attention.dispatch import attend, needs_gradient
 from rotorquant_hf.attention.options import AttentionOptions
@@ -237,6 +239,24 @@ def rotorquant_mask(
     ):
         return None
     return sdpa_mask(**wanted, allow_is_causal_skip=False)
+
+
+@contextmanager
+def single_tokens_without_masks() -> Iterator[None]:
+    """Let "sdpa" leave out the masks of single tokens that see all, as "rotorquant" does.
+
+    It leaves them out anyway, except (Transformers 5.17) while a CUDA graph is being captured.
+    """
+    usual = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+    def mask(q_length: int, *args: Any, **kwargs: Any) -> Tensor | None:
+        return (rotorquant_mask if q_length == 1 else usual)(q_length, *args, **kwargs)
+
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = mask
+    try:
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = usual
 
 
 def _all_in_reach(

@@ -32,6 +32,7 @@ class Tiling:
         block_m: query rows of a program. block_n: packed tokens of a step.
         exact_n: full-precision tokens of a step.
         splits: programs that share the packed tokens. warps, stages: of Triton.
+        direct: keys are looked up in the registers that the product takes; see `slot_centroids`.
     """
 
     block_m: int
@@ -40,6 +41,7 @@ class Tiling:
     splits: int
     warps: int
     stages: int
+    direct: bool = False
 
 
 def choose_tiling(
@@ -59,6 +61,7 @@ def choose_tiling(
         splits=splits,
         warps=4 if block_m >= 32 or d > 128 or not half else 2,
         stages=1 if wide else 2,
+        direct=half and d <= 128,
     )
 
 
@@ -213,6 +216,7 @@ def _attend_some(
         CAUSAL=options.causal,
         SOFTCAP=options.softcap is not None,
         PTX=dtype == torch.float16 and device.type == "cuda" and torch.version.hip is None,
+        DIRECT=tiling.direct,
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,
         EXACT_N=tiling.exact_n,

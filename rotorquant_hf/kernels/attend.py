@@ -120,6 +120,7 @@ def attend_kernel(
     CAUSAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PTX: tl.constexpr,
+    DIRECT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EXACT_N: tl.constexpr,
@@ -183,6 +184,7 @@ def attend_kernel(
             CAUSAL,
             SOFTCAP,
             PTX,
+            DIRECT,
             BLOCK_M,
             BLOCK_N,
         )
@@ -262,6 +264,7 @@ def _packed_split(
     CAUSAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PTX: tl.constexpr,
+    DIRECT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -283,7 +286,7 @@ def _packed_split(
     o_vs = tl.arange(0, max(16, triton.next_power_of_2(VS)))  # [VS]
     o_sg = tl.arange(0, max(16, triton.next_power_of_2(SIGN_BYTES)))  # [SIGN_BYTES]
     DTYPE: tl.constexpr = p_rotated.dtype.element_ty
-    k_table = load_table(p_ktable, p_kwords, K_BITS, PTX)
+    k_table = load_table(p_ktable, p_kwords, K_BITS, PTX, DIRECT)
     v_table = load_table(p_vtable, p_vwords, V_BITS, PTX)
 
     # The queries stay in registers through the whole walk, one tile per slot. Their padding is
@@ -322,7 +325,8 @@ def _packed_split(
         tiles = load_planes(p_code[:, None], o_ks, m_n[:, None], KS, K_BITS)  # [BLOCK_N, KS] each
         b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for k in tl.static_range(KSLOTS):
-            b_c = slot_centroids(tiles, o_ks, k_table, KS, K_BITS, k, PTX)  # [BLOCK_N, KS]
+            # [BLOCK_N, KS]
+            b_c = slot_centroids(tiles, o_ks, k_table, KS, K_BITS, k, PTX, DIRECT)
             b_s = tl.dot(b_c, b_q[k], b_s, input_precision="tf32x3")
         # Scales multiply scores, not elements, of which there are D_K / BLOCK_M times more.
         k_scale = tl.load(p_kscale + o_row, mask=m_n, other=0).to(tl.float32)  # [BLOCK_N]

@@ -21,7 +21,9 @@ from rotorquant_hf.kernels.lookup import table_unit
 from rotorquant_hf.kernels.sizes import padded, pieces
 from rotorquant_hf.quant.packed import PackedSpan
 
-_ROWS = 16
+# Rows of a program where all fit into fewer: each row is a program of its own, of which a decode
+# step at batch 1 has few.
+_FEW_ROWS = 16
 
 
 def combine(
@@ -44,8 +46,10 @@ def combine(
     total, splits, rows, d = sums.shape
     batch, query_heads, _, _ = out.shape
     heads = total // batch
+    options = combine_options(d, rows)
     scale, mean = values.statistics.scale, values.statistics.mean
-    combine_kernel[(pieces(rows, _ROWS), total)](
+    columns = pieces(options["PAD_D"], options["COLUMNS"])
+    combine_kernel[(pieces(rows, options["ROWS"]), total, columns)](
         sums,
         stats,
         stats.stride(0),
@@ -65,18 +69,23 @@ def combine(
         table_unit(values.quantizer.stage_one.bits) / math.sqrt(d),
         MEAN=mean is not None,
         SINKS=sink_logits is not None,
-        **combine_options(d),
+        **options,
     )
 
 
-def combine_options(d: int) -> dict[str, Any]:
-    """How `combine_kernel` is compiled for head dim d."""
-    wide = d > 256
+def combine_options(d: int, rows: int) -> dict[str, Any]:
+    """How `combine_kernel` is compiled for head dim d and `rows` query rows a kv head.
+
+    A program adds up 4096 elements at a time, of SPLITS splits, and holds 8192 of the rotation.
+    """
+    one = rows <= _FEW_ROWS
+    tile_rows, width = 1 if one else 16, padded(d)
     return {
-        "ROWS": _ROWS,
-        "PAD_D": padded(d),
-        "CHUNK": 16 if wide else 32,
-        "num_warps": 8 if wide else 4,
+        "ROWS": tile_rows,
+        "PAD_D": width,
+        "COLUMNS": min(width, max(16, 8192 // width)),
+        "SPLITS": max(1, 4096 // (tile_rows * width)),
+        "num_warps": 4,
     }
 
 
@@ -106,72 +115,86 @@ def combine_kernel(
     SINKS: tl.constexpr,
     ROWS: tl.constexpr,
     PAD_D: tl.constexpr,
-    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """Grid (tiles of query rows, batch * kv heads)."""
+    """Grid (tiles of query rows, batch * kv heads, pieces of the output's columns).
+
+    The loads of many splits are under way at once: one after the other their latency would be
+    most of the time of a decode step's attention at batch 1.
+    """
     i_bh = tl.program_id(1).to(tl.int64)
     o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    o_d = tl.arange(0, PAD_D)
-    m_r, m_d = o_r < rows, o_d < d
-    m_rd = m_r[:, None] & m_d[None, :]
-    p_stat = p_stats + i_bh * splits * rows + o_r
+    o_d = tl.arange(0, PAD_D)  # of the sums
+    o_c = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)  # of the output
+    m_r, m_d, m_c = o_r < rows, o_d < d, o_c < d
     o_h = i_bh % heads * group + o_r % group
+    p_stat = p_stats + i_bh * splits * rows + o_r[None, :]
+    p_sum = p_sums + (i_bh * splits * rows + o_r[:, None]) * d
 
-    # The learned sink starts the sum: it has mass and no value.
+    # Row k of T, as T^-1 is T^T. Asked for first: nothing below waits for it until the end.
+    p_t = p_rotation + o_d[:, None] * d + o_c[None, :]
+    b_t = tl.load(p_t, mask=m_d[:, None] & m_c[None, :], other=0)  # [PAD_D, COLUMNS]
+
+    # First all masses, so that the sums can be added up in their final unit, 2^top. The learned
+    # sink starts them: it has mass and no value.
     top = tl.full([ROWS], float("-inf"), tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     if SINKS:
         top = tl.load(p_sink_logits + o_h, mask=m_r, other=0).to(tl.float32) * 1.4426950408889634
         mass += 1.0
     packed_mass = tl.zeros([ROWS], tl.float32)
-    # First all masses, so that the sums can be added up in their final unit, 2^top.
-    for i in range(splits):
-        m_i = tl.load(p_stat + i * rows, mask=m_r, other=float("-inf"))  # [ROWS]
-        l_i = tl.load(p_stat + stride_stats + i * rows, mask=m_r, other=0)
+    for i in range(0, splits, 64):
+        o_i = i + tl.arange(0, 64)
+        m_i = (o_i < splits)[:, None] & m_r[None, :]
+        b_m = tl.load(p_stat + o_i[:, None] * rows, mask=m_i, other=float("-inf"))  # [64, ROWS]
+        b_l = tl.load(p_stat + stride_stats + o_i[:, None] * rows, mask=m_i, other=0)
         # As in `attend._rescale`: no -inf - -inf in rows that have seen no token.
-        new = tl.maximum(top, m_i)
+        new = tl.maximum(top, tl.max(b_m, axis=0))
         base = tl.where(new == float("-inf"), 0.0, new)
-        keep, gain = tl.exp2(top - base), tl.exp2(m_i - base)
-        mass = mass * keep + l_i * gain
-        packed_mass = packed_mass * keep + tl.where(i < packed_splits, l_i * gain, 0.0)
+        keep = tl.exp2(top - base)
+        b_l *= tl.exp2(b_m - base[None, :])
+        mass = mass * keep + tl.sum(b_l, axis=0)
+        b_l = tl.where((o_i < packed_splits)[:, None], b_l, 0.0)
+        packed_mass = packed_mass * keep + tl.sum(b_l, axis=0)
         top = new
     base = tl.where(top == float("-inf"), 0.0, top)
     # Rows that see no token are zeros.
     inverse = tl.where(mass > 0, 1 / tl.where(mass > 0, mass, 1.0), 0.0)
 
-    # The packed sums, some channels at a time, through T^-1: once per row, not per token.
-    b_out = tl.zeros([ROWS, PAD_D], tl.float32)
-    for k in range(0, d, CHUNK):
-        o_k = k + tl.arange(0, CHUNK)
-        m_k = o_k < d
-        p_sum = p_sums + (i_bh * splits * rows + o_r[:, None]) * d + o_k[None, :]
-        b_sum = tl.zeros([ROWS, CHUNK], tl.float32)  # in rotated space
-        for i in range(packed_splits):
-            m_i = tl.load(p_stat + i * rows, mask=m_r, other=float("-inf"))
-            b_i = tl.load(p_sum + i * rows * d, mask=m_r[:, None] & m_k[None, :], other=0)
-            b_sum += b_i * tl.exp2(m_i - base)[:, None]
-        p_t = p_rotation + o_k[:, None] * d + o_d[None, :]  # row k of T, as T^-1 is T^T
-        b_t = tl.load(p_t, mask=m_d[None, :] & m_k[:, None], other=0)  # [CHUNK, PAD_D]
-        b_out = tl.dot(b_sum, b_t, b_out, input_precision="tf32x3")
+    # The packed sums, then T^-1: once per row, not per token.
+    b_sum = tl.zeros([ROWS, PAD_D], tl.float32)  # in rotated space
+    for i in range(0, packed_splits, SPLITS):
+        o_i = i + tl.arange(0, SPLITS)
+        m_i = (o_i < packed_splits)[:, None] & m_r[None, :]
+        b_m = tl.load(p_stat + o_i[:, None] * rows, mask=m_i, other=float("-inf"))
+        p_i = p_sum[None, :, :] + o_i[:, None, None] * rows * d + o_d[None, None, :]
+        b_i = tl.load(p_i, mask=m_i[:, :, None] & m_d[None, None, :], other=0)
+        b_sum += tl.sum(b_i * tl.exp2(b_m - base[None, :])[:, :, None], axis=0)
+    if ROWS == 1:
+        b_out = tl.sum(tl.trans(b_sum) * b_t, axis=0)[None, :]  # [1, COLUMNS]
+    else:
+        b_out = tl.dot(b_sum, b_t, input_precision="tf32x3")
     p_w = (
         p_channel_scale
         + i_bh * tl.where(stride_channel_scale == 1, d, 1)
-        + o_d * stride_channel_scale
+        + o_c * stride_channel_scale
     )
-    b_out *= centroid_unit * tl.load(p_w, mask=m_d, other=0)[None, :]
+    b_out *= centroid_unit * tl.load(p_w, mask=m_c, other=0)[None, :]
     if MEAN:
-        b_mean = tl.load(p_mean + i_bh * d + o_d, mask=m_d, other=0)
+        b_mean = tl.load(p_mean + i_bh * d + o_c, mask=m_c, other=0)
         b_out += packed_mass[:, None] * b_mean[None, :]
     # The full-precision sums are in the model's space already.
+    m_rc = m_r[:, None] & m_c[None, :]
     for i in range(packed_splits, splits):
-        m_i = tl.load(p_stat + i * rows, mask=m_r, other=float("-inf"))
-        p_sum = p_sums + ((i_bh * splits + i) * rows + o_r[:, None]) * d + o_d[None, :]
-        b_out += tl.load(p_sum, mask=m_rd, other=0) * tl.exp2(m_i - base)[:, None]
+        b_m = tl.load(p_stats + (i_bh * splits + i) * rows + o_r, mask=m_r, other=float("-inf"))
+        b_i = tl.load(p_sum + i * rows * d + o_c[None, :], mask=m_rc, other=0)
+        b_out += b_i * tl.exp2(b_m - base)[:, None]
     b_out *= inverse[:, None]
     p_row = p_out + i_bh // heads * stride_ob + o_h * stride_oh
     p_row += (o_r // group).to(tl.int64) * stride_on
     tl.store(
-        p_row[:, None] + o_d[None, :] * stride_od,
+        p_row[:, None] + o_c[None, :] * stride_od,
         b_out.to(p_out.dtype.element_ty),
-        mask=m_rd,
+        mask=m_rc,
     )

@@ -76,13 +76,16 @@ def centroid_table(bits: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
 @functools.lru_cache(maxsize=64)
 def ptx_words(bits: int, device: torch.device) -> Tensor:
-    """(4,) int32: the bytes of the float16 table as `prmt.b32` wants them; see `ptx_centroids`."""
+    """(6,) int32: the bytes of the float16 table as `prmt.b32` wants them; see `ptx_centroids`.
+
+    The last two, 0 and 255, are `upper_half` of a slot's first and second half, for `DIRECT`.
+    """
     table = centroid_table(bits, torch.float16, torch.device("cpu"))
     halves = table.view(torch.int16).int() & 0xFFFF
     if bits == 4:  # magnitudes, shifted so that bit 14 is free for the sign
         halves = halves[8:] >> 1
     high, low = halves >> 8, halves & 0xFF
-    words = [_word(part[i : i + 4]) for part in (high, low) for i in (0, 4)]
+    words = [_word(part[i : i + 4]) for part in (high, low) for i in (0, 4)] + [0, 255]
     return torch.tensor(words, dtype=torch.int64).to(torch.int32).to(device)
 
 
@@ -139,41 +142,61 @@ def unpack_slot(tiles, o_s, S: tl.constexpr, BITS: tl.constexpr, k: tl.constexpr
 
 
 @triton.jit
-def load_table(p_table, p_words, BITS: tl.constexpr, PTX: tl.constexpr):
+def load_table(
+    p_table, p_words, BITS: tl.constexpr, PTX: tl.constexpr, DIRECT: tl.constexpr = False
+):
     """What `slot_centroids` looks up in: a pointer, or four words in registers."""
     if PTX and (BITS == 2 or BITS == 3 or BITS == 4):
+        o_w = tl.zeros([1, 1], tl.int32) if DIRECT else 0
         table = (
-            _per_thread(tl.load(p_words)),
-            _per_thread(tl.load(p_words + 1)),
-            _per_thread(tl.load(p_words + 2)),
-            _per_thread(tl.load(p_words + 3)),
+            _per_thread(tl.load(p_words + o_w)),
+            _per_thread(tl.load(p_words + o_w + 1)),
+            _per_thread(tl.load(p_words + o_w + 2)),
+            _per_thread(tl.load(p_words + o_w + 3)),
+            p_words + 4,
         )
     else:
-        table = (p_table, p_table, p_table, p_table)
+        table = (p_table, p_table, p_table, p_table, p_words)
     return table
 
 
 @triton.jit
 def slot_centroids(
-    tiles, o_s, table, S: tl.constexpr, BITS: tl.constexpr, k: tl.constexpr, PTX: tl.constexpr
+    tiles,
+    o_s,
+    table,
+    S: tl.constexpr,
+    BITS: tl.constexpr,
+    k: tl.constexpr,
+    PTX: tl.constexpr,
+    DIRECT: tl.constexpr = False,
 ):
     """Centroids of the codes of slot `k`, (N, columns), in the dtype of the table.
 
     Columns beyond S hold the centroid of code 0: the operand they meet has zeros there, or they
     are not stored.
+
+    DIRECT, the same as in `load_table`, is for the left operand of a product: the compiler may
+    then look up in the registers in which the product wants it. It moves conversions of layout
+    up to the loads, of which every input here must be one, and only through pure assembly.
+    Without DIRECT the assembly is said to be impure, which stops the same search: what it finds
+    behind the product's other operand are bytes, and it would order that operand for these.
     """
     if PTX and (BITS == 2 or BITS == 3 or BITS == 4):
         second = tiles[0]
         upper_half = tiles[0]
         if BITS == 3:
             second = tiles[1]
-            upper_half = tl.where(o_s >= S // 2, 255, 0).to(tl.uint8)[None, :]
+            if DIRECT:
+                upper_half = tl.load(table[4] + o_s // (S // 2) % 2).to(tl.uint8)[None, :]
+            else:
+                upper_half = tl.where(o_s >= S // 2, 255, 0).to(tl.uint8)[None, :]
         return tl.inline_asm_elementwise(
             ptx_centroids(BITS, k),
             _CENTROID_OPERANDS,
             [tiles[0], second, upper_half, table[0], table[1], table[2], table[3]],
             dtype=tl.float16,
-            is_pure=True,
+            is_pure=DIRECT,
             pack=4,
         )
     else:
