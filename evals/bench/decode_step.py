@@ -108,7 +108,7 @@ class Step:
         """The tiling that `attend_packed` chooses."""
         from rotorquant_hf.attention.triton_attention import default_tiling
 
-        return default_tiling(self.query, self.values)
+        return default_tiling(self.query, self.keys, self.values)
 
     def reference(self) -> Tensor:
         """The same in float64, on the dequantised tensors."""

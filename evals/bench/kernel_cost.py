@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # An H200: processors, clock, and the bandwidth of a large copy as published for such machines.
 PROCESSORS, CLOCK, BANDWIDTH = 132, 1.755e9, 4.3e12
+SHARED = 228 << 10  # bytes of shared memory of a processor
 _FLOATS = {"scale", "softcap", "key_unit", "sign_unit", "centroid_unit"}
 
 
@@ -53,7 +54,7 @@ def compile_kernel(
     kernel: Any,
     pointers: dict[str, str],
     constants: dict[str, Any],
-    options: dict[str, int],
+    options: dict[str, int | None],
     arch: int,
 ) -> Cost:
     """Compile a kernel for CUDA architecture `arch` (90 for an H200).
@@ -147,12 +148,14 @@ def attention_cost(
     Args:
         options: MASK, CAUSAL, SOFTCAP of the kernel.
     """
-    from rotorquant_hf.attention.triton_attention import choose_tiling
+    from rotorquant_hf.attention.triton_attention import Device, choose_tiling
     from rotorquant_hf.kernels.attend import attend_kernel
 
     half = dtype != torch.float32
     operand = torch.float16 if half else torch.float32
-    tiling = choose_tiling(rows, 8, 1 << 20, d, PROCESSORS, operand)
+    device = Device(PROCESSORS, SHARED)
+    code_bits = key_bits + value_bits
+    tiling = choose_tiling(rows, 8, 1 << 20, d, code_bits, device, operand, signs > 0)
     model, decoded = ("bf16", "fp16") if half else ("fp32", "fp32")
     pointers = dict.fromkeys(["p_q", "p_sink_k", "p_sink_v", "p_recent_k", "p_recent_v"], model)
     pointers |= dict.fromkeys(["p_rotated", "p_projected", "p_ktable", "p_vtable"], decoded)
@@ -175,7 +178,11 @@ def attention_cost(
         "BLOCK_N": tiling.block_n,
         "EXACT_N": tiling.exact_n,
     }
-    launch = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    launch = {
+        "num_warps": tiling.warps,
+        "num_stages": tiling.stages,
+        "maxnreg": tiling.registers,
+    }
     return compile_kernel(attend_kernel, pointers, constants, launch, arch), tiling
 
 

@@ -56,6 +56,8 @@ def tilings(default: Tiling) -> list[Tiling]:
         for n, warps, stages in grid
     ]
     found.append(dataclasses.replace(default, block_m=2 * default.block_m))
+    found.append(dataclasses.replace(default, direct=not default.direct))
+    found += [dataclasses.replace(default, registers=count) for count in (None, 96, 128, 168)]
     for exact_n, (n, warps) in itertools.product((32, 64), ((64, 2), (64, 4), (128, 4))):
         found.append(dataclasses.replace(default, exact_n=exact_n, block_n=n, warps=warps))
 
@@ -63,9 +65,7 @@ def tilings(default: Tiling) -> list[Tiling]:
         mine, theirs = asdict(tiling), asdict(default)
         return sum(mine[name] != theirs[name] for name in mine)
 
-    return sorted(
-        {default, *found}, key=lambda x: (distance(x), x.warps == 1, dataclasses.astuple(x))
-    )
+    return sorted({default, *found}, key=lambda x: (distance(x), x.warps == 1, repr(x)))
 
 
 def variations(tiling: Tiling, tokens: int) -> list[Tiling]:

@@ -19,7 +19,9 @@ from rotorquant_hf.kernels.sizes import pieces
 
 # A split of fewer tokens is not worth its partial result.
 _MIN_SPLIT = 256
-_PROGRAMS_PER_PROCESSOR = 6
+# Where this is the limit of registers, eight programs of two warps fit onto a processor.
+_REGISTERS = 128
+_REGISTERS_PER_PROCESSOR = 1 << 16
 # Elements of the float32 partial results: 256 MiB.
 _MAX_SUMS = 1 << 26
 
@@ -33,6 +35,7 @@ class Tiling:
         exact_n: full-precision tokens of a step.
         splits: programs that share the packed tokens. warps, stages: of Triton.
         direct: keys are looked up in the registers that the product takes; see `slot_centroids`.
+        registers: limit of a thread's; None for none.
     """
 
     block_m: int
@@ -42,36 +45,95 @@ class Tiling:
     warps: int
     stages: int
     direct: bool = False
+    registers: int | None = None
 
 
+@dataclass(frozen=True)
+class Device:
+    """What of a GPU the tiling depends on: processors, and bytes of shared memory of each."""
+
+    processors: int
+    shared: int
+
+    @classmethod
+    @functools.lru_cache(maxsize=16)
+    def of(cls, device: torch.device) -> Device:
+        """That of a CUDA device; elsewhere (in the interpreter) one processor."""
+        if device.type != "cuda":
+            return cls(1, 1 << 17)
+        found = torch.cuda.get_device_properties(device)
+        return cls(found.multi_processor_count, found.shared_memory_per_multiprocessor)
+
+
+@functools.lru_cache(maxsize=1024)
 def choose_tiling(
-    rows: int, programs: int, tokens: int, d: int, processors: int, dtype: torch.dtype
+    rows: int,
+    programs: int,
+    tokens: int,
+    d: int,
+    code_bits: int,
+    device: Device,
+    dtype: torch.dtype,
+    signs: bool = False,
 ) -> Tiling:
-    """A tiling for `rows` query rows a kv head, `programs` = batch * kv heads, `tokens` packed."""
+    """A tiling of attention.
+
+    Args:
+        rows: query rows of a kv head. programs: batch * kv heads. tokens: packed ones.
+        d: the larger head dim. code_bits: of a key's and a value's element together.
+        device: what runs it. dtype: of the operands. signs: whether keys have them.
+    """
     half = dtype == torch.float16
     wide = d > 256 or not half  # tiles of float32 take twice the shared memory
     block_m = min(max(1 << (rows - 1).bit_length(), 8 if half else 16), 16 if wide else 64)
+    narrow = half and d <= 128 and block_m < 32
+    block_n = (64 if half else 32) if d <= 128 or (half and d <= 256) else 16
+    warps = 2 if narrow else 4
+    registers = _REGISTERS if narrow and not signs else None
+    resident = _REGISTERS_PER_PROCESSOR // (32 * warps * (registers or 255))
+    # Centroids on their way to the operands, and codes of a step ahead. Of a processor's shared
+    # memory a program takes 1 KiB more than its own.
+    shared = block_n * (2 * d + code_bits * d // 8) + 3072
+    resident = max(1, min(resident, device.shared // shared))
     programs *= pieces(rows, block_m)
-    wanted = pieces(processors * _PROGRAMS_PER_PROCESSOR, programs)
-    splits = max(1, min(wanted, pieces(tokens, _MIN_SPLIT)))
     return Tiling(
         block_m=block_m,
-        block_n=(64 if half else 32) if d <= 128 or (half and d <= 256) else 16,
+        block_n=block_n,
         exact_n=16,
-        splits=splits,
-        warps=4 if block_m >= 32 or d > 128 or not half else 2,
-        stages=1 if wide else 2,
+        splits=_splits(programs, tokens, block_n, resident * device.processors),
+        warps=warps,
+        stages=1 if wide else 3,
         direct=half and d <= 128,
+        registers=registers,
     )
 
 
-def default_tiling(query: Tensor, values: KVStates) -> Tiling:
-    """The tiling of attention of queries (batch, query heads, n, key dim) over `values`."""
+def _splits(programs: int, tokens: int, block_n: int, resident: int) -> int:
+    """How many programs share the packed tokens, so that the last to begin ends early.
+
+    Programs run in waves of `resident`; each split takes its steps, and about two more to begin
+    and to end. One program more, for tokens in full precision, is among those of every kv head.
+    """
+
+    def steps(splits: int) -> int:
+        waves = pieces(programs * (splits + 1), resident)
+        return waves * (pieces(pieces(tokens, splits), block_n) + 2)
+
+    most = max(1, min(pieces(tokens, _MIN_SPLIT), 4 * pieces(resident, programs)))
+    return min(range(1, most + 1), key=steps)
+
+
+def default_tiling(query: Tensor, keys: KVStates, values: KVStates) -> Tiling:
+    """The tiling of attention of queries (batch, query heads, n, key dim) over cached states."""
     batch, query_heads, n, d_k = query.shape
     heads, d_v = values.shape[1], values.shape[3]
     rows, tokens = n * query_heads // heads, values.max_packed
-    processors = _processors(query.device)
-    return choose_tiling(rows, batch * heads, tokens, max(d_k, d_v), processors, _operands(query))
+    code_bits = sum(x.packed.quantizer.stage_one.bits for x in (keys, values))
+    device = Device.of(query.device)
+    signs = keys.packed.quantizer.num_signs > 0
+    return choose_tiling(
+        rows, batch * heads, tokens, max(d_k, d_v), code_bits, device, _operands(query), signs
+    )
 
 
 def _operands(query: Tensor) -> torch.dtype:
@@ -141,7 +203,7 @@ def _attend_some(
             "without padding, and call model.set_attn_implementation('rotorquant')"
         )
     if tiling is None:
-        tiling = default_tiling(query, values)
+        tiling = default_tiling(query, keys, values)
     prepared = prepare_queries(query, keys.packed, dtype)
     splits = tiling.splits + 1  # the last is that of the full-precision tokens
     sums = query.new_empty(batch * heads, splits, rows, d_v, dtype=torch.float32)
@@ -222,14 +284,8 @@ def _attend_some(
         EXACT_N=tiling.exact_n,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
+        maxnreg=tiling.registers,
     )
     logits = None if options.sink_logits is None else options.sink_logits.contiguous()
     combine(sums, stats, values.packed, out, tiling.splits, logits)
     return out
-
-
-@functools.lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -315,10 +315,19 @@ def _packed_split(
     for _ in tl.static_range(VSLOTS):
         acc = acc + (tl.zeros([o_vs.shape[0], BLOCK_M], tl.float32),)  # noqa: RUF005
 
+    # Scales come a step ahead: their loads are too narrow for the compiler to prefetch.
+    o_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    o_row = (packed_begin + o_n).to(tl.int64)
+    next_k_scale = tl.load(p_kscale + o_row, mask=o_n < end, other=0)
+    next_v_scale = tl.load(p_vscale + o_row, mask=o_n < end, other=0)
     for t in range(start, end, BLOCK_N):
-        o_n = t + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        o_n = t + tl.arange(0, BLOCK_N)
         m_n = o_n < end
         o_row = (packed_begin + o_n).to(tl.int64)
+        k_scale, v_scale = next_k_scale.to(tl.float32), next_v_scale.to(tl.float32)
+        m_next = o_n + BLOCK_N < end
+        next_k_scale = tl.load(p_kscale + o_row + BLOCK_N, mask=m_next, other=0)
+        next_v_scale = tl.load(p_vscale + o_row + BLOCK_N, mask=m_next, other=0)
 
         # Scores. Each byte is loaded once, and every slot of it looked up in turn.
         p_code = p_kcodes + o_row * K_ROW
@@ -329,7 +338,6 @@ def _packed_split(
             b_c = slot_centroids(tiles, o_ks, k_table, KS, K_BITS, k, PTX, DIRECT)
             b_s = tl.dot(b_c, b_q[k], b_s, input_precision="tf32x3")
         # Scales multiply scores, not elements, of which there are D_K / BLOCK_M times more.
-        k_scale = tl.load(p_kscale + o_row, mask=m_n, other=0).to(tl.float32)  # [BLOCK_N]
         b_s = b_s * q_factor[None, :] * k_scale[:, None] + q_offset[None, :]
         if SIGNS > 0:
             m_sign = m_n[:, None] & (o_sg < SIGN_BYTES)[None, :]
@@ -360,7 +368,6 @@ def _packed_split(
         # apart by its bits. The exponent goes into the logit: in units of 2^top, b_p = p 2^e is
         # at most 1 and b_w = p s less than 2, so that float16 holds them for values of any
         # magnitude, even if it differs much between tokens.
-        v_scale = tl.load(p_vscale + o_row, mask=m_n, other=0).to(tl.float32)  # [BLOCK_N]
         e = ((v_scale.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
         e = tl.maximum(e, _MIN_EXPONENT)  # a scale of 0 must not hide its token's mass
         unit = ((127 - e) << 23).to(tl.float32, bitcast=True)  # 2^-e
@@ -418,7 +425,8 @@ def _full_precision_split(
 ):
     """Attention over sinks and recent tokens; stores the sums, returns top and mass."""
     # tf32 holds float16 and bfloat16 exactly, and three bits more of p than bfloat16 would.
-    PRECISION: tl.constexpr = "tf32x3" if p_q.dtype.element_ty == tl.float32 else "tf32"
+    HALF: tl.constexpr = p_q.dtype.element_ty != tl.float32
+    PRECISION: tl.constexpr = "tf32" if HALF else "tf32x3"
     o_dk = tl.arange(0, max(16, triton.next_power_of_2(D_K)))
     o_dv = tl.arange(0, max(16, triton.next_power_of_2(D_V)))
     m_q = m_r[None, :] & (o_dk < D_K)[:, None]
@@ -455,6 +463,10 @@ def _full_precision_split(
                 SOFTCAP,
             )
             b_p, keep, top = _rescale(b_z, top)
+            if HALF:
+                # To tf32, to the nearest: the product would cut it off, and the mass would not.
+                b_p = (b_p.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+                b_p = b_p.to(tl.float32, bitcast=True)
             mass = mass * keep + tl.sum(b_p, axis=0)
             m_v = m_n[:, None] & (o_dv < D_V)[None, :]
             b_v = tl.load(p_v + o_slot * stride_v + o_dv[None, :], mask=m_v, other=0)

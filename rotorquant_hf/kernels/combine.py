@@ -21,9 +21,8 @@ from rotorquant_hf.kernels.lookup import table_unit
 from rotorquant_hf.kernels.sizes import padded, pieces
 from rotorquant_hf.quant.packed import PackedSpan
 
-# Rows of a program where all fit into fewer: each row is a program of its own, of which a decode
-# step at batch 1 has few.
-_FEW_ROWS = 16
+# A decode step at small batches has few rows in all: each is a program of its own then.
+_FEW_ROWS = 512
 
 
 def combine(
@@ -46,7 +45,7 @@ def combine(
     total, splits, rows, d = sums.shape
     batch, query_heads, _, _ = out.shape
     heads = total // batch
-    options = combine_options(d, rows)
+    options = combine_options(d, total * rows)
     scale, mean = values.statistics.scale, values.statistics.mean
     columns = pieces(options["PAD_D"], options["COLUMNS"])
     combine_kernel[(pieces(rows, options["ROWS"]), total, columns)](
@@ -74,18 +73,29 @@ def combine(
 
 
 def combine_options(d: int, rows: int) -> dict[str, Any]:
-    """How `combine_kernel` is compiled for head dim d and `rows` query rows a kv head.
+    """How `combine_kernel` is compiled for head dim d and `rows` query rows of all kv heads.
 
-    A program adds up 4096 elements at a time, of SPLITS splits, and holds 8192 of the rotation.
+    Where rows are few, a program has one of them and a narrow piece of the rotation, and adds up
+    many splits at a time.
     """
-    one = rows <= _FEW_ROWS
-    tile_rows, width = 1 if one else 16, padded(d)
+    width = padded(d)
+    if rows <= _FEW_ROWS:
+        columns = 4096 if rows <= _FEW_ROWS // 4 else 8192
+        return {
+            "ROWS": 1,
+            "PAD_D": width,
+            "COLUMNS": min(width, max(16, columns // width)),
+            "SPLITS": max(1, 8192 // width),
+            "STATS": 128,
+            "num_warps": 4,
+        }
     return {
-        "ROWS": tile_rows,
+        "ROWS": 16,
         "PAD_D": width,
-        "COLUMNS": min(width, max(16, 8192 // width)),
-        "SPLITS": max(1, 4096 // (tile_rows * width)),
-        "num_warps": 4,
+        "COLUMNS": min(width, max(16, 16384 // width)),
+        "SPLITS": max(1, 4096 // (16 * width)),
+        "STATS": 16,
+        "num_warps": 8,
     }
 
 
@@ -117,6 +127,7 @@ def combine_kernel(
     PAD_D: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
+    STATS: tl.constexpr,
 ):
     """Grid (tiles of query rows, batch * kv heads, pieces of the output's columns).
 
@@ -144,10 +155,10 @@ def combine_kernel(
         top = tl.load(p_sink_logits + o_h, mask=m_r, other=0).to(tl.float32) * 1.4426950408889634
         mass += 1.0
     packed_mass = tl.zeros([ROWS], tl.float32)
-    for i in range(0, splits, 64):
-        o_i = i + tl.arange(0, 64)
+    for i in range(0, splits, STATS):
+        o_i = i + tl.arange(0, STATS)
         m_i = (o_i < splits)[:, None] & m_r[None, :]
-        b_m = tl.load(p_stat + o_i[:, None] * rows, mask=m_i, other=float("-inf"))  # [64, ROWS]
+        b_m = tl.load(p_stat + o_i[:, None] * rows, mask=m_i, other=float("-inf"))  # [STATS, ROWS]
         b_l = tl.load(p_stat + stride_stats + o_i[:, None] * rows, mask=m_i, other=0)
         # As in `attend._rescale`: no -inf - -inf in rows that have seen no token.
         new = tl.maximum(top, tl.max(b_m, axis=0))

@@ -262,7 +262,7 @@ def test_tuning_compares_tilings_and_reports_those_that_fail(tmp_path, monkeypat
 
     monkeypatch.setattr(decode_step.Step, "attend", broken)
     path = tmp_path / "rows.jsonl"
-    argv = [*TINY, "--dtype", "float16", "--bits", "3", "--limit", "2", "--repeats", "1"]
+    argv = [*TINY, "--dtype", "float16", "--bits", "3", "--limit", "4", "--repeats", "1"]
     assert bench_tune.main([*argv, "--out", str(path)]) == 1
     rows = rows_of(path, "tune")
     failed = [row for row in rows if row["status"] != "ok"]
@@ -275,13 +275,14 @@ def test_tuning_compares_tilings_and_reports_those_that_fail(tmp_path, monkeypat
 
 
 def test_tilings_start_with_the_default_and_are_all_different() -> None:
-    from rotorquant_hf.attention.triton_attention import choose_tiling
+    from rotorquant_hf.attention.triton_attention import Device, choose_tiling
 
-    default = choose_tiling(4, 8, 32768, 128, 132, torch.float16)
+    device = Device(132, 228 << 10)
+    default = choose_tiling(4, 8, 32768, 128, 6, device, torch.float16)
     found = bench_tune.tilings(default)
     assert found[0] == default
     assert len(set(found)) == len(found) > 30
-    for name in ("block_m", "block_n", "exact_n", "warps", "stages"):
+    for name in ("block_m", "block_n", "exact_n", "warps", "stages", "direct", "registers"):
         assert len({getattr(tiling, name) for tiling in found}) > 1
     splits = [tiling.splits for tiling in bench_tune.variations(default, 32768)]
     assert len(set(splits)) == len(splits) > 3

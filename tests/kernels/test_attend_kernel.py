@@ -10,13 +10,14 @@ from rotorquant_hf.attention import triton_attention
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
 from rotorquant_hf.attention.states import CachedStates
-from rotorquant_hf.attention.triton_attention import Tiling, attend_packed, choose_tiling
+from rotorquant_hf.attention.triton_attention import Device, Tiling, attend_packed, choose_tiling
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts float32 off to bfloat16 where hardware rounds: twice the rounding error.
 BFLOAT16 = 2e-3 if DEVICE == "cuda" else 4e-3
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: BFLOAT16}
+H100 = Device(processors=132, shared=228 << 10)
 
 
 def states(
@@ -264,10 +265,26 @@ def test_strided_queries():
 
 
 def test_default_tiling_covers_the_rows_and_fills_the_processors():
-    small = choose_tiling(4, 8, 4096, 128, 132, torch.float16)
+    def choose(rows, programs, tokens, dtype=torch.float16, **options):
+        return choose_tiling(rows, programs, tokens, 128, 6, H100, dtype, **options)
+
+    small = choose(4, 8, 4096)
     assert small.block_m == 8
     assert small.splits == 4096 // 256
-    large = choose_tiling(4, 8, 1 << 20, 128, 132, torch.float16)
-    assert 132 * 6 <= large.splits * 8 < 132 * 7
-    assert choose_tiling(4096, 8, 1 << 20, 128, 132, torch.float16).splits == 2
-    assert choose_tiling(4, 256, 1 << 20, 128, 132, torch.float32).block_m == 16
+    # Eight programs a processor: 1056 in a wave, with the one of each head for exact tokens.
+    assert choose(4, 8, 1 << 20).splits == 1056 // 8 - 1
+    assert choose(4, 8, 1 << 20, signs=True).splits < 1056 // 8 - 1
+    assert choose(4, 64, 32768).splits + 1 in (1056 // 64, 2 * 1056 // 64, 3 * 1056 // 64)
+    assert choose(4096, 8, 1 << 20).splits <= 4
+    assert choose(4, 256, 1 << 20, torch.float32).block_m == 16
+
+
+@pytest.mark.parametrize("programs", [1, 7, 64, 100, 256, 1000, 5000])
+@pytest.mark.parametrize("tokens", [1, 100, 4000, 33000])
+def test_splits_leave_no_wave_almost_empty(programs, tokens):
+    """The last wave is well used, or the work of a program is small."""
+    splits = choose_tiling(4, programs, tokens, 128, 6, H100, torch.float16).splits
+    assert 1 <= splits <= max(1, math.ceil(tokens / 256))
+    waves = programs * (splits + 1) / 1056
+    steps = math.ceil(math.ceil(tokens / splits) / 64)
+    assert math.ceil(waves) * (steps + 2) <= 1.6 * max(waves * (steps + 2), steps + 2, 4)
