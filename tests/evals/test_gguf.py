@@ -206,10 +206,16 @@ def test_a_file_has_no_revision(path, capsys) -> None:
         RotorQuantLM(str(path), revision="main", device="cpu")
 
 
-def test_lm_eval_scores_the_file_as_the_folder(path, model, tokenizer, bad) -> None:
+@pytest.mark.parametrize("older", [False, True], ids=["dequantised", "an older Transformers"])
+def test_lm_eval_scores_the_file_as_the_folder(
+    path, model, tokenizer, bad, monkeypatch, older
+) -> None:
     """Loaded by lm-eval itself, from what `--model_args` says."""
+    asked, options = [], {} if older else gguf.dequantised()
+    monkeypatch.setattr(gguf, "dequantised", lambda: asked.append(options) or options)
     arguments = f"pretrained={path},cache=k2v2,residual_length=16,dtype=float32"
     lm = RotorQuantLM.create_from_arg_string(arguments, {"device": "cpu"})
+    assert asked == [options]
     assert is_plain(lm.model)
     own = RotorQuantLM(model, tokenizer=tokenizer, cache="k2v2", residual_length=16)
     ids = torch.tensor([own.tok_encode(Path(TEXT).read_text(encoding="utf-8"))[:200]])
