@@ -15,3 +15,8 @@ def require(condition: bool, problem: str) -> None:
     """Raises `InputError(problem)` unless the condition holds."""
     if not condition:
         raise InputError(problem)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to one line of 200 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

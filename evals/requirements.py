@@ -11,7 +11,7 @@ from .errors import NotAvailableError
 from .places import clone
 
 _EXTRAS = {
-    **dict.fromkeys(("accelerate", "datasets", "lm-eval", "scipy"), "eval"),
+    **dict.fromkeys(("accelerate", "datasets", "gguf", "lm-eval", "scipy"), "eval"),
     **dict.fromkeys(("adjusttext", "jinja2", "matplotlib", "pandas"), "eval"),
     **dict.fromkeys(("hqq", "optimum-quanto"), "peers"),
     "triton": "triton",

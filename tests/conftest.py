@@ -1,4 +1,4 @@
-"""Shared fixtures: the shipped model, loaded once."""
+"""Shared fixtures: the shipped model, and a genuine one, each loaded once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ if not torch.cuda.is_available():  # kernels run in Triton's interpreter; before
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from evals.subjects.models import LoadedModel, ModelOptions, load
+from examples.fetch_smollm2 import FetchError, fetch
 
 # The tensors here are small: threads would mostly wait for each other, and on a busy machine for
 # a core (measured: ten times slower). Processes that tests start are to do the same.
@@ -42,3 +45,18 @@ def sampled(tokenizer) -> torch.Tensor:
     """Token ids (1, tokens) of a text that the shipped model wrote."""
     text = (ROOT / "examples" / "sampled" / "clock.txt").read_text(encoding="utf-8")
     return tokenizer(text, return_tensors="pt").input_ids
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file, fetched unless it is here already."""
+    try:
+        return fetch()
+    except FetchError as error:
+        pytest.fail(f"the tests on a genuine model cannot run: {error}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def genuine(smollm2) -> LoadedModel:
+    """SmolLM2 in float32, as the harness loads it: that takes ten seconds."""
+    return load(ModelOptions(model=str(smollm2), device="cpu", dtype="float32"))

@@ -15,7 +15,7 @@ HARNESS = read_house(ROOT / "evals")
 # These modules are made of Triton's functions; nothing imports them before a kernel is launched.
 TRITON_ROOMS = ("rotorquant_hf.kernels", "rotorquant_hf.attention.triton_attention")
 # Examples that train or draw read texts as the harness does; the others can be copied out.
-COPIED = ("generate", "how_it_works", "sample_text")
+COPIED = ("fetch_smollm2", "generate", "how_it_works", "sample_text")
 WITH_HARNESS = ("text_data", "train_model", "train_recall")
 
 # Modules of the harness that an extra is the point of; commands ask for it before they import them.

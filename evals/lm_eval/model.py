@@ -30,6 +30,8 @@ from ..errors import InputError
 from ..places import shipped
 from ..probes.chunked import passes
 from ..probes.footprint import elements_of
+from ..requirements import require_packages
+from ..subjects import gguf
 from .model_args import cache_of, check_names, chunk_of, refused
 from .reads import (
     DecodingReads,
@@ -48,7 +50,8 @@ class RotorQuantLM(HFLM):
     """A causal language model that reads one of the caches of `caches/registry.py`.
 
     Args:
-        pretrained: a folder, a name on the Hub, or a loaded model (give its `tokenizer` too).
+        pretrained: a folder, a GGUF file, a name on the Hub, or a loaded model (give its
+            `tokenizer` too).
         cache: a name of `KINDS` or `PRESETS`, or a `CacheSpec`.
         chunk: max tokens per forward pass; by default 64, and for `dynamic` all, so that its
             scores are those of lm-eval's `hf`.
@@ -77,8 +80,7 @@ class RotorQuantLM(HFLM):
         self.warnings: list[str] = []
         self._foreseen: set[tuple[str, str]] = set()  # kinds and tasks warned of before their run
         self._reads, self._passes = Reads(), list[Pass]()
-        name = shipped(pretrained) if isinstance(pretrained, str) else pretrained
-        super().__init__(name, **kwargs)
+        self._load(pretrained, kwargs)
         self._make_cache = make_cache or (lambda: self.spec.make(self.model.config))
         self._make_cache()  # an unavailable cache fails before any work
         accelerator = getattr(self, "accelerator", None)
@@ -86,6 +88,17 @@ class RotorQuantLM(HFLM):
             # HFLM splits the work only where it sees several GPUs; on CPUs, and with one GPU
             # visible to each process, every process would do all of it.
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+
+    def _load(self, pretrained: str | PreTrainedModel, arguments: dict[str, Any]) -> None:
+        """What `HFLM` does when it is made, of a GGUF file too."""
+        name = shipped(pretrained) if isinstance(pretrained, str) else pretrained
+        if isinstance(name, str) and gguf.is_gguf(name):
+            require_packages("reading a GGUF file", gguf.PACKAGES)
+            gguf.refuse_revision(name, arguments.get("revision"))
+            with gguf.opened(name) as (folder, file):
+                super().__init__(folder, gguf_file=file, **arguments)
+        else:
+            super().__init__(name, **arguments)
 
     def _get_backend(self, *args: Any, **kwargs: Any) -> None:
         super()._get_backend(*args, **kwargs)
@@ -96,13 +109,16 @@ class RotorQuantLM(HFLM):
             )
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        is_gguf = kwargs.get("gguf_file") is not None
         try:
-            super()._create_model(*args, **kwargs)
+            super()._create_model(*args, **kwargs | (gguf.dequantised() if is_gguf else {}))
         except TypeError as error:
             for name in self._handed_on:
                 if f"'{name}'" in str(error):
                     raise refused(name, error) from error
             raise
+        if is_gguf:
+            gguf.plain(self._model)
 
     def _model_call(
         self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None

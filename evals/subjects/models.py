@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from transformers import (
 )
 
 from ..caches.registry import CacheSpec
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..options import option
 from ..places import shipped
+from . import gguf
 from .twins import add_key_bias, offset_keys, scale_key_channels
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -28,7 +30,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class ModelOptions:
     """Which model, and how it is run."""
 
-    model: str = option("examples/books-7m", "a folder, or a name on the Hub")
+    model: str = option("examples/books-7m", "a folder, a GGUF file, or a name on the Hub")
     dtype: str = option(
         "auto", "its arithmetic; auto: its own on an accelerator, float32 on a CPU", choices=DTYPES
     )
@@ -38,7 +40,9 @@ class ModelOptions:
     attention: str | None = option(
         None, "attn_implementation, such as sdpa or rotorquant (default: the model's)"
     )
-    tokenizer: str | None = option(None, "folder or name of the tokenizer (default: the model's)")
+    tokenizer: str | None = option(
+        None, "folder, GGUF file or name of the tokenizer (default: the model's)"
+    )
     revision: str | None = option(None, "revision on the Hub")
     trust_remote_code: bool = option(False, "run code that comes with the model")
     outliers: float | None = option(None, "twin: factor on two key channel pairs per head", min=1)
@@ -46,10 +50,15 @@ class ModelOptions:
     bias_pair: int = option(0, "twin: RoPE pair of that bias", min=0)
     key_offset: float = option(0.0, "twin: constant on four key channels, after RoPE")
 
+    def __post_init__(self) -> None:
+        gguf.refuse_revision(self.model, self.revision)
+
     @property
     def packages(self) -> tuple[str, ...]:
         """What it takes beyond the base install."""
-        return ("accelerate",) if self.device == "auto" else ()
+        spread = ("accelerate",) if self.device == "auto" else ()
+        read = any(gguf.is_gguf(name) for name in (self.model, self.tokenizer or self.model))
+        return (*spread, *(gguf.PACKAGES if read else ()))
 
     @property
     def label(self) -> str:
@@ -60,6 +69,7 @@ class ModelOptions:
             "key offset": self.key_offset or None,
         }
         name = self.model.rstrip("/").split("/")[-1]
+        name = Path(name).stem if gguf.is_gguf(self.model) else name
         notes = [f"{key} {value:g}" for key, value in twins.items() if value is not None]
         return ", ".join([name, *notes, *([self.attention] if self.attention else [])])
 
@@ -150,30 +160,37 @@ def load_model(
     Raises:
         InputError: if the model does not exist or does not load.
     """
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise InputError(
-            f"could not load model {name}: name a folder with a model, or a model on the Hub when "
-            f"online ({_first_line(error)})"
-        ) from error
+    read = gguf.read_model if gguf.is_gguf(name) else _read_model
+    model: Any = read(name, dtype=dtype, **options)
     if "device_map" not in options:
         model = model.to(device)
     return model.eval().requires_grad_(False)
 
 
+def _read_model(name: str, **options: Any) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise InputError(
+            f"could not load model {name}: name a folder with a model, or a model on the Hub when "
+            f"online ({first_line(error)})"
+        ) from error
+
+
 def load_tokenizer(name: str, options: ModelOptions | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder of a model.
+    """The tokenizer in the folder or the GGUF file of a model.
 
     Raises:
         InputError: if it does not exist or does not load.
     """
+    if gguf.is_gguf(name):
+        return gguf.read_tokenizer(name)
     try:
         return AutoTokenizer.from_pretrained(name, **(_hub(options) if options else {}))
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
             f"could not load tokenizer {name}: name a folder with a model, or a model on the Hub "
-            f"when online ({_first_line(error)})"
+            f"when online ({first_line(error)})"
         ) from error
 
 
@@ -195,7 +212,3 @@ def pick_device(name: str | None) -> torch.device:
         choices = " or ".join(dict.fromkeys([found.type, "cpu"]))
         raise InputError(f"--device {name} cannot be used here: choose {choices}") from error
     return device
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -31,6 +31,7 @@ from ..errors import InputError, require
 from ..measurements.registry import MEASUREMENTS
 from ..options import build
 from ..places import shipped
+from ..subjects import gguf
 from ..subjects.models import ModelOptions
 from ..subjects.texts import TextOptions
 
@@ -159,9 +160,7 @@ def plan_of(spec: Any, where: str, name: str, replaced: Mapping[str, Any]) -> Pl
     rows = [row for job in jobs for row in job.rows]
     ids = [row.id for row in rows]
     require(len(set(ids)) == len(ids), f"{where}: a row occurs twice: {_twice(jobs)}")
-    sources = {
-        name: _weights_digest(Path(shipped(name))) for name in {row.model.model for row in rows}
-    }
+    sources = {name: _weights_digest(shipped(name)) for name in {row.model.model for row in rows}}
     for options in {row.options for row in rows if isinstance(row.options, TextOptions)}:
         if options.text is not None:
             text = [document.text for document in options.documents()]
@@ -170,12 +169,18 @@ def plan_of(spec: Any, where: str, name: str, replaced: Mapping[str, Any]) -> Pl
     return Plan(title, tuple(jobs), found, {**spec, **replaced, "sources": found})
 
 
-def _weights_digest(folder: Path) -> str | None:
+def _weights_digest(model: str) -> str | None:
     """Of a local model: its files' sizes and samples of what is in them; None of one on the Hub."""
-    if not folder.is_dir():
+    path = Path(model)
+    if gguf.is_gguf(model):
+        gguf.check(model)
+        files = [path]
+    elif path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors"))
+    else:
         return None
     found = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
+    for path in files:
         size = path.stat().st_size
         found.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:

@@ -235,7 +235,7 @@ def check_out(plan: Plan, out: Path, versions: dict[str, Any]) -> None:
 def versions_of(device: torch.device, argv: Sequence[str] | None) -> dict[str, Any]:
     """What rows are made with, by name."""
     packages = {}
-    for name in ("accelerate", "datasets", "hqq", "lm-eval", "optimum-quanto"):
+    for name in ("accelerate", "datasets", "gguf", "hqq", "lm-eval", "optimum-quanto"):
         with suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
     versions = Versions.of(device, "evals", argv).row()

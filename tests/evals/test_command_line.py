@@ -45,6 +45,7 @@ def base(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
         "perplexity": ["evals", "perplexity", "--text", TEXT],
         "data set": ["evals", "agreement", "--dataset", "wikitext"],
         "spread": ["evals", "memory", "--device", "auto"],
+        "gguf": ["evals", "memory", "--model", "some.gguf"],
         "hqq": ["evals", "memory", "--cache", "hqq"],
         "quanto": ["evals", "speed", "--beside", "quanto"],
         "verify": ["evals", "verify", "--text", TEXT],
@@ -78,6 +79,10 @@ def base(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
         ("perplexity", "perplexity needs scipy, which is not installed: pip install -e '.[eval]'"),
         ("data set", "agreement needs datasets, which is not installed"),
         ("spread", "memory needs accelerate, which is not installed"),
+        (
+            "gguf",
+            "memory needs accelerate, gguf, which are not installed: pip install -e '.[eval]'",
+        ),
         ("hqq", "memory needs hqq, which is not installed: pip install -e '.[peers]'"),
         ("quanto", "speed needs optimum-quanto, which is not installed"),
         ("verify", "verify needs scipy, which is not installed: pip install -e '.[eval]'"),

@@ -15,7 +15,10 @@ import runpy
 import sys
 from typing import Any
 
-EXTRAS = ("accelerate", "datasets", "hqq", "lm_eval", "matplotlib", "optimum", "scipy", "triton")
+EXTRAS = (
+    *("accelerate", "datasets", "gguf", "hqq", "lm_eval", "matplotlib", "optimum", "scipy"),
+    "triton",
+)
 """Top-level modules of the extras, which are hidden."""
 
 

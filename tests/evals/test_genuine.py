@@ -1,0 +1,72 @@
+"""A genuine model, SmolLM2-135M-Instruct: what presets cost on it, with bounds.
+
+Toy models are easy to compress, so that a default that has lost its quality passes on them. All
+tests on the genuine model are here: loading it takes ten seconds, each cache five.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+
+from evals.caches.registry import CacheSpec
+from evals.measurements.perplexity import PerplexityMeasurement, PerplexityOptions
+from tests.conftest import ROOT
+
+TOKENS = 640
+WINDOW = 32  # recent tokens in full precision: four fifths of what is read is read from codes
+
+
+class Bounds(NamedTuple):
+    """Of a preset: what was measured when they were set, and a quarter more.
+
+    Attributes:
+        max_kl: mean KL divergence from the uncompressed cache, nats per token.
+        max_changed: share of tokens with another likeliest successor.
+    """
+
+    max_kl: float
+    max_changed: float
+
+    def broken(self, figures: dict[str, Any]) -> list[str]:
+        """The bounds that the figures of a cache break."""
+        found = {"kl_mean": figures["kl_mean"], "changed": 1 - figures["top1_agreement"]}
+        return [name for name, bound in zip(found, self, strict=True) if not found[name] <= bound]
+
+
+BOUNDS = {"k4v4": Bounds(0.0093, 0.047), "k3v3": Bounds(0.0626, 0.137)}
+ONE_BIT_LESS = {"k4v4": "k3v3", "k3v3": "k2v2"}
+
+
+@pytest.fixture(scope="module")
+def figures_of(genuine):
+    """Figures of a preset on the first tokens of the licence, measured once."""
+    options = PerplexityOptions(
+        text=(str(ROOT / "LICENSE"),), max_tokens=TOKENS, window=TOKENS, chunk=64
+    )
+    measurement = PerplexityMeasurement(genuine, options)
+    found: dict[str, dict[str, Any]] = {}
+
+    def figures(preset: str) -> dict[str, Any]:
+        if preset not in found:
+            spec = CacheSpec.of(preset, {"residual_length": WINDOW})
+            found[preset] = measurement.run(spec)
+            print(f"{preset}: {found[preset]}")  # shown where a bound is broken
+        return found[preset]
+
+    return figures
+
+
+@pytest.mark.parametrize("preset", BOUNDS)
+def test_presets_keep_their_quality(figures_of, preset) -> None:
+    figures = figures_of(preset)
+    assert figures["warnings"] == []
+    assert figures["compressed_share"] > 0.8
+    assert 15 < figures["baseline_perplexity"] < 16  # the weights are the genuine ones
+    assert BOUNDS[preset].broken(figures) == []
+
+
+@pytest.mark.parametrize("preset", BOUNDS)
+def test_a_bit_less_breaks_every_bound(figures_of, preset) -> None:
+    assert BOUNDS[preset].broken(figures_of(ONE_BIT_LESS[preset])) == ["kl_mean", "changed"]
