@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Any, cast
 
 import torch
@@ -43,9 +44,9 @@ class RotorQuantCache(Cache):
 
             - size: `key_bits`, `value_bits`
             - full precision: `residual_length` (recent tokens), `block_length`,
-              `num_sink_tokens`, `exact_layers`
+              `num_sink_tokens`, `statistics_length`, `exact_layers`
             - quantiser: `key_quantizer`, `key_scale`, `value_scale`, `rotation`,
-              `rotor_layers`, `qjl_dim`, `qjl_projection`, `seed`
+              `rotor_layers`, `qjl_dim`, `qjl_projection`, `query_aware`, `seed`
             - channel statistics: `equalize_keys`, `equalize_values`, `center_keys`,
               `rope_layout`
             - safety: `check_finite`
@@ -71,6 +72,7 @@ class RotorQuantCache(Cache):
                 f"config is of type {type(config).__name__}; pass the model's config, model.config "
                 "(settings and preset names go first, without a keyword)"
             )
+        self._last_updated: int | None = None
         layers, make_layer = None, None
         if config is None:
             negative = [i for i in self.settings.exact_layers if i < 0]
@@ -112,12 +114,30 @@ class RotorQuantCache(Cache):
             TypeError, ValueError: as there. The n tokens are then taken out again of the layers
                 before this one, so that the forward pass can be repeated.
         """
+        self._settle_others(layer_idx)
         try:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except (TypeError, ValueError) as error:
             if not self._undo(layer_idx, key_states.shape[-2]):
                 error.add_note("Earlier layers hold the new tokens already: use cache.reset().")
             raise
+
+    def _settle_others(self, layer_idx: int) -> None:
+        """Store what still waits for queries that no attention has shown, one layer's at most."""
+        last, self._last_updated = self._last_updated, layer_idx
+        if last in (None, layer_idx) or last >= len(self.layers):
+            return
+        layer = self.layers[last]
+        if isinstance(layer, RotorQuantLayer) and layer.waits:
+            if layer.moment is None:
+                warnings.warn(
+                    "query_aware: this attention does not show its queries to the cache, so keys "
+                    "are rounded to the nearest; load the model with "
+                    "attn_implementation='sdpa', or call "
+                    "model.set_attn_implementation('rotorquant')",
+                    stacklevel=2,
+                )
+            layer.settle()
 
     def _undo(self, failed: int, tokens: int) -> bool:
         """Take the newest tokens out of the layers before `failed`; False if that is impossible."""

@@ -19,8 +19,9 @@ ROPE_LAYOUTS = ("half", "interleaved", "none")
 _VALUE_SEED_OFFSET = 100
 
 
-def _help(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _help(default: Any, text: str, **metadata: Any) -> Any:
+    """A field; `neutral` is the value at which a cache is as it was before there was the option."""
+    return field(default=default, metadata={"help": text, **metadata})
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,17 @@ class RotorQuantConfig:
     rotation: str = _help("cascade", "'cascade', 'rotors' (the reference), 'haar' or 'hadamard'")
     rotor_layers: int | None = _help(None, "layers of 'cascade' or 'rotors'; None: their default")
     key_scale: str = _help(
-        "matched", "'norm', 'matched', 'least_squares' or 'unbiased': the scale of a key"
+        "least_squares", "'norm', 'matched', 'least_squares' or 'unbiased': the scale of a key"
     )
     value_scale: str = _help("unbiased", "the same for a value")
     equalize_keys: float = _help(
         0.5, "keys are divided per channel by their rms to this power, 0 to 1, before coding"
     )
-    equalize_values: float = _help(0.0, "the same for values")
+    equalize_values: float = _help(0.5, "the same for values")
     center_keys: bool | str = _help(
-        "auto",
-        "subtract from keys the channel means of the first block: True, False, or 'auto' for the "
-        "channels that hold little but a large constant (as key biases make them)",
+        True,
+        "subtract from keys their channel means: True, False, or 'auto' for the channels that hold "
+        "little but a large constant (as key biases make them)",
     )
     rope_layout: str = _help(
         "half",
@@ -61,6 +62,18 @@ class RotorQuantConfig:
     )
     qjl_dim: int | None = _help(None, "projections of 'prod' keys; None: the head dim")
     qjl_projection: str = _help("orthogonal", "rows of the projection: 'orthogonal', 'gaussian'")
+    statistics_length: int = _help(
+        256,
+        "tokens that the channel statistics are taken from at least: nothing is quantised before "
+        "(of a sliding window at most its tokens); 0: the first block that is quantised",
+        neutral=0,
+    )
+    query_aware: bool = _help(
+        True,
+        "round keys for a small error along the queries of the prompt, which attention 'sdpa' and "
+        "'rotorquant' show; False: every element to the nearest",
+        neutral=False,
+    )
     residual_length: int = _help(128, "latest tokens, kept in full precision")
     block_length: int = _help(32, "recent tokens are quantised in blocks of this many")
     num_sink_tokens: int = _help(4, "first tokens, kept in full precision")
@@ -85,6 +98,7 @@ class RotorQuantConfig:
         _check_int("residual_length", self.residual_length, 0)
         _check_int("block_length", self.block_length, 1)
         _check_int("num_sink_tokens", self.num_sink_tokens, 0)
+        _check_int("statistics_length", self.statistics_length, 0)
         _check_int("seed", self.seed, 0)
         for name in ("rotor_layers", "qjl_dim"):
             if getattr(self, name) is not None:
@@ -100,15 +114,21 @@ class RotorQuantConfig:
                 raise ValueError(f"{name} is {value!r}; choose a power from 0 (off) to 1")
         if not isinstance(self.center_keys, bool) and self.center_keys != "auto":
             raise ValueError(f"center_keys is {self.center_keys!r}; choose True, False or 'auto'")
-        if not isinstance(self.check_finite, bool):
-            raise ValueError(f"check_finite is {self.check_finite!r}; choose True or False")
+        for name in ("check_finite", "query_aware"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose True or False")
         layers = self.exact_layers
         if not isinstance(layers, tuple | list) or not all(type(i) is int for i in layers):
             raise ValueError(f"exact_layers is {layers!r}; pass layer indices such as (0, -1)")
         object.__setattr__(self, "exact_layers", tuple(layers))
 
-    def num_to_quantise(self, recent: int) -> int:
-        """How many of `recent` tokens in full precision are quantised now: whole blocks."""
+    def num_to_quantise(self, recent: int, wanted: int = 0) -> int:
+        """How many of `recent` tokens in full precision are quantised now: whole blocks.
+
+        None while there are fewer than `wanted` tokens.
+        """
+        if recent < wanted:
+            return 0
         return max(0, recent - self.residual_length) // self.block_length * self.block_length
 
     @property
@@ -207,7 +227,10 @@ PRESETS: dict[str, RotorQuantConfig] = {
         key_scale="norm",
         value_scale="norm",
         equalize_keys=0.0,
+        equalize_values=0.0,
         center_keys=False,
+        statistics_length=0,
+        query_aware=False,
         num_sink_tokens=0,
     ),
     "turboquant": RotorQuantConfig(
@@ -217,7 +240,10 @@ PRESETS: dict[str, RotorQuantConfig] = {
         key_scale="norm",
         value_scale="norm",
         equalize_keys=0.0,
+        equalize_values=0.0,
         center_keys=False,
+        statistics_length=0,
+        query_aware=False,
         num_sink_tokens=0,
     ),
 }

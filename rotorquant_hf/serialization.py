@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import tensors_of
+from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.version import __version__
 
 FORMAT = "rotorquant-cache"
@@ -108,7 +109,10 @@ def _parse(
             f"{path} has format version {header['version']} (rotorquant_hf "
             f"{header['rotorquant_hf']}), this is version {FORMAT_VERSION}; save the cache again"
         )
-    settings = dict(header["settings"])
+    settings = {  # a file from before there was an option leaves it out
+        x.name: x.metadata["neutral"] for x in fields(RotorQuantConfig) if "neutral" in x.metadata
+    }
+    settings |= header["settings"]
     settings["exact_layers"] = tuple(settings["exact_layers"])
     entries = []
     for index, entry in enumerate(header["layers"]):
@@ -155,6 +159,9 @@ def _entry_of(layer: Any) -> LayerEntry:
     tensors = {f"store.{name}": tensor for name, tensor in layer.store.state().items()}
     for name, pair in (("sinks", layer.sinks), ("window", layer.recent)):
         tensors[f"{name}.keys"], tensors[f"{name}.values"] = pair
+    if layer.moment is not None:
+        tensors["queries.mean"] = layer.moment.mean
+        attributes["queries"] = layer.moment.count
     tensors |= _fingerprints(layer)
     return LayerEntry(kind, attributes, tensors)
 
@@ -192,6 +199,8 @@ def _restore_packed(
                 f"{path} was saved with another {name.removeprefix('drawn.')} than torch "
                 f"{torch.__version__} draws from seed {layer.config.seed}; load it with that torch"
             )
+    if "queries.mean" in entry.tensors:
+        layer.moment = QueryMoment(entry.tensors["queries.mean"], entry.attributes["queries"])
     prefix = "store."
     layer.store.load_state(
         {n.removeprefix(prefix): t for n, t in entry.tensors.items() if n.startswith(prefix)}

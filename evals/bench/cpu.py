@@ -29,6 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from rotorquant_hf import RotorQuantCache
 from rotorquant_hf.attention.dispatch import attend
 from rotorquant_hf.attention.options import AttentionOptions
+from rotorquant_hf.attention.states import KVStates
 from rotorquant_hf.attention.tensor import CompressedTensor
 
 from .common import new_parser
@@ -80,8 +81,9 @@ def main(argv: list[str] | None = None) -> None:
             packed_k, packed_v, keys, values = cached(
                 args.context, args.kv_heads, args.head_dim, bits, query.dtype
             )
+            states = _packed(packed_k), _packed(packed_v)
             variants = {
-                "packed": partial(attend, query, packed_k.states, packed_v.states, options),
+                "packed": partial(attend, query, *states, options),
                 "dequantised": partial(_dequantised, query, packed_k, packed_v),
                 "plain": partial(sdpa, query, keys, values, enable_gqa=True),
             }
@@ -95,6 +97,11 @@ def main(argv: list[str] | None = None) -> None:
                     f"{plain} |"
                 )
     torch.set_num_threads(threads_before)
+
+
+def _packed(x: CompressedTensor) -> KVStates:
+    assert x.packed_states is not None
+    return x.packed_states
 
 
 def _dequantised(query: Tensor, keys: CompressedTensor, values: CompressedTensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotorquant_hf.attention.states import KVStates
+from rotorquant_hf.attention.states import KVStates, PlainStates
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,11 @@ class HeadView:
         return x if self.split else x.flatten(1, 2)
 
     def after(
-        self, func: Callable[..., Any], states: KVStates, args: Any, kwargs: dict[str, Any]
+        self,
+        func: Callable[..., Any],
+        states: KVStates | PlainStates,
+        args: Any,
+        kwargs: dict[str, Any],
     ) -> HeadView | None:
         """What `func`, one of `VIEWS`, makes of this view; None if that is no head view.
 

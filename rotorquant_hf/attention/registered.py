@@ -34,7 +34,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from rotorquant_hf.attention.dispatch import attend, needs_gradient
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
-from rotorquant_hf.attention.tensor import CompressedTensor
+from rotorquant_hf.attention.tensor import CompressedTensor, show_queries
 
 NAME = "rotorquant"
 
@@ -109,6 +109,7 @@ def rotorquant_attention(
     out = None if dropout else _attend_packed(query, key, value, options)
     if out is None:
         out = _attend_plain(module, query, _plain(key), _plain(value), options, dropout)
+    show_queries(key, query)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -130,10 +131,12 @@ def _attend_packed(
     """Attention over packed codes, (batch, query heads, n, value dim); None if not possible."""
     if not (isinstance(key, CompressedTensor) and isinstance(value, CompressedTensor)):
         return None
-    states = key.states, value.states
-    if query.dtype == torch.float64 or needs_gradient(query, *states, options):
+    keys, values = key.packed_states, value.packed_states
+    if keys is None or values is None or query.dtype == torch.float64:
         return None
-    return attend(query, *states, options)
+    if needs_gradient(query, keys, values, options):
+        return None
+    return attend(query, keys, values, options)
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -103,6 +103,33 @@ class CachedStates:
         return out
 
 
+@dataclass(frozen=True)
+class PlainStates:
+    """Tokens of which none is packed yet; attention reads them as the plain tensor they are."""
+
+    tokens: Tensor
+
+    @property
+    def sinks(self) -> Tensor:
+        """(batch, heads, tokens, d), all of them."""
+        return self.tokens
+
+    @property
+    def recent(self) -> Tensor:
+        """(batch, heads, 0, d)."""
+        return self.tokens[:, :, :0]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, tokens, d)."""
+        batch, heads, tokens, d = self.tokens.shape
+        return batch, heads, tokens, d
+
+    def materialize(self) -> Tensor:
+        """The tensor itself."""
+        return self.tokens
+
+
 @dataclass
 class Clock:
     """How often a ring has moved on; states remember when they were made."""

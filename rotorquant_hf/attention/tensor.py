@@ -20,11 +20,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from rotorquant_hf.attention.dispatch import compute, needs_gradient, why_unsupported
 from rotorquant_hf.attention.head_view import AS_STORED, VIEWS, HeadView
 from rotorquant_hf.attention.options import AttentionOptions
-from rotorquant_hf.attention.states import KVStates
+from rotorquant_hf.attention.states import KVStates, PlainStates
 
 
 class CompressedTensor(Tensor):
     """A read-only tensor (batch, heads, tokens, d) over `KVStates`, or a head view of it.
+
+    If it has `on_query`, attention calls that with the queries (batch, query heads, n, d) that have
+    read it. For the sake of them even tokens of which none is packed come as one (`PlainStates`).
 
     Asking for its shape, dtype or device reads nothing, `scaled_dot_product_attention` reads the
     packed codes, and repeating the heads, as for grouped queries, gives another of its kind. Any
@@ -32,22 +35,31 @@ class CompressedTensor(Tensor):
     one when the operation is done.
     """
 
-    states: KVStates
+    states: KVStates | PlainStates
     view_of_heads: HeadView
+    on_query: Callable[[Tensor], None] | None
 
     @staticmethod
-    def __new__(cls, states: KVStates, view: HeadView = AS_STORED) -> CompressedTensor:
+    def __new__(
+        cls,
+        states: KVStates | PlainStates,
+        view: HeadView = AS_STORED,
+        on_query: Callable[[Tensor], None] | None = None,
+    ) -> CompressedTensor:
         tensor = Tensor._make_wrapper_subclass(
             cls, view.shape(states.shape), dtype=states.sinks.dtype, device=states.sinks.device
         )
-        tensor.states, tensor.view_of_heads = states, view
+        tensor.states, tensor.view_of_heads, tensor.on_query = states, view, on_query
         return tensor
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        return (
-            f"CompressedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, "
-            f"packed={self.states.packed.shape[2]})"
-        )
+        packed = 0 if self.packed_states is None else self.packed_states.packed.shape[2]
+        return f"CompressedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, packed={packed})"
+
+    @property
+    def packed_states(self) -> KVStates | None:
+        """The states, None if none of their tokens is packed."""
+        return None if isinstance(self.states, PlainStates) else self.states
 
     def materialize(self) -> Tensor:
         """The dequantised tensor."""
@@ -65,10 +77,10 @@ class CompressedTensor(Tensor):
             return super().__torch_function__(func, types, args, kwargs or {})
         kwargs = kwargs or {}
         _refuse_writing(func, args, kwargs)
-        result = None
         if func is functional.scaled_dot_product_attention:
-            result = _attend(*args, **kwargs)
-        elif args and type(args[0]) is cls:
+            return _scaled_dot_product_attention(*args, **kwargs)
+        result = None
+        if args and type(args[0]) is cls:
             result = _as_view(func, *args, **kwargs)
         if result is not None:
             return result
@@ -91,6 +103,29 @@ class CompressedTensor(Tensor):
         return func(*args, **kwargs)
 
 
+def _scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Attention, by the packed codes where possible; `key` then sees the queries."""
+    result = _attend(query, key, value, *args, **kwargs)
+    if result is None:
+        plain, args, kwargs = tree_map_only(
+            CompressedTensor, CompressedTensor.materialize, ((query, key, value), args, kwargs)
+        )
+        result = functional.scaled_dot_product_attention(*plain, *args, **kwargs)
+    show_queries(key, query)
+    return result
+
+
+def show_queries(key: Tensor, query: Tensor) -> None:
+    """Tell the keys of what attention has read which queries (batch, heads, n, d) read them."""
+    if isinstance(key, CompressedTensor) and key.on_query is not None:
+        batch, heads, _, d = key.states.shape
+        fits = query.dim() == 4 and (query.shape[0], query.shape[3]) == (batch, d)
+        if fits and query.shape[1] % heads == 0 and not isinstance(query, CompressedTensor):
+            key.on_query(query)
+
+
 @torch.compiler.disable
 def _attend(
     query: Tensor,
@@ -107,6 +142,9 @@ def _attend(
         return None
     if key.view_of_heads != value.view_of_heads or key.view_of_heads.split:
         return None
+    keys, values = key.packed_states, value.packed_states
+    if keys is None or values is None:
+        return None
     if dropout_p or is_causal or isinstance(query, CompressedTensor):  # causal from the first key
         return None
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
@@ -116,14 +154,14 @@ def _attend(
     ):
         return None
     options = AttentionOptions(query.shape[-1] ** -0.5 if scale is None else scale, attn_mask)
-    if why_unsupported(query, key.states, value.states, options) is not None:
+    if why_unsupported(query, keys, values, options) is not None:
         return None
     # A single head is broadcast even without enable_gqa.
     if not (enable_gqa or key.shape[1] in (1, query.shape[1])) or query.shape[1] % key.shape[1]:
         return None
-    if needs_gradient(query, key.states, value.states, options):
+    if needs_gradient(query, keys, values, options):
         return None
-    return compute(query, key.states, value.states, options)
+    return compute(query, keys, values, options)
 
 
 def _as_view(
@@ -135,13 +173,13 @@ def _as_view(
     """
     if func in VIEWS:
         view = x.view_of_heads.after(func, x.states, args, kwargs)
-        return None if view is None else CompressedTensor(x.states, view)
+        return None if view is None else CompressedTensor(x.states, view, x.on_query)
     if func in _CONVERSIONS:
         probe = torch.empty((0,) * x.dim(), dtype=x.dtype, device=x.device)
         return x if func(probe, *args, **kwargs) is probe else None
     if func is Tensor.detach:
         recorded = x.states.sinks.requires_grad or x.states.recent.requires_grad
-        return None if recorded else CompressedTensor(x.states, x.view_of_heads)
+        return None if recorded else CompressedTensor(x.states, x.view_of_heads, x.on_query)
     return None
 
 

@@ -10,6 +10,10 @@ New tokens join the recent ones. When there are `block_length` more of these tha
 During `update`, attention reads past tokens as stored and new tokens unquantised. So prefill
 attention is exact, and with one new token at a time every query reads at least the last
 `residual_length` tokens in full precision.
+
+With `query_aware` a pass over several tokens quantises nothing by itself: the layer waits for the
+queries that attention is about to read them with (`see_queries`), and quantises then. Where
+attention does not show them, whatever next touches the layer makes it quantise without.
 """
 
 from __future__ import annotations
@@ -21,11 +25,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from rotorquant_hf.attention.states import CachedStates
+from rotorquant_hf.attention.states import CachedStates, PlainStates
 from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.ring import RingBuffer
 from rotorquant_hf.quant.checks import check_finite
+from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
 
 
@@ -45,6 +50,8 @@ class RotorQuantLayer(CacheLayerMixin):
         self.config = config
         self.is_initialized = False
         self.ring: RingBuffer | None = None
+        self.moment: QueryMoment | None = None
+        self._before: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device, batch, heads and head dims from the first states."""
@@ -57,12 +64,33 @@ class RotorQuantLayer(CacheLayerMixin):
         self.is_initialized = True
 
     @property
+    def store(self) -> RotorQuantKVCache:
+        """The packed tokens."""
+        self.settle()
+        return self._store
+
+    @store.setter
+    def store(self, store: RotorQuantKVCache) -> None:
+        self._store = store
+
+    @property
+    def sinks(self) -> tuple[Tensor, Tensor]:
+        """The first keys and values, (batch, heads, n, d), in full precision."""
+        self.settle()
+        return self._sinks
+
+    @sinks.setter
+    def sinks(self, sinks: tuple[Tensor, Tensor]) -> None:
+        self._sinks = sinks
+
+    @property
     def recent(self) -> tuple[Tensor, Tensor]:
         """The recent keys and values, (batch, heads, m, d), in full precision, oldest first.
 
         They are plain tensors, or lie in the ring while the layer decodes through the kernels.
         Whatever sets them ends that: the ring is left, and made again by the next decoding step.
         """
+        self.settle()
         return self._recent if self.ring is None else self.ring.recent()
 
     @recent.setter
@@ -73,7 +101,7 @@ class RotorQuantLayer(CacheLayerMixin):
 
     @property
     def recent_length(self) -> int:
-        """Recent tokens held in full precision."""
+        """Recent tokens held in full precision, those that wait for their queries included."""
         return self._recent[0].shape[2] if self.ring is None else self.ring.count
 
     def update(
@@ -95,6 +123,7 @@ class RotorQuantLayer(CacheLayerMixin):
         """
         self._check(key_states, value_states)
         fresh = not self.is_initialized
+        self.settle()
         try:
             if fresh:
                 self.lazy_initialization(key_states, value_states)
@@ -111,8 +140,59 @@ class RotorQuantLayer(CacheLayerMixin):
         past = self.recent
         recent = (join(past[0], key_states), join(past[1], value_states))
         visible = self._states(self.sinks, recent)
-        self._store_recent(*recent)
-        return visible
+        return self._take_in(recent, past, key_states.shape[2], visible)
+
+    def _take_in(
+        self,
+        recent: tuple[Tensor, Tensor],
+        past: tuple[Tensor, Tensor],
+        n: int,
+        visible: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Store `recent`, the full-precision tokens `past` and n new ones; what attention reads.
+
+        With the queries unknown that will read them, tokens are stored when these are seen.
+        """
+        if not self.config.query_aware or n < 2:
+            self._store_recent(*recent)
+            return visible
+        self.recent, self._before = recent, past
+        keys, values = (
+            x if isinstance(x, CompressedTensor) else CompressedTensor(PlainStates(x))
+            for x in visible
+        )
+        keys.on_query = self.see_queries
+        return keys, values
+
+    def see_queries(self, query: Tensor) -> None:
+        """Take notice of queries (batch, query heads, n, key dim) that read the keys."""
+        if query.shape[2] < 2 or not self.is_initialized:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            seen = QueryMoment.of(query, self._sinks[0].shape[1])
+            self.moment = seen if self.moment is None else self.moment.merged(seen)
+        self.settle()
+
+    def settle(self) -> None:
+        """Store the tokens that wait for their queries, with those seen so far.
+
+        Raises:
+            ValueError: as `update`. The new tokens are then taken out of this layer again.
+        """
+        if self._before is None:
+            return
+        before, self._before = self._before, None
+        recent = self._recent
+        try:
+            self._store_recent(*recent)
+        except BaseException:
+            self.recent = before
+            raise
+
+    @property
+    def waits(self) -> bool:
+        """Whether tokens wait for their queries."""
+        return self._before is not None
 
     def _decodes(self, keys: Tensor, values: Tensor) -> bool:
         """Whether the kernels alone can take in the new tokens; sets up the ring if so."""
@@ -165,8 +245,7 @@ class RotorQuantLayer(CacheLayerMixin):
         """Divide full-precision tokens among the sinks, the store and the recent tokens."""
         # 0 once tokens are packed: sinks are filled first.
         filled = min(self._sinks_to_fill(), keys.shape[2])
-        kept = filled + self.config.num_to_quantise(keys.shape[2] - filled)
-        self.store.append_unchecked(keys[:, :, filled:kept], values[:, :, filled:kept])
+        kept = filled + self._pack(keys[:, :, filled:], values[:, :, filled:])
         if filled:
             self.sinks = (
                 torch.cat((self.sinks[0], keys[:, :, :filled]), dim=2),
@@ -174,6 +253,21 @@ class RotorQuantLayer(CacheLayerMixin):
             )
         # Copies: a slice would keep the states of the whole prompt alive.
         self.recent = (keys[:, :, kept:].clone(), values[:, :, kept:].clone())
+
+    def _pack(self, keys: Tensor, values: Tensor) -> int:
+        """Quantise the oldest of these tokens that are due into the store; how many these were."""
+        count = self.config.num_to_quantise(keys.shape[2], self._wanted())
+        self.store.append_unchecked(
+            keys[:, :, :count],
+            values[:, :, :count],
+            (keys, values) if self.config.statistics_length else None,
+            None if self.moment is None else self.moment.hessian(),
+        )
+        return count
+
+    def _wanted(self) -> int:
+        """Full-precision tokens that there must be before any is quantised."""
+        return 0 if len(self.store) else self.config.statistics_length
 
     def _states(
         self, sinks: tuple[Tensor, Tensor], recent: tuple[Tensor, Tensor], skip: int = 0
@@ -218,8 +312,8 @@ class RotorQuantLayer(CacheLayerMixin):
             )
         if self.is_initialized:
             for name, x, held in (
-                ("keys", keys, self.sinks[0]),
-                ("values", values, self.sinks[1]),
+                ("keys", keys, self._sinks[0]),
+                ("values", values, self._sinks[1]),
             ):
                 self._check_fits(name, x, held)
         check_finite("keys", keys, on_gpu=self.config.check_finite)
@@ -259,7 +353,7 @@ class RotorQuantLayer(CacheLayerMixin):
         """Tokens seen so far."""
         if not self.is_initialized:
             return 0
-        return self.sinks[0].shape[2] + len(self.store) + self.recent_length
+        return self._sinks[0].shape[2] + len(self._store) + self.recent_length
 
     def get_max_length(self) -> int:
         """-1: no limit."""
@@ -271,9 +365,11 @@ class RotorQuantLayer(CacheLayerMixin):
         Until then a pass over several tokens reads the same as passes over one token each.
         """
         recent = self.recent_length if self.is_initialized else 0
-        return (
-            self._sinks_to_fill() + self.config.residual_length + self.config.block_length - recent
-        )
+        config, wanted = self.config, self.config.statistics_length
+        if self.is_initialized:
+            wanted = self._wanted()
+        due = max(config.residual_length + config.block_length, wanted)
+        return self._sinks_to_fill() + due - recent
 
     def _sinks_to_fill(self) -> int:
         held = self.sinks[0].shape[2] if self.is_initialized else 0
@@ -306,9 +402,9 @@ class RotorQuantLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, also the shapes."""
-        for name in ("store", "sinks", "_recent", "dtype", "device"):
+        for name in ("_store", "_sinks", "_recent", "dtype", "device"):
             self.__dict__.pop(name, None)
-        self.ring = None
+        self.ring = self.moment = self._before = None
         self.is_initialized = False
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -345,16 +441,22 @@ class RotorQuantLayer(CacheLayerMixin):
         if self.is_initialized and self.sinks[0].device != device:
             self._map(lambda x: x.to(device, non_blocking=True))
             self.store.device = device
+            if self.moment is not None:
+                self.moment = self.moment.to(device)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by part."""
         if not self.is_initialized:
             return {}
+        self.settle()
         recent = sum(x.nbytes for x in self._recent)
         if self.ring is not None:
             recent += self.ring.nbytes
         sinks = sum(x.nbytes for x in self.sinks)
-        return {"sinks": sinks, "window": recent} | self.store.nbytes()
+        parts = {"sinks": sinks, "window": recent} | self.store.nbytes()
+        if self.moment is not None:
+            parts["statistics"] += self.moment.nbytes
+        return parts
 
     def numbers(self) -> tuple[int, int]:
         """How many elements the layer stands for: in all, and in the packed part."""

@@ -28,6 +28,8 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
 
     def activate_past_recording(self) -> None:
         """Keep tokens that leave the window until the next `crop` (assisted decoding)."""
+        if self.is_initialized:
+            self.settle()
         self.record_past = True
 
     def _seen_by_a_query(self) -> int:
@@ -59,11 +61,22 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
             (join(last(past[0], seen), key_states), join(last(past[1], seen), value_states)),
             skip=outside,
         )
-        self._store_recent(join(past[0], key_states), join(past[1], value_states))
-        self.cumulative_length += key_states.shape[2]
-        if not self.record_past:
-            self._trim()
+        n = key_states.shape[2]
+        recent = join(past[0], key_states), join(past[1], value_states)
+        visible = self._take_in(recent, past, n, visible)
+        self.cumulative_length += n
         return visible
+
+    def settle(self) -> None:
+        """As in `RotorQuantLayer`."""
+        if self._before is None:
+            return
+        new = self._recent[0].shape[2] - self._before[0].shape[2]
+        try:
+            super().settle()
+        except BaseException:
+            self.cumulative_length -= new
+            raise
 
     def _store_recent(self, keys: Tensor, values: Tensor) -> None:
         past = 0
@@ -71,10 +84,15 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
             # Tokens that no later query will see are not quantised at all.
             keys, values = (last(x, self.sliding_window - 1) for x in (keys, values))
             past = len(self.store)
-        packed = self.config.num_to_quantise(keys.shape[2])
-        self.store.append_unchecked(keys[:, :, :packed], values[:, :, :packed])
+        packed = self._pack(keys, values)
         self.store.drop_front(past)
         self.recent = (keys[:, :, packed:].clone(), values[:, :, packed:].clone())
+        if not self.record_past:
+            self._trim()
+
+    def _wanted(self) -> int:
+        # A window of fewer tokens never has more.
+        return min(super()._wanted(), self.sliding_window - 1)
 
     def _sinks_to_fill(self) -> int:
         return 0

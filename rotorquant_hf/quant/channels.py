@@ -90,6 +90,15 @@ class ChannelStatistics:
         x = u * self.scale
         return x if self.mean is None else x + self.mean
 
+    def hessian(self, hessian: Tensor) -> Tensor:
+        """What e' H e of errors e of vectors x is for those of u: (batch, heads, d, d).
+
+        Args:
+            hessian: (heads, d, d).
+        """
+        scale = self.scale.expand(*self.scale.shape[:3], hessian.shape[-1])
+        return scale.mT * hessian * scale
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> ChannelStatistics:
         """The same with `fn` applied to every tensor (a batch selection, a move to a device)."""
         return ChannelStatistics(fn(self.scale), None if self.mean is None else fn(self.mean))

@@ -202,9 +202,9 @@ class RotorQuantMSE(Quantizer):
         # for x = 0. (With a Hessian, centroids for which it is not lose to the nearest.)
         return 1 / dot.clamp(min=torch.finfo(dot.dtype).tiny)
 
-    def encode(self, u: Tensor) -> dict[str, Tensor]:
+    def encode(self, u: Tensor, hessian: Tensor | None = None) -> dict[str, Tensor]:
         """As in `Quantizer`: `codes` and `scale` of `MSECodes`."""
-        return dict(cast(dict[str, Tensor], self.code(u)[1]))
+        return dict(cast(dict[str, Tensor], self.code(u, hessian)[1]))
 
     def terms(self) -> tuple[Term, ...]:
         """As in `Quantizer`: x_hat = scale * (centroids @ T)."""

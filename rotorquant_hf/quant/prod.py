@@ -165,9 +165,9 @@ class RotorQuantProd(Quantizer):
             "residual_norm": norm.clamp(max=max_norm).to(self.mse.scale_dtype),
         }
 
-    def encode(self, u: Tensor) -> dict[str, Tensor]:
+    def encode(self, u: Tensor, hessian: Tensor | None = None) -> dict[str, Tensor]:
         """As in `Quantizer`: the rows of stage 1, `signs` and `residual_norm`."""
-        codes = self._code(u)
+        codes = self._code(u, hessian)
         return {
             **cast(dict[str, Tensor], codes["mse_indices"]),
             "signs": codes["qjl_signs"],

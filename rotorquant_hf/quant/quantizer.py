@@ -91,11 +91,13 @@ class Quantizer(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def encode(self, u: Tensor) -> dict[str, Tensor]:
+    def encode(self, u: Tensor, hessian: Tensor | None = None) -> dict[str, Tensor]:
         """Quantise vectors whose entries are known to be finite.
 
         Args:
             u: (..., d) float32.
+            hessian: (..., d, d) float32 for u (..., n, d), or None: errors e of the vectors matter
+                as e' H e. A class may do without it.
 
         Returns:
             The rows that a store keeps, by name: tensors (...) or (..., bytes), always the same.

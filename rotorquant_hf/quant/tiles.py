@@ -6,10 +6,13 @@ from collections.abc import Iterator
 
 # Elements of a tile: 8 MiB in float32, which stays in a CPU's cache and fills a GPU.
 _TILE_ELEMENTS = 1 << 21
+# Where a tile takes some hundred small launches, a GPU is filled by more.
+_LARGE_TILE_ELEMENTS = 1 << 23
 
 
-def token_tiles(tokens: int, elements_per_token: int) -> Iterator[slice]:
-    """Slices that cover the tokens [0, tokens), of about `_TILE_ELEMENTS` elements each."""
-    size = max(1, _TILE_ELEMENTS // max(1, elements_per_token))
+def token_tiles(tokens: int, elements_per_token: int, large: bool = False) -> Iterator[slice]:
+    """Slices that cover the tokens [0, tokens), of about so many elements each."""
+    elements = _LARGE_TILE_ELEMENTS if large else _TILE_ELEMENTS
+    size = max(1, elements // max(1, elements_per_token))
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))

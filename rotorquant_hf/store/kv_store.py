@@ -115,8 +115,21 @@ class RotorQuantKVCache:
             )
         self.append_unchecked(keys, values)
 
-    def append_unchecked(self, keys: Tensor, values: Tensor) -> None:
+    def append_unchecked(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        sample: tuple[Tensor, Tensor] | None = None,
+        hessian: Tensor | None = None,
+    ) -> None:
         """`append` for a caller that has made its checks, as a layer has.
+
+        Args:
+            keys, values: as in `append`.
+            sample: keys and values that the channel statistics are taken from, if they are not
+                yet; None for those appended.
+            hessian: (heads, d_key, d_key), the second moment of the queries that will read the
+                keys, see `QueryMoment`; None if nothing is known of them.
 
         Raises:
             ValueError: on the CPU, for vectors too large for their scales. The store is then as
@@ -128,22 +141,27 @@ class RotorQuantKVCache:
         try:
             # Buffers made in inference mode could not be written to outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                self._append(keys, values)
+                self._append(keys, values, sample or (keys, values), hessian)
         except BaseException:
             for side, (count, statistics) in zip(self.sides, before, strict=True):
                 side.buffers.crop(len(side) - count)
                 side.statistics = statistics
             raise
 
-    def _append(self, keys: Tensor, values: Tensor) -> None:
-        self.keys.take_statistics(keys)
-        self.values.take_statistics(values)
-        if self.kernels_take(keys.dtype):
+    def _append(
+        self, keys: Tensor, values: Tensor, sample: tuple[Tensor, Tensor], hessian: Tensor | None
+    ) -> None:
+        self.keys.take_statistics(sample[0])
+        self.values.take_statistics(sample[1])
+        # The kernel rounds to the nearest.
+        if hessian is None and self.kernels_take(keys.dtype):
             self._append_by_kernel(keys, values)
             return
         batch, heads, tokens, _ = keys.shape
-        for tile in token_tiles(tokens, batch * heads * max(self.d_key, self.d_value)):
-            self.keys.append(keys[:, :, tile], tokens - tile.start)
+        elements = batch * heads * max(self.d_key, self.d_value)
+        large = hessian is not None and keys.device.type != "cpu"
+        for tile in token_tiles(tokens, elements, large):
+            self.keys.append(keys[:, :, tile], tokens - tile.start, hessian)
             self.values.append(values[:, :, tile], tokens - tile.start)
 
     def kernels_take(self, dtype: torch.dtype) -> bool:

@@ -62,21 +62,24 @@ class PackedSide:
         return len(self.buffers)
 
     def take_statistics(self, block: Tensor) -> None:
-        """Fix the channel statistics by the first block (batch, heads, tokens, d)."""
+        """Fix the channel statistics, unless they are, by vectors (batch, heads, tokens, d)."""
         if self.statistics is None:
             self.statistics = ChannelStatistics.of_block(
                 block, self._equalize, self._center, self._rope_layout
             )
 
-    def append(self, x: Tensor, expected: int = 0) -> None:
+    def append(self, x: Tensor, expected: int = 0, hessian: Tensor | None = None) -> None:
         """Quantise vectors in torch and append their rows; the statistics must be taken.
 
         Args:
             x: (batch, heads, tokens, d).
             expected: as in `TokenBuffers.append`.
+            hessian: (heads, d, d), the second moment of the queries that will read the vectors.
         """
         quantizer, statistics, _ = self.coding()
-        self.buffers.append(quantizer.encode(statistics.normalize(x)), expected)
+        if hessian is not None:
+            hessian = statistics.hessian(hessian)
+        self.buffers.append(quantizer.encode(statistics.normalize(x), hessian), expected)
 
     def coding(self) -> tuple[Quantizer, ChannelStatistics, dict[str, Tensor]]:
         """What coding takes: quantiser, statistics, and the tensors for the rows."""

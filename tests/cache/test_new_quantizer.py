@@ -21,7 +21,13 @@ from rotorquant_hf.quant.quantizer import Quantizer, QuantizerSpec, Term
 from rotorquant_hf.quant.registry import QUANTIZERS, shared_quantizer
 from tests.helpers.models import build, prompt
 
-SMALL = {"residual_length": 8, "block_length": 4, "num_sink_tokens": 2}
+SMALL = {
+    "residual_length": 8,
+    "statistics_length": 0,
+    "query_aware": False,
+    "block_length": 4,
+    "num_sink_tokens": 2,
+}
 
 
 class UniformGrid(Quantizer):
@@ -38,7 +44,7 @@ class UniformGrid(Quantizer):
     def from_spec(cls, spec: QuantizerSpec, d: int, device: torch.device) -> Self:
         return cls(d, spec.bits, device)
 
-    def encode(self, u: Tensor) -> dict[str, Tensor]:
+    def encode(self, u: Tensor, hessian: Tensor | None = None) -> dict[str, Tensor]:
         low, high = u.amin(dim=-1, keepdim=True), u.amax(dim=-1, keepdim=True)
         step = ((high - low) / (2**self.bits - 1)).clamp(min=1e-12)
         codes = ((u - low) / step).round()

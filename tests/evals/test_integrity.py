@@ -23,7 +23,7 @@ from rotorquant_hf import RotorQuantCache
 from tests.conftest import ROOT
 from tests.helpers.models import build
 
-OPTIONS = {"residual_length": 32, "key_bits": 2, "value_bits": 2}
+OPTIONS = {"residual_length": 32, "statistics_length": 0, "key_bits": 2, "value_bits": 2}
 
 
 class KeepsCopies(RotorQuantCache):
@@ -275,7 +275,12 @@ def test_sound_caches_of_other_models_are_found_sound(name, dtype) -> None:
     other = build(name, dtype=dtype)
     ids = (torch.arange(3, 163) * 7 % 90 + 3).unsqueeze(0)
     for exact in ((), (0,)):
-        options = {"residual_length": 8, "block_length": 4, "exact_layers": exact}
+        options = {
+            "residual_length": 8,
+            "statistics_length": 0,
+            "block_length": 4,
+            "exact_layers": exact,
+        }
         warnings = found(
             other, ids, lambda o=options: RotorQuantCache("k4v4", config=other.config, **o)
         )

@@ -61,7 +61,7 @@ def test_memory_of_the_baseline_is_what_its_numbers_take(loaded) -> None:
 
 def test_memory_of_a_compressed_cache_is_its_own_count(loaded) -> None:
     options = MemoryOptions(context=(400,), new_tokens=4)
-    spec = CacheSpec.of("k2v2", {"residual_length": 32})
+    spec = CacheSpec.of("k2v2", {"residual_length": 32, "statistics_length": 0})
     (point,) = measure(loaded, spec, options)["points"]
     assert point["cache_bytes"] == sum(point["parts"].values())
     assert point["parts"]["key_codes"] == point["parts"]["value_codes"] > 0
@@ -99,7 +99,9 @@ def test_agreement_is_that_of_the_texts(loaded, sample) -> None:
     )
     measurement = AgreementMeasurement(loaded, options, seed=1)
     assert measurement.run(CacheSpec.of("dynamic"))["lengths"] == [12, 12]
-    spec = CacheSpec.of("rotorquant", {"key_bits": 1, "value_bits": 1, "residual_length": 0})
+    spec = CacheSpec.of(
+        "rotorquant", {"key_bits": 1, "value_bits": 1, "residual_length": 0, "statistics_length": 0}
+    )
     lossy = measurement.run(spec)
     assert (lossy["prompts"], lossy["prompt_tokens"], lossy["new_tokens"]) == (2, 300, 12)
     expected = [
@@ -362,5 +364,7 @@ def test_a_cache_of_an_unloadable_package_ends_the_command(capsys, monkeypatch) 
 
 
 def test_a_cache_without_room_for_anything_exact(loaded) -> None:
-    cache = RotorQuantCache(residual_length=0, num_sink_tokens=0, config=loaded.model.config)
+    cache = RotorQuantCache(
+        residual_length=0, statistics_length=0, num_sink_tokens=0, config=loaded.model.config
+    )
     assert cache.tokens_until_packing() == 32

@@ -32,7 +32,7 @@ from rotorquant_hf import RotorQuantCache
 from tests.conftest import MODEL, ROOT
 
 TEXT = str(ROOT / "examples" / "sampled" / "clock.txt")
-SHORT = {"residual_length": 32, "key_bits": 3, "value_bits": 3}
+SHORT = {"residual_length": 32, "statistics_length": 0, "key_bits": 3, "value_bits": 3}
 
 
 def against_single_pass(model, ids, make_cache, chunk=25):
@@ -76,7 +76,9 @@ def test_compressed_share_is_that_of_single_tokens(model, sampled) -> None:
     result = against_single_pass(
         model,
         sampled[:, :60],
-        lambda: RotorQuantCache(residual_length=10, block_length=10, num_sink_tokens=0),
+        lambda: RotorQuantCache(
+            residual_length=10, statistics_length=0, block_length=10, num_sink_tokens=0
+        ),
     )
     packed = sum(10 * max(0, (p - 10) // 10) for p in range(60))
     assert result.compressed_share == pytest.approx(packed / sum(p + 1 for p in range(60)))
@@ -285,7 +287,7 @@ def test_a_sliding_window_model_is_measured(sampled) -> None:
     sliding = copy.deepcopy(build("gemma3"))
     loaded = LoadedModel(sliding, None, ModelOptions())
     ids = torch.arange(3, 203).unsqueeze(0) % sliding.config.vocab_size
-    spec = CacheSpec.of("k4v4", {"residual_length": 8, "block_length": 4})
+    spec = CacheSpec.of("k4v4", {"residual_length": 8, "statistics_length": 0, "block_length": 4})
     one, many = (
         compare(sliding, [ids], SinglePass(sliding, [ids]), lambda: loaded.new_cache(spec), chunk)
         for chunk in (1, 50)

@@ -35,7 +35,13 @@ def labels(plan) -> list[str]:
 def test_lists_span_a_grid() -> None:
     caches = [
         "dynamic",
-        {"cache": "rotorquant", "key_bits": [2, 3], "value_bits": [2, 4], "residual_length": 32},
+        {
+            "cache": "rotorquant",
+            "key_bits": [2, 3],
+            "value_bits": [2, 4],
+            "residual_length": 32,
+            "statistics_length": 0,
+        },
         {"cache": "k3v3", "exact_layers": [[0, -1], []]},
         {"cache": "k3v3", "exact_layers": [0, 1]},
     ]

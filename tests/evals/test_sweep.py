@@ -30,7 +30,7 @@ PERPLEXITY = {"measure": "perplexity", "text": [TEXT], "max_tokens": 220, "windo
 def config(tmp_path):
     def write(**changes):
         path = tmp_path / "small.yaml"
-        short = {"cache": "k2v2", "residual_length": 32}
+        short = {"cache": "k2v2", "residual_length": 32, "statistics_length": 0}
         spec = {
             "models": [str(MODEL)],
             "caches": ["dynamic", short, {**short, "cache": "k3v3"}],
@@ -250,7 +250,12 @@ def test_failures_are_recorded_and_the_sweep_goes_on(config, tmp_path, monkeypat
     monkeypatch.setattr(PerplexityMeasurement, "run", failing)
     monkeypatch.setattr("transformers.cache_utils.is_hqq_available", lambda: False)
     path = config(
-        caches=["dynamic", {"cache": "k2v2", "residual_length": 32}, "hqq", "k4v4"],
+        caches=[
+            "dynamic",
+            {"cache": "k2v2", "residual_length": 32, "statistics_length": 0},
+            "hqq",
+            "k4v4",
+        ],
         measurements=[PERPLEXITY, {"measure": "memory", "context": [40], "models": ["no/model"]}],
     )
     with pytest.raises(SystemExit) as stopped:
@@ -301,7 +306,7 @@ def test_a_reference_is_right_after_a_row_that_failed(config, tmp_path, monkeypa
     def figures(out) -> dict:
         return {row["cache"]["label"]: row["result"] for row in read_results([out])[1]}
 
-    path = config(caches=[{"cache": "k2v2", "residual_length": 32}, "k4v4"])
+    path = config(caches=[{"cache": "k2v2", "residual_length": 32, "statistics_length": 0}, "k4v4"])
     run(path, tmp_path / "sound")
     passes, read = [], perplexity.read
 
