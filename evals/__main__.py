@@ -21,6 +21,7 @@ from .lm_eval.__main__ import main as lm_eval
 from .measurements.registry import MEASUREMENTS
 from .options import add_arguments, from_arguments
 from .places import called, clone
+from .progress import clear
 from .requirements import install, missing, packages_of, require_packages
 from .subjects.models import ModelOptions, load, pick_device
 from .subjects.texts import TooShortError
@@ -157,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         status = args.run(args)
     except (InputError, NotAvailableError) as error:
+        clear()
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
@@ -165,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         goes_on = args.run is run_sweep
         more = "; the same command continues from here" if goes_on else ""
+        clear()
         print(f"stopped{more}", file=sys.stderr)
         raise SystemExit(130) from None
     if status:

@@ -10,13 +10,9 @@ from transformers import DynamicCache, cache_utils
 
 from evals.caches.registry import CacheSpec
 from evals.caches.tensors import tensors_in
-from evals.measurements.perplexity import (
-    PerplexityMeasurement,
-    PerplexityOptions,
-    Reference,
-    SinglePass,
-    compare,
-)
+from evals.measurements.comparison import compare
+from evals.measurements.perplexity import PerplexityMeasurement, PerplexityOptions
+from evals.measurements.reference import Reference, SinglePass
 from evals.probes.chunked import feed
 from evals.probes.integrity import warnings_of, warnings_of_filled
 from evals.subjects.models import LoadedModel, ModelOptions
