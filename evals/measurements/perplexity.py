@@ -57,7 +57,7 @@ class PerplexityMeasurement:
 
     @property
     def longest(self) -> int:
-        """The window in which a cache is probed."""
+        """The window that has the most tokens, or the first of them."""
         return max(range(len(self.ids)), key=lambda i: self.ids[i].shape[1])
 
     def begin(self, spec: CacheSpec) -> PerplexityRun:
@@ -72,7 +72,7 @@ class PerplexityMeasurement:
         """
         run = self.begin(spec)
         for index in steps(range(len(self.windows)), f"{spec.label}: window {{}} of {{}}"):
-            run.read(index)
+            run.read(index, probed=index == self.longest)
         return run.figures()
 
 
@@ -100,11 +100,15 @@ class PerplexityRun:
         """A new, empty cache."""
         return self.of.loaded.new_cache(self.spec)
 
-    def read(self, index: int) -> None:
-        """Read a window; the longest one's cache is probed."""
-        probed = index == self.of.longest and not self.spec.is_baseline
-        name = self.of.windows[index].name
-        self.reading.read(index, self.of.ids[index], name, self._probe if probed else None)
+    def read(self, index: int, probed: bool) -> None:
+        """Read a window.
+
+        Args:
+            index: of the window.
+            probed: whether its cache is probed, unless it is the baseline: one of the longest.
+        """
+        probe = self._probe if probed and not self.spec.is_baseline else None
+        self.reading.read(index, self.of.ids[index], self.of.windows[index].name, probe)
 
     def _probe(self, index: int, cache: Cache, start: int) -> None:
         model, ids, chunk = self.of.loaded.model, self.of.ids[index], self.of.options.chunk

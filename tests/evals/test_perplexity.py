@@ -340,7 +340,8 @@ def test_command(capsys) -> None:
     options = ["--chunk", "64", "--max-tokens", "500", "--window", "250"]
     short = ["--residual-length", "32"]
     three = run(capsys, "--key-bits", "3", "--value-bits", "3", *short, *options)
-    again = run(capsys, "--cache", "k3v3", *short, *options)
+    again = run(capsys, "--cache", "k3v3:residual_length=32", *options)
+    assert again == run(capsys, "--cache", "k3v3:residual_length=64", *short, *options)
     plain = run(capsys, "--cache", "dynamic", *options)
     assert three == again
     assert three["cache"] == "k3v3, window 32"
