@@ -706,6 +706,24 @@ def test_thousands_of_rows(tmp_path) -> None:
     assert page.count("<tr") > 7000
 
 
+def test_wide_tables_and_reasons_wrap_where_there_is_little_room(tmp_path) -> None:
+    """Rows become paragraphs, in which every figure has its head before it."""
+    warned = perplexity("b", 2.5, 0.1, warnings=["the stored codes are not read"])
+    page = report([perplexity("a", 2.0, 0.1), warned, FAILED], tmp_path)[0]
+    parts = dict(re.findall(r'<div class="(wide|reasons)">\s*(.*?)</table>', page, re.S)[::-1])
+    assert FAILED["error"] in parts["reasons"]
+    assert page.count('<div class="reasons">') == 2
+    for head, shown in (("KL mean", "0.100"), ("95% interval", "+0.83% to +2.50%")):
+        assert re.search(
+            rf'<td [^>]*data-head="{head}"[^>]*>{re.escape(shown)}</td>', parts["wide"]
+        )
+    assert 'data-head="cache"' not in page  # texts speak for themselves
+    style = page[: page.index("</style>")]
+    for kind in ("wide", "reasons"):
+        narrow = [x for x in style.split("@media") if "max-width" in x[:20] and f".{kind}" in x]
+        assert any("display: block" in x and "thead" in x for x in narrow), kind
+
+
 def test_what_is_wide_scrolls_by_itself(tmp_path) -> None:
     """On a phone: every table is in a box that scrolls, every plot takes the width there is."""
     page = report([perplexity("a", 2.0, 0.1), needle()], tmp_path)[0]
