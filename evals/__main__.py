@@ -21,6 +21,7 @@ from .lm_eval.__main__ import main as lm_eval
 from .measurements.registry import MEASUREMENTS
 from .options import add_arguments, from_arguments
 from .places import called, clone
+from .progress import clear, say
 from .requirements import install, missing, packages_of, require_packages
 from .subjects.models import ModelOptions, load, pick_device
 from .subjects.texts import TooShortError
@@ -34,7 +35,7 @@ def run_measurement(args: argparse.Namespace) -> int:
     options: Any = from_arguments(measurement.options, args)
     specs = [commands.cache_of(args)]
     if measurement.together:
-        specs = [CacheSpec.of(name) for name in args.beside] + specs
+        specs = [CacheSpec.named(text, "--beside") for text in args.beside] + specs
     model = from_arguments(ModelOptions, args)
     require_packages(args.measurement, packages_of(model, options, *specs))
     loaded = load(model)
@@ -98,10 +99,12 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Say which preset of rotorquant is safe on a model.
+    """Say which preset of rotorquant, or which cache with settings of your own, is safe on a model.
 
-    Without --text or --dataset it reads this project's samples. Exit status: 0 if a preset is safe,
-    1 if none is, 2 for bad input or a missing package, 3 if there is not enough evidence.
+    It reads window after window until every verdict is clear, or the text (or --max-tokens) ends.
+    Without --text or --dataset it reads this project's samples. Exit status: 0 if a cache is safe;
+    1 if none of those measured is; 2 for bad input or a missing package; 3 if there is not enough
+    evidence; 4 if none is safe and one failed or lacks a package.
     """
     for old, new in verify.OLD_FLAGS.items():
         if any(argument.split("=")[0] == old for argument in args.argv):
@@ -111,17 +114,19 @@ def run_verify(args: argparse.Namespace) -> int:
         raise InputError("verify needs a text like yours: --text FILE (the samples are in a clone)")
     text = {} if own_text else {"text": (verify.SAMPLES,)}
     options = from_arguments(verify.VerifyOptions, args, **text)
-    model = from_arguments(ModelOptions, args)
+    specs, model = options.caches(), from_arguments(ModelOptions, args)
     require_packages("verify", packages_of(model, options))
     loaded = load(model)
     found = []
     try:
         for verdict in verify.verdicts(loaded, options):
             found.append(verdict)
-            print(f"{verdict.preset}: {verdict}", file=sys.stderr)
+            basis = f" ({verdict.basis})" if verdict.figures else ""
+            say(f"{verdict.label}: {verdict}{basis}")
     except TooShortError as error:
         print(verify.too_short(error, options))
         return verify.STATUS[verify.NOT_ENOUGH]
+    found = [verdict for spec in specs for verdict in found if verdict.spec == spec]
     print(verify.table(found))
     if not own_text:
         print(
@@ -157,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         status = args.run(args)
     except (InputError, NotAvailableError) as error:
+        clear()
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
@@ -165,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         goes_on = args.run is run_sweep
         more = "; the same command continues from here" if goes_on else ""
+        clear()
         print(f"stopped{more}", file=sys.stderr)
         raise SystemExit(130) from None
     if status:

@@ -10,7 +10,7 @@ import yaml
 
 from rotorquant_hf import PRESETS
 
-from .caches.registry import KINDS, CacheSpec, option_texts
+from .caches.registry import KINDS, CacheSpec, option_texts, split_name
 from .options import add_arguments, flag
 from .subjects.models import ModelOptions
 from .tables import markdown
@@ -29,7 +29,8 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
         "--cache",
         default="rotorquant",
         metavar="NAME",
-        help=f"{names}, or a preset: {', '.join(PRESETS)} (default rotorquant)",
+        help=f"{names}, or a preset: {', '.join(PRESETS)} (default rotorquant); with settings: "
+        "k3v3:residual_length=32,seed=1",
     )
     group.add_argument("--preset", default=argparse.SUPPRESS, help="of rotorquant", metavar="NAME")
     for name, text in option_texts().items():
@@ -54,14 +55,15 @@ def _value(text: str) -> Any:
 
 def cache_of(args: argparse.Namespace) -> CacheSpec:
     """The cache that the arguments name."""
-    options = {
+    name, options = split_name(args.cache, "--cache")
+    options |= {
         name.removeprefix("cache."): value
         for name, value in vars(args).items()
         if name.startswith("cache.")
     }
     if "preset" in args:
         options["preset"] = args.preset
-    return CacheSpec.of(args.cache, options, "--cache")
+    return CacheSpec.of(name, options, "--cache")
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:

@@ -122,6 +122,12 @@ class RotorQuantConfig:
             raise ValueError(f"exact_layers is {layers!r}; pass layer indices such as (0, -1)")
         object.__setattr__(self, "exact_layers", tuple(layers))
 
+    @property
+    def tokens_until_packing(self) -> int:
+        """Tokens of a text until its first ones are quantised, in a layer of full attention."""
+        due = max(self.residual_length + self.block_length, self.statistics_length)
+        return self.num_sink_tokens + due
+
     def num_to_quantise(self, recent: int, wanted: int = 0) -> int:
         """How many of `recent` tokens in full precision are quantised now: whole blocks.
 

@@ -87,6 +87,11 @@ class Kind:
         """A short name for tables and plots. It is part of the ids of recorded rows."""
         return ", ".join([self.name, *self.differences(options)])
 
+    def code(self, options: Any) -> tuple[str, str]:
+        """Python that makes it for a `model`: the line that imports its class, and the call."""
+        name = self.cache_class.__name__
+        return f"from {self.cache_class.__module__} import {name}", f"{name}(config=model.config)"
+
     def period(self, options: Any) -> int:
         """Tokens after which it quantises again while decoding."""
         return 1

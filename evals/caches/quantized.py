@@ -71,6 +71,12 @@ class Quantized(Kind):
         bits = f" {options.nbits} bits" if isinstance(options, QuantoOptions) else ""
         return ", ".join([f"{self.name}{bits}", *self.differences(options, skip=("nbits",))])
 
+    def code(self, options: Any) -> tuple[str, str]:
+        """As `Kind.code`."""
+        given = [f"{name}={value!r}" for name, value in dataclasses.asdict(options).items()]
+        arguments = ", ".join([f'"{self.name}"', "model.config", *given])
+        return "from transformers import QuantizedCache", f"QuantizedCache({arguments})"
+
     def period(self, options: Any) -> int:
         """As `Kind.period`; fp8 quantises every token at once."""
         return getattr(options, "residual_length", 1)

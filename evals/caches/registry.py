@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
 from transformers import Cache, PreTrainedConfig
 
 from rotorquant_hf import PRESETS, RotorQuantConfig
@@ -64,6 +65,16 @@ class CacheSpec:
             raise InputError(f"{where}: {error}") from error
         return cls(name, chosen, label or KINDS[name].label(chosen))
 
+    @classmethod
+    def named(cls, text: str, where: str = "cache") -> CacheSpec:
+        """The cache of a name with settings: `k3v3:residual_length=32,exact_layers=[0]`."""
+        return cls.of(*split_name(text, where), where)
+
+    @property
+    def code(self) -> tuple[str, str]:
+        """Python that makes it for a `model`: the line that imports its class, and the call."""
+        return KINDS[self.kind].code(self.options)
+
     @property
     def is_baseline(self) -> bool:
         """Whether this is the uncompressed cache that others are compared with."""
@@ -110,6 +121,23 @@ class CacheSpec:
             raise NotAvailableError(
                 f"Transformers makes no {self.kind} cache for this model: {error}"
             ) from error
+
+
+def split_name(text: str, where: str) -> tuple[str, dict[str, Any]]:
+    """A name and the settings behind its colon, whose values are YAML.
+
+    Raises:
+        InputError: for settings that are not `OPTION=VALUE,...`.
+    """
+    name, colon, settings = text.partition(":")
+    try:
+        options = yaml.safe_load("{" + settings.replace("=", ": ") + "}")
+    except yaml.YAMLError:
+        options = None
+    bare = [key for key in options or () if f"{key}=" not in settings]
+    if options is None or bare or (colon and not options):
+        raise InputError(f"{where}: {text!r} is not NAME:OPTION=VALUE,OPTION=VALUE,...")
+    return name, options
 
 
 def kind_of(cache: Cache) -> Kind:

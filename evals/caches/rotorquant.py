@@ -60,6 +60,18 @@ class RotorQuant(Kind):
         differences = self.differences(options, skip=("key_bits", "value_bits"))
         return ", ".join([bits if plain else f"{self.name} {bits}", *differences])
 
+    def code(self, options: RotorQuantConfig) -> tuple[str, str]:
+        """As `Kind.code`: the preset that is nearest, and what differs from it."""
+
+        def differing(preset: RotorQuantConfig) -> dict[str, Any]:
+            values = dataclasses.asdict(options)
+            return {name: x for name, x in values.items() if x != getattr(preset, name)}
+
+        name, preset = min(PRESETS.items(), key=lambda item: len(differing(item[1])))
+        given = [f"{field}={value!r}" for field, value in differing(preset).items()]
+        arguments = ", ".join([f'"{name}"', *given, "config=model.config"])
+        return "from rotorquant_hf import RotorQuantCache", f"RotorQuantCache({arguments})"
+
     def period(self, options: RotorQuantConfig) -> int:
         """As `Kind.period`."""
         return options.block_length

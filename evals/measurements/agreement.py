@@ -15,6 +15,7 @@ from ..errors import require
 from ..options import option
 from ..probes.footprint import elements_of
 from ..probes.integrity import NOTHING_COMPRESSED
+from ..progress import steps
 from ..subjects.models import LoadedModel
 from ..subjects.texts import TextOptions, cut
 from .base import Measurement, one_by_one
@@ -84,7 +85,11 @@ class AgreementMeasurement:
         windows, _ = cut(loaded.tokenizer, options.documents(), options, room, min_tokens=1)
         self.prompts = [window.ids.to(loaded.device) for window in windows]
         baseline = CacheSpec.of(BASELINE)
-        self.expected = [self._write(baseline, prompt)[0] for prompt in self.prompts]
+        self.expected = [tokens for tokens, _ in self._write_all(baseline)]
+
+    def _write_all(self, spec: CacheSpec) -> list[tuple[list[int], float]]:
+        shown = steps(self.prompts, f"{spec.label}: prompt {{}} of {{}}")
+        return [self._write(spec, prompt) for prompt in shown]
 
     def _write(self, spec: CacheSpec, prompt: Tensor) -> tuple[list[int], float]:
         """The tokens, and the share of the cache that is quantised in the end."""
@@ -97,7 +102,7 @@ class AgreementMeasurement:
 
     def run(self, spec: CacheSpec) -> dict[str, Any]:
         """The figures of one cache, as plain values."""
-        written = [self._write(spec, prompt) for prompt in self.prompts]
+        written = self._write_all(spec)
         lengths = [
             agreement_length(tokens, expected)
             for (tokens, _), expected in zip(written, self.expected, strict=True)

@@ -16,6 +16,7 @@ from ..probes.chunked import fill
 from ..probes.footprint import footprint, peak_bytes, reachable_bytes
 from ..probes.half_size import half_decoded_footprint, layer_shapes
 from ..probes.integrity import NOTHING_COMPRESSED
+from ..progress import steps
 from ..subjects.models import LoadedModel
 from .base import Measurement, one_by_one
 
@@ -57,15 +58,15 @@ def measure(
     """
     points: list[dict[str, Any]] = []
     failures: list[Failure] = []
-    for batch in options.batch:
-        for context in options.context:
-            place = {"batch": batch, "context": context}
-            try:
-                points.append(place | _point(loaded, spec, batch, context, options, seed))
-            except Exception as error:
-                failures.append(failure_of(error))
-                points.append(place | {"error": failures[-1].reason})
-                raise_if_fatal(failures[-1])
+    places = [(batch, context) for batch in options.batch for context in options.context]
+    for batch, context in steps(places, f"{spec.label}: size {{}} of {{}}"):
+        place = {"batch": batch, "context": context}
+        try:
+            points.append(place | _point(loaded, spec, batch, context, options, seed))
+        except Exception as error:
+            failures.append(failure_of(error))
+            points.append(place | {"error": failures[-1].reason})
+            raise_if_fatal(failures[-1])
     if len(failures) == len(points):
         raise FailedError(failures[0])
     compressed = spec.is_baseline or any(point.get("packed_bits_per_number") for point in points)
@@ -100,10 +101,12 @@ def _point(
         "cache_bytes_16bit": half.total_bytes,
         "bits_per_number_16bit": half.bits_per_number,
         "packed_bits_per_number_16bit": half.packed_bits_per_number,
+        "long_bits_per_number_16bit": half.long_bits_per_number,
         "cache_bytes": counted.total_bytes,
         "reachable_bytes": reachable,
         "bits_per_number": counted.bits_per_number,
         "packed_bits_per_number": counted.packed_bits_per_number,
+        "long_bits_per_number": counted.long_bits_per_number,
         "peak_prefill_bytes": prefill,
         "peak_decode_bytes": decoding,
         "parts": counted.parts,

@@ -23,6 +23,7 @@ from ..errors import require
 from ..options import option
 from ..probes.chunked import feed, read
 from ..probes.footprint import quantised_tokens
+from ..progress import steps
 from ..subjects.models import LoadedModel
 from ..subjects.texts import TextOptions, beginning, encode
 from .base import Measurement, one_by_one
@@ -129,7 +130,8 @@ class NeedleMeasurement:
 
     def _passes(self, spec: CacheSpec) -> list[tuple[bool, bool, bool]]:
         """Of every prompt: the answer was written, was the likeliest, was stored quantised."""
-        return [self._ask(prompt, self.loaded.new_cache(spec)) for prompt in self.prompts]
+        shown = steps(self.prompts, f"{spec.label}: question {{}} of {{}}")
+        return [self._ask(prompt, self.loaded.new_cache(spec)) for prompt in shown]
 
     def _ask(self, prompt: Prompt, cache: Cache) -> tuple[bool, bool, bool]:
         model = self.loaded.model

@@ -15,6 +15,7 @@ from ..options import option
 from ..probes.chunked import fill
 from ..probes.footprint import elements_of
 from ..probes.integrity import NOTHING_COMPRESSED
+from ..progress import steps
 from ..subjects.models import LoadedModel
 from ..timing import Timing, timed
 from .base import Measurement
@@ -52,19 +53,19 @@ def measure(
     found: list[list[dict[str, Any]]] = [[] for _ in specs]
     failures: list[list[Failure]] = [[] for _ in specs]
     compressed = [spec.is_baseline for spec in specs]
-    for batch in options.batch:
-        for context in options.context:
-            prompt = random_prompt(loaded, batch, context, seed)
-            place = {"batch": batch, "context": context}
-            timed = _interleaved(loaded, specs, prompt, options)
-            for i, samples in enumerate(timed):
-                if isinstance(samples, Failure):
-                    raise_if_fatal(samples)
-                    failures[i].append(samples)
-                    found[i].append(place | {"error": samples.reason})
-                else:
-                    compressed[i] |= any(sample.compressed for sample in samples)
-                    found[i].append(place | _point(batch, context, samples, options.new_tokens))
+    places = [(batch, context) for batch in options.batch for context in options.context]
+    for batch, context in steps(places, "size {} of {}"):
+        prompt = random_prompt(loaded, batch, context, seed)
+        place = {"batch": batch, "context": context}
+        timed = _interleaved(loaded, specs, prompt, options)
+        for i, samples in enumerate(timed):
+            if isinstance(samples, Failure):
+                raise_if_fatal(samples)
+                failures[i].append(samples)
+                found[i].append(place | {"error": samples.reason})
+            else:
+                compressed[i] |= any(sample.compressed for sample in samples)
+                found[i].append(place | _point(batch, context, samples, options.new_tokens))
     return [
         failed[0]
         if len(failed) == len(points)
@@ -96,7 +97,7 @@ def _interleaved(
 ) -> list[list[_Sample] | Failure]:
     """Samples of every cache, or why there are none."""
     samples: list[list[_Sample] | Failure] = [[] for _ in specs]
-    for repeat in range(options.repeats + 1):
+    for repeat in steps(range(options.repeats + 1), "round {} of {}"):
         order = range(len(specs)) if repeat % 2 else range(len(specs) - 1, -1, -1)
         for i in order:
             kept = samples[i]

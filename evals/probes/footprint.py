@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from ..caches.base import Elements
 from ..caches.registry import kind_of
@@ -23,11 +24,15 @@ class Footprint:
         parts: the bytes by part; the kind of the cache names them. Each storage counts once.
         elements: that the cache stands for, and those of them that are stored quantised.
         full_bits: of an element in full precision.
+        long_bits_per_number: bits that an element of a long text's next tokens takes: codes and
+            scales, and full precision in layers that are never quantised. Tables, statistics and
+            the recent window do not grow with the text. None if nothing is quantised.
     """
 
     parts: dict[str, int]
     elements: Elements
     full_bits: int
+    long_bits_per_number: float | None
 
     @property
     def total_bytes(self) -> int:
@@ -41,9 +46,10 @@ class Footprint:
 
     @property
     def packed_bits_per_number(self) -> float | None:
-        """The same without the full-precision tokens: the limit for long texts.
+        """The same without the full-precision tokens.
 
-        Scales, statistics, tables and spare capacity are counted. None if nothing is quantised.
+        Scales, statistics, tables and spare capacity are counted, spread over the tokens there
+        are. None if nothing is quantised.
         """
         held, quantised = self.elements
         if not quantised:
@@ -54,7 +60,30 @@ class Footprint:
 def footprint(cache: Cache, dtype: torch.dtype) -> Footprint:
     """Count a cache of a model of some dtype."""
     parts = {name: size for name, size in kind_of(cache).parts(cache).items() if size}
-    return Footprint(parts, elements_of(cache), 8 * dtype.itemsize)
+    full_bits = 8 * dtype.itemsize
+    return Footprint(parts, elements_of(cache), full_bits, _long_bits(cache, full_bits))
+
+
+def _long_bits(cache: Cache, full_bits: int) -> float | None:
+    """As `Footprint.long_bits_per_number`: of the layers that grow, or of all if none does."""
+    kind = kind_of(cache)
+    counts = {id(layer): kind.elements(layer) for layer in cache.layers}
+    if not any(count.quantised for count in counts.values()):
+        return None
+    growing = [
+        layer
+        for layer in cache.layers
+        if (counts[id(layer)].quantised or isinstance(layer, DynamicLayer))
+        and not getattr(layer, "is_sliding", False)
+    ]
+    bits = elements = 0.0
+    for layer in growing or cache.layers:
+        held, quantised = counts[id(layer)]
+        tensors = tensors_in(kind.quantised_states(layer), modules=False)
+        coded = 8 * sum(x.numel() * x.element_size() for x in tensors)
+        bits += held * (coded / quantised if quantised else full_bits)
+        elements += held
+    return bits / elements if elements else None
 
 
 def elements_of(cache: Cache) -> Elements:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from rotorquant_hf.attention.tensor import show_queries
+
 from .chunked import passes, read
 from .footprint import Footprint, footprint
 
@@ -102,5 +104,6 @@ def _filled(
                 ).bfloat16()
                 for dim in (key_dim, value_dim)
             )
-            cache.update(keys, values, layer)
+            visible, _ = cache.update(keys, values, layer)
+            show_queries(visible, keys)  # as attention would: what a cache keeps of them counts
     return footprint(cache, torch.bfloat16)

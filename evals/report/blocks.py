@@ -41,8 +41,9 @@ class Table:
         title, note: above it, and below it.
         bold: the rows, by position, whose texts are bold.
         folded: whether it is hidden under its title at first.
-        kind: "grid" for a small table whose cells are coloured by their values, 0 to 1;
-            "verdicts" for one whose rows phones show as paragraphs.
+        kind: "grid" for a small table whose cells are coloured by their values, 0 to 1; where
+            there is little room, rows are paragraphs of "verdicts" and "reasons", and of "wide"
+            tables paragraphs in which every figure has its head before it.
         texts: by row of `values.index` and column, what is shown instead of the value.
     """
 

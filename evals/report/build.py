@@ -76,12 +76,13 @@ def _problems(table: DataFrame) -> list[Section]:
     missing = missing[table["status"] != "ok"]
     if len(missing):
         title, folded = f"Not measured: {count(len(missing), 'row')}", len(missing) > _MANY
-        found.append(Section(title, [Table(missing, left=5, folded=folded)]))
+        found.append(Section(title, [Table(missing, left=5, folded=folded, kind="reasons")]))
     warned = DataFrame({**whose, "warning": table["warnings"]}).explode("warning").dropna()
     if len(warned):
         said = "The measurements themselves say that these figures may not mean anything:"
         warning = Text(said, "warning")
-        found.append(Section(f"Warnings: {len(warned)}", [warning, Table(warned, left=4)]))
+        sentences = Table(warned, left=4, kind="reasons")
+        found.append(Section(f"Warnings: {len(warned)}", [warning, sentences]))
     return found
 
 
@@ -168,7 +169,7 @@ def _all_rows(table: DataFrame) -> Section:
     shown[["seconds", "finished"]] = table[["seconds", "finished"]]
     formats, folded = {"seconds": lambda x: fixed(x, 1)}, len(shown) > _MANY
     note = "Every option and figure is in rows.csv."
-    return Section("All rows", [Table(shown, formats, 6, note=note, folded=folded)])
+    return Section("All rows", [Table(shown, formats, 6, note=note, folded=folded, kind="wide")])
 
 
 def _summary(result: Mapping[str, Any]) -> str:

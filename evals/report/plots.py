@@ -128,7 +128,7 @@ def intervals(name: str, x_label: str, table: DataFrame) -> str:
 
 
 def _dots(axes: Axes, table: DataFrame) -> None:
-    """Blue what is safe, grey what is not, a cross what is in doubt."""
+    """Blue what is safe, grey what is not, a cross what has warnings."""
     axes.margins(0.08)
     for (safe, doubtful), group in table.groupby(["safe", "doubtful"]):
         color = BAD if doubtful else ACCENT if safe else GREY

@@ -11,7 +11,7 @@ from pandas import DataFrame, Series
 from ..verify import SAFE
 from . import plots
 from .blocks import Plot, Section, Table, Text
-from .frames import figures, points, texts
+from .frames import figures, part, points, texts
 from .text import (
     change,
     clean,
@@ -25,10 +25,11 @@ from .text import (
     times,
     whole,
 )
-from .verdict import DOUBTFUL, interval_of, judge
+from .verdict import interval_of, judge
 
 _MANY = 12  # rows of a table, from which on it is folded under plots
-_BITS, _LONG_BITS = "bits_per_number_16bit", "packed_bits_per_number_16bit"
+_BITS, _LONG_BITS = "bits_per_number_16bit", "long_bits_per_number_16bit"
+_PACKED_BITS = "packed_bits_per_number_16bit"
 
 Column = tuple[str, str, Callable[[Any], str]]
 """Its head, the field, and how a value is shown."""
@@ -62,6 +63,7 @@ _QUALITY: list[Column] = [
     ("bits, long texts", _LONG_BITS, fixed),
     ("KL mean", "kl_mean", significant),
     ("KL p99", "kl_p99", significant),
+    ("KL, code readers", "kl_readers", significant),
     ("top-1", "top1_agreement", lambda x: share(x, 2)),
     ("perplexity", "perplexity", lambda x: fixed(x, 3)),
     ("change", "change", change),
@@ -75,8 +77,12 @@ _QUALITY: list[Column] = [
 def perplexity(found: DataFrame) -> list[Any]:
     """Quality against bits: plots with Pareto fronts, and a table."""
     records: list[Any] = found.to_dict("records")
-    names = {field for _, field, _ in _QUALITY} | {"baseline_perplexity", "delta"}
+    names = {field for _, field, _ in _QUALITY} | {"baseline_perplexity", "delta", _PACKED_BITS}
     table = figures(found, sorted(names - {"cache"}))
+    # Rows recorded without it have what is near.
+    table[_LONG_BITS] = table[_LONG_BITS].fillna(table[_PACKED_BITS])
+    readers = [part(record, "code_readers").get("kl_mean") for record in records]
+    table["kl_readers"] = Series([number(x) for x in readers], dtype=float)
     table["verdict"] = [judge(record).word for record in records]
     table["notes"] = [texts(record.get("notes")) for record in records]
     ends = DataFrame([interval_of(record) or (None, None) for record in records], dtype=float)
@@ -84,7 +90,8 @@ def perplexity(found: DataFrame) -> list[Any]:
     table["change"] = table["delta"] / table["baseline_perplexity"]
     table["interval"] = _between(table["low"], table["high"], change)
     table["safe"] = (table["verdict"] == SAFE) & ~table["baseline"]
-    table["doubtful"] = table["verdict"] == DOUBTFUL
+    warned = [bool(texts(record.get("warnings"))) for record in records]
+    table["doubtful"] = Series(warned, dtype=bool) & (table["compressed_share"] > 0)
     table["verdict"] = table["verdict"].mask(table["baseline"], "uncompressed")
     return panels(table, _quality)
 
@@ -119,13 +126,15 @@ def _quality(table: DataFrame) -> list[Any]:
     shown["mark"] = ["●" if i in fronts[0] else "" for i in shown.index]
     shown["cache"] += shown["doubtful"].map({True: " ⚠", False: ""})
     note = "● on the Pareto front: no other cache here has fewer bits and less divergence. Bold: "
-    note += "safe. Bits: per element in a 16-bit model; of long texts: of quantised tokens alone."
+    note += "safe. Bits: per element in a 16-bit model; of long texts: codes and scales alone."
     for text in dict.fromkeys(text for notes in shown["notes"] for text in notes):
         note += f" {', '.join(shown['cache'][[text in x for x in shown['notes']]])}: {text}."
-    return [*drawn, table_of(shown, _QUALITY, left=4, note=note, bold=list(shown["safe"]))]
+    columns = [x for x in _QUALITY if x[1] != "kl_readers" or shown["kl_readers"].notna().any()]
+    bold = list(shown["safe"])
+    return [*drawn, table_of(shown, columns, left=4, note=note, bold=bold, kind="wide")]
 
 
-_LONG = "As long texts come near to: only what is stored quantised, with scales and tables."
+_LONG = "What long texts come near to: codes and scales alone."
 
 
 def _front_note(others: DataFrame, noise: float) -> str:
@@ -400,8 +409,9 @@ SECTIONS: dict[str, tuple[str, Callable[[DataFrame], list[Any]], str]] = {
         "over the texts (over the windows, if there is one text). Bits: all bytes of the cache, "
         "recent tokens, scales and spare room included, over the key and value elements it stands "
         "for, as in a 16-bit model whatever the model was measured in. Top-1: share of tokens "
-        "whose likeliest successor is the uncompressed cache's. Read quantised: share of the keys "
-        "and values read.",
+        "whose likeliest successor is the uncompressed cache's. Code readers: tokens that read at "
+        "least half of their context quantised; verdicts rest on their figures. Read quantised: "
+        "share of the keys and values read.",
     ),
     "memory": (
         "Memory against context",

@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..environment import Versions
 from ..errors import NotAvailableError
@@ -29,6 +29,7 @@ from ..failures import Failure, failure_of
 from ..measurements.base import Run
 from ..measurements.registry import MEASUREMENTS
 from ..places import called
+from ..progress import task
 from ..requirements import missing, packages_of, require_packages
 from ..subjects.models import LoadedModel, ModelOptions, load, pick_device
 from .plan import Job, Plan, Row, digest
@@ -138,19 +139,20 @@ class _Runner:
         self.prepared: tuple[str, Run | Failure] | None = None
 
     def measure(self, jobs: list[Job], known: dict[str, str]) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        total = sum(len(job.rows) for job in jobs)
-        with tqdm(total=total, unit="row", disable=self.share.rank > 0, file=sys.stderr) as bar:
-            for job in jobs:
-                first = job.rows[0]
-                bar.set_postfix_str(f"{first.measure} {first.cache.label}"[:40])
-                # What is measured side by side is measured again together: rows of two runs
-                # cannot be compared.
-                todo = any(row.id not in known for row in job.rows)
-                for status in self._job(job) if todo else [known[row.id] for row in job.rows]:
-                    counts[status] = counts.get(status, 0) + 1
-                bar.update(len(job.rows))
-        return counts
+        # What is measured side by side is measured again together: rows of two runs cannot be
+        # compared.
+        todo = [job for job in jobs if not known.keys() >= {row.id for row in job.rows}]
+        again = {row.id for job in todo for row in job.rows}
+        statuses = [known[row.id] for job in jobs for row in job.rows if row.id not in again]
+        total, done = sum(len(job.rows) for job in todo), 0
+        with task("sweep", shown=self.share.rank == 0) as shown:
+            for job in todo:
+                rows = len(job.rows)
+                text = f"row {done + 1} of {total}, {job.rows[0].measure}"
+                shown.at(done / total, text, rows / total)
+                statuses += self._job(job)
+                done += rows
+        return dict(Counter(statuses))
 
     def _job(self, job: Job) -> list[str]:
         """Measure the rows of a job and write them; their statuses.

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from evals.measurements.perplexity import SinglePass, compare, single_pass
+from evals.measurements.comparison import compare
+from evals.measurements.reference import SinglePass, single_pass
 from rotorquant_hf import PRESETS, RotorQuantCache
 
 

@@ -19,9 +19,10 @@ from evals.caches.base import Elements, Kind
 from evals.caches.registry import CacheSpec, kind_of
 from evals.errors import InputError
 from evals.measurements.base import Measurement, one_by_one
+from evals.measurements.comparison import compare
 from evals.measurements.memory import MemoryOptions
 from evals.measurements.memory import measure as measure_memory
-from evals.measurements.perplexity import SinglePass, compare
+from evals.measurements.reference import SinglePass
 from evals.measurements.registry import MEASUREMENTS
 from evals.options import option
 from evals.probes.footprint import footprint, quantised_tokens, reachable_bytes

@@ -139,6 +139,16 @@ def test_bad_options_are_named(name, options, says) -> None:
     assert says in str(error.value)
 
 
+def test_names_with_settings() -> None:
+    spec = CacheSpec.named("k3v3:residual_length=32,exact_layers=[0, -1],center_keys=false")
+    options = {"residual_length": 32, "exact_layers": (0, -1), "center_keys": False}
+    assert spec == CacheSpec.of("k3v3", options)
+    assert CacheSpec.named("hqq") == CacheSpec.of("hqq")
+    for bad in ("k3v3:", "k3v3:residual_length", "k3v3:=3", "k3v3:residual_length=[", "k3v3:a=1;b"):
+        with pytest.raises(InputError, match=r"NAME:OPTION=VALUE|unknown option"):
+            CacheSpec.named(bad)
+
+
 def test_a_missing_package_is_named(model, monkeypatch) -> None:
     monkeypatch.setattr("transformers.cache_utils.is_hqq_available", lambda: False)
     with pytest.raises(NotAvailableError, match="hqq is not installed: pip install hqq"):

@@ -9,13 +9,10 @@ import torch
 from transformers import DynamicCache, cache_utils
 
 from evals.caches.registry import CacheSpec
-from evals.measurements.perplexity import (
-    PerplexityMeasurement,
-    PerplexityOptions,
-    Reference,
-    SinglePass,
-    compare,
-)
+from evals.caches.tensors import tensors_in
+from evals.measurements.comparison import compare
+from evals.measurements.perplexity import PerplexityMeasurement, PerplexityOptions
+from evals.measurements.reference import Reference, SinglePass
 from evals.probes.chunked import feed
 from evals.probes.integrity import warnings_of, warnings_of_filled
 from evals.subjects.models import LoadedModel, ModelOptions
@@ -138,6 +135,24 @@ def test_a_change_that_is_not_of_the_codes_is_no_proof(model, sampled) -> None:
     assert "and 12 more)" in warnings  # 16 parts: those of layer 7 too
 
 
+class ReadsTheFirstLayerExactly(RotorQuantCache):
+    """Of the last 23 tokens, as this layer's window has them, copies that nobody sees."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.copies = None
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx:
+            return states
+        new = (key_states, value_states)
+        old = self.copies or tuple(x[:, :, :0] for x in new)
+        kept = tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
+        self.copies = tuple(x[:, :, -23:] for x in kept)
+        return tuple(x[:, :, -states[0].shape[2] :] for x in kept)
+
+
 class ReadAlone(HidesCopies):
     """Reads its codes only where the attention is called alone: in a pass it reads copies."""
 
@@ -196,6 +211,65 @@ def test_layers_that_hide_the_cache_are_judged_by_whole_passes(model, sampled) -
         del attention.forward
         for handle in handles:
             handle.remove()
+
+
+class HidesInTheLastLayer(RotorQuantCache):
+    """Exact copies of the newest tokens of every layer, kept with the last one."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        copies = vars(self.layers[-1]).setdefault("copies", {})
+        new = (key_states, value_states)
+        old = copies.get(layer_idx, tuple(x[:, :, :0] for x in new))
+        kept = tuple(torch.cat(pair, dim=2) for pair in zip(old, new, strict=True))
+        copies[layer_idx] = kept
+        return tuple(x[:, :, -states[0].shape[2] :] for x in kept)
+
+
+def test_what_another_layer_keeps_does_not_pass_for_codes(model, sampled) -> None:
+    """Copies of one layer share the others: a call leaves its tokens there, and the next differs.
+
+    The last layer alone is copied with what it keeps.
+    """
+    warnings = found(
+        model, sampled[:, :300], lambda: HidesInTheLastLayer(config=model.config, **OPTIONS)
+    )
+    assert "stored codes are not read" in warnings
+    assert "and 12 more)" in warnings
+
+
+@pytest.mark.parametrize("name", ["rotorquant", "hqq", "quanto"])
+def test_the_cache_that_is_measured_stays_as_it_is(model, sampled, name) -> None:
+    """Bit by bit, and all that can be reached from it."""
+    spec = CacheSpec.of(name, {"residual_length": 32})
+    cache = spec.make(model.config)
+    feed(model, sampled[:, :292], cache, 64)
+    before = [x.clone() for x in tensors_in(cache)]  # spare capacity may hold NaN
+    make = functools.partial(spec.make, model.config)
+    assert warnings_of_filled(model, sampled[:, :300], 292, cache, make, 64) == []
+    after = list(tensors_in(cache))
+    assert len(after) == len(before) > 8
+    for x, y in zip(after, before, strict=True):
+        assert torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("start", [96, 101, 107, 108, 119])
+def test_chunked_attention_is_not_accused_at_a_boundary(start) -> None:
+    """After 96 tokens the first layer of this Llama 4 reads none of those before."""
+    model = build("llama4")
+    ids = (torch.arange(3, 163) * 7 % 90 + 3).unsqueeze(0)
+
+    def warnings(cls) -> str:
+        def make_cache():
+            return cls(residual_length=8, block_length=4, config=model.config)
+
+        cache = make_cache()
+        feed(model, ids[:, :start], cache, 64)
+        options = (ids, start, cache, make_cache, 64)
+        return "; ".join(warnings_of_filled(model, *options))
+
+    assert "not read" not in warnings(RotorQuantCache)
+    assert "(keys of layer 0, values of layer 0)" in warnings(ReadsTheFirstLayerExactly)
 
 
 class Shared(RotorQuantCache):

@@ -209,7 +209,7 @@ def test_the_length_that_is_foreseen_is_that_which_is_read(lm, caplog):
         model.loglikelihood([request], disable_tqdm=True)
         assert ("too short" in caplog.text) == (model._reads.packed == 0) == (tokens == 37)
         # A window of 8 instead of 16 leaves 28 in full precision.
-        assert ("residual_length=8)" in caplog.text) == (tokens == 37)
+        assert ("residual_length=8,statistics_length=8)" in caplog.text) == (tokens == 37)
     caplog.clear()
     model.loglikelihood([Instance("loglikelihood", {}, (word, word), 0, task_name="t")])
     assert "with num_fewshot." in caplog.text  # sinks and a block alone are longer
@@ -258,7 +258,8 @@ def test_bad_arguments_are_named(model, tokenizer, options, message, loaded):
 
 
 def test_arguments_of_the_command_line():
-    text = f"pretrained={MODEL},key_bits=3,value_bits=2,residual_length=32,statistics_length=0,equalize_keys=0.25"
+    text = f"pretrained={MODEL},key_bits=3,value_bits=2,residual_length=32,statistics_length=0"
+    text += ",equalize_keys=0.25"
     model = RotorQuantLM.create_from_arg_string(
         f"{text},chunk=8,dtype=float32,attn_implementation=eager", {"device": "cpu"}
     )

@@ -16,15 +16,12 @@ from transformers import Cache, DynamicCache
 from evals.__main__ import main
 from evals.caches.registry import CacheSpec
 from evals.errors import InputError
-from evals.measurements.perplexity import (
-    PerplexityMeasurement,
-    PerplexityOptions,
-    Reference,
-    SinglePass,
-    compare,
-    interval,
-    single_pass,
-)
+from evals.measurements.comparison import compare, compared
+from evals.measurements.intervals import interval
+from evals.measurements.perplexity import PerplexityMeasurement, PerplexityOptions
+from evals.measurements.reference import Reference, SinglePass, single_pass
+from evals.probes.chunked import feed
+from evals.probes.footprint import footprint
 from evals.probes.half_size import half_footprint, layer_shapes
 from evals.subjects.models import LoadedModel, ModelOptions
 from evals.subjects.twins import add_key_bias, offset_keys, scale_key_channels
@@ -102,6 +99,119 @@ def test_the_figures_are_those_of_their_definitions(model, sampled) -> None:
     agree = (actual.argmax(-1) == expected.argmax(-1)).double().mean()
     assert result.top1_agreement == pytest.approx(float(agree))
     assert result.bits_per_number == cache.memory().bits_per_number
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 50), (7, 50), (33, 70_000), (5, 300_000)])
+def test_logits_are_compared_a_few_rows_at_a_time_with_the_same_bits(tokens, vocabulary) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, tokens, vocabulary, generator=generator) * 3
+    actual, expected = logits[0], logits[0] + 0.05 * logits[1]
+    for following in (tokens, tokens - 1):  # the last token of a text has no successor
+        target = torch.randint(0, vocabulary, (following,), generator=generator)
+        a, e = (x.double().log_softmax(-1) for x in (actual, expected))
+        kl, agree, losses = compared(actual, expected, target)
+        assert torch.equal(kl, (e.exp() * (e - a)).sum(-1))
+        assert torch.equal(agree, e.argmax(-1) == a.argmax(-1))
+        for found, x in zip(losses, (a, e), strict=True):
+            assert torch.equal(found, -x[:following].gather(-1, target[:, None])[:, 0])
+
+
+def test_tokens_that_read_mostly_codes_are_counted_by_themselves(model, sampled) -> None:
+    """Window 10, blocks of 10, no sinks: a token at place p reads 10 * ((p - 10) // 10) packed."""
+    options = {"residual_length": 10, "block_length": 10, "num_sink_tokens": 0}
+    windows = [sampled[:, :90], sampled[:, 100:150], sampled[:, 160:175]]
+    reads = [
+        [10 * max(0, (p - 10) // 10) / (p + 1) for p in range(ids.shape[1])] for ids in windows
+    ]
+    kl, losses, shares = [], [], []
+    for ids, share in zip(windows, reads, strict=True):
+        cache, logits = RotorQuantCache("k2v2", **options), []
+        with torch.no_grad():
+            for i in range(ids.shape[1]):
+                logits.append(model(ids[:, i : i + 1], past_key_values=cache).logits[0])
+        a, e = (x.double().log_softmax(-1) for x in (torch.cat(logits), single_pass(model, ids)))
+        chosen = torch.tensor(share) >= 0.5
+        kl.append((e.exp() * (e - a)).sum(-1)[chosen])
+        both = torch.stack([-x[:-1].gather(-1, ids[0, 1:, None])[:, 0] for x in (a, e)])
+        losses.append(both[:, chosen[:-1]])
+        shares += [x for x in share if x >= 0.5]
+    assert [len(x) for x in kl] == [60, 20, 0]  # from token 30 on; the last window has none
+    make_cache = partial(RotorQuantCache, "k2v2", **options)
+    result = compare(model, windows, SinglePass(model, windows), make_cache, 25)
+    found = result.code_readers
+    assert found.tokens == 78
+    assert found.kl_mean == pytest.approx(float(torch.cat(kl).mean()), rel=1e-4)
+    assert found.kl_mean > 1.2 * result.kl_mean
+    actual, expected = torch.cat(losses, dim=1).mean(1).exp().tolist()
+    assert found.perplexity == pytest.approx(actual, rel=1e-5)
+    assert found.baseline_perplexity == pytest.approx(expected, rel=1e-5)
+    assert found.compressed_share == pytest.approx(np.mean(shares), rel=1e-9)
+    assert found.kl_mean_ci95[0] < found.kl_mean < found.kl_mean_ci95[1]
+    short = compare(model, windows[2:], SinglePass(model, windows[2:]), make_cache, 25)
+    assert short.code_readers is None
+    assert short.kl_mean_ci95 is None
+
+
+def test_kept_logits_are_forgotten_window_by_window(model, sampled) -> None:
+    windows = [sampled[:, :60], sampled[:, 60:120]]
+    reference = Reference(model, windows)
+    room = reference.room
+    first = reference.logits(0, 0, 60)
+    reference.logits(1, 0, 60)
+    assert torch.equal(reference.logits(0, 0, 60), first)
+    reference.forget(0)
+    assert list(reference.kept) == [(1, 0, 60)]
+    assert reference.room == room - first.nbytes
+    reference.forget(1)
+    assert reference.room == room
+    assert reference.cache is None
+
+
+def test_logits_of_16_bit_models_are_kept_in_16_bits(model, sampled) -> None:
+    half = copy.deepcopy(model).bfloat16()
+    reference = Reference(half, [sampled[:, :60]])
+    found = reference.logits(0, 0, 60)
+    (kept,) = reference.kept.values()
+    assert kept.dtype == torch.bfloat16
+    assert torch.equal(reference.logits(0, 0, 60), found)
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "bits"),
+    [
+        ("k4v4", {}, 4.25),  # codes, and a 16-bit scale for 64
+        ("k3v2", {}, 2.75),
+        ("k3v3", {"exact_layers": (0, -1)}, (2 * 16 + 6 * 3.25) / 8),
+        ("hqq", {}, 4.5),  # a scale and a zero of 16 bits for 64
+        ("quanto", {"nbits": 2}, 2.5),
+        ("dynamic", {}, None),
+    ],
+)
+def test_bits_on_long_texts_do_not_depend_on_the_text(model, name, options, bits) -> None:
+    """Tables, statistics and spare room do not grow with it; layers in full precision do."""
+    spec = CacheSpec.of(name, options)
+    shapes = layer_shapes(model, torch.tensor([[1]]))
+    make_cache = partial(spec.make, model.config)
+    counted = [half_footprint(shapes, make_cache, n, 64, model.device) for n in (300, 700)]
+    assert [x.long_bits_per_number for x in counted] == [bits, bits]
+    packed = [x.packed_bits_per_number for x in counted]
+    if name.startswith("k") and not options:
+        assert packed[0] > packed[1] > bits
+
+
+def test_bits_on_long_texts_are_those_of_the_layers_that_grow() -> None:
+    """Sliding layers hold as much after any text."""
+    from tests.helpers.models import build
+
+    ids = (torch.arange(3, 163) * 7 % 90 + 3).unsqueeze(0)
+    found = {}
+    for name in ("gemma3", "mistral"):  # one full layer of three, none of two
+        other = build(name)
+        cache = RotorQuantCache(residual_length=8, block_length=4, config=other.config)
+        feed(other, ids, cache, 64)
+        found[name] = footprint(cache, torch.bfloat16).long_bits_per_number
+    assert found == {"gemma3": 5, "mistral": 5}  # 4 and a 16-bit scale for 16
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 3 << 20, 1 << 30])
@@ -232,7 +342,8 @@ def test_command(capsys) -> None:
     options = ["--chunk", "64", "--max-tokens", "500", "--window", "250"]
     short = ["--residual-length", "32"]
     three = run(capsys, "--key-bits", "3", "--value-bits", "3", *short, *options)
-    again = run(capsys, "--cache", "k3v3", *short, *options)
+    again = run(capsys, "--cache", "k3v3:residual_length=32", *options)
+    assert again == run(capsys, "--cache", "k3v3:residual_length=64", *short, *options)
     plain = run(capsys, "--cache", "dynamic", *options)
     assert three == again
     assert three["cache"] == "k3v3, window 32"

@@ -76,7 +76,16 @@ def perplexity(label, bits, kl, delta=0.5, interval=(0.25, 0.75), kind="rotorqua
         "documents": ["road.txt"],
         "warnings": more.pop("warnings", []),
     }
-    return row("perplexity", result, label, kind, **more)
+    return row("perplexity", with_intervals(result), label, kind, **more)
+
+
+def with_intervals(result):
+    """The intervals that the figures would have with half a percent of error."""
+    for name in ("kl_mean", "kl_p99", "top1_agreement"):
+        x = result[name]
+        known = isinstance(x, float) and result["delta_ci95"] is not None
+        result[f"{name}_ci95"] = [0.995 * x, 1.005 * x] if known else None
+    return result
 
 
 def memory(label, bytes_of, kind="rotorquant"):
@@ -278,7 +287,7 @@ def test_only_what_is_safe_is_bold(tmp_path) -> None:
 
 def figures(**more):
     found = perplexity("k3v3", 3.0, 0.001, 0.0, (-0.1, 0.1))["result"]
-    return found | {"top1_agreement": 0.99, "compressed_share": 0.9} | more
+    return with_intervals(found | {"top1_agreement": 0.99, "compressed_share": 0.9} | more)
 
 
 @pytest.mark.parametrize(
@@ -287,12 +296,13 @@ def figures(**more):
         ({}, "safe", ""),
         ({"kl_mean": 0.1}, "not safe", "mean KL 0.1"),
         ({"top1_agreement": 0.5}, "not safe", "top-1"),
-        ({"delta": 3.0, "delta_ci95": None}, "not safe", "perplexity rises by 10.00%"),
+        ({"delta": 3.0, "delta_ci95": [2.0, 4.0]}, "not safe", "perplexity rises by 10.00%"),
+        ({"delta": 3.0, "delta_ci95": None}, "not enough evidence", "one window"),
         ({"delta_ci95": [-3.0, 3.0]}, "not enough evidence", "perplexity may rise by 10.00%"),
         ({"delta_ci95": None}, "not enough evidence", "one window"),
         ({"delta_ci95": [math.nan, None]}, "not enough evidence", "one window"),
         ({"compressed_share": 0.01}, "not enough evidence", "1% of what was read"),
-        ({"warnings": ["nothing read"], "kl_mean": 0.1}, "in doubt", "nothing read"),
+        ({"warnings": ["nothing read"], "kl_mean": 0.1}, "not safe", "nothing read"),
         ({"kl_mean": None}, "no verdict", "missing"),
         ({"kl_mean": "0.1"}, "no verdict", "missing"),
         ({"baseline_perplexity": 0.0}, "no verdict", "missing"),
@@ -308,11 +318,34 @@ def test_verdicts_are_those_of_verify() -> None:
     options = verify.VerifyOptions()
     for kl in (0.0, 0.004, 0.0051, 0.1):
         for high in (0.1, 0.29, 0.31):
-            found = figures(kl_mean=kl, kl_p99=kl, delta_ci95=[-0.1, high])
-            asked = verify.Verdict(
-                "k3v3", found, verify.reasons(found, options), verify.missing(found, options)
-            )
-            assert judge(found).word == asked.outcome
+            for readers in (False, True):
+                found = figures(kl_mean=kl, kl_p99=kl, delta_ci95=[-0.1, high])
+                if readers:
+                    found = figures() | {"code_readers": found}
+                asked = verify.Verdict(
+                    "k3v3", found, verify.reasons(found, options), verify.missing(found, options)
+                )
+                assert judge(found).word == asked.outcome
+
+
+def test_rows_that_were_recorded_without_intervals_are_not_called_safe() -> None:
+    old = {name: x for name, x in figures().items() if name == "delta_ci95" or "ci95" not in name}
+    assert judge(old).word == "not enough evidence"
+    assert judge(old).why == "KL and top-1 were recorded without intervals: measure again"
+    assert judge(old | {"kl_mean": 0.1}).word == "not safe"
+
+
+def test_bits_and_figures_of_long_texts(tmp_path) -> None:
+    """Codes and scales alone; of older rows what is near. A column where there is something."""
+    new, old = perplexity("new", 4.34, 0.001), perplexity("old", 4.4, 0.002)
+    page = report([old], tmp_path)[0]
+    assert quality_row(page, "old")["bits, long texts"] == "3.90"
+    assert "KL, code readers" not in quality_row(page, "old")
+    new["result"] |= {"long_bits_per_number_16bit": 4.25, "code_readers": {"kl_mean": 0.003}}
+    page = report([new, old], tmp_path)[0]
+    assert quality_row(page, "new")["bits, long texts"] == "4.25"
+    assert quality_row(page, "new")["KL, code readers"] == "0.00300"
+    assert quality_row(page, "old")["KL, code readers"] == "–"
 
 
 def test_the_first_section_has_what_other_measurements_say(tmp_path) -> None:
@@ -671,6 +704,24 @@ def test_thousands_of_rows(tmp_path) -> None:
     page = report(rows, tmp_path)[0]
     assert time.perf_counter() - begin < 30
     assert page.count("<tr") > 7000
+
+
+def test_wide_tables_and_reasons_wrap_where_there_is_little_room(tmp_path) -> None:
+    """Rows become paragraphs, in which every figure has its head before it."""
+    warned = perplexity("b", 2.5, 0.1, warnings=["the stored codes are not read"])
+    page = report([perplexity("a", 2.0, 0.1), warned, FAILED], tmp_path)[0]
+    parts = dict(re.findall(r'<div class="(wide|reasons)">\s*(.*?)</table>', page, re.S)[::-1])
+    assert FAILED["error"] in parts["reasons"]
+    assert page.count('<div class="reasons">') == 2
+    for head, shown in (("KL mean", "0.100"), ("95% interval", "+0.83% to +2.50%")):
+        assert re.search(
+            rf'<td [^>]*data-head="{head}"[^>]*>{re.escape(shown)}</td>', parts["wide"]
+        )
+    assert 'data-head="cache"' not in page  # texts speak for themselves
+    style = page[: page.index("</style>")]
+    for kind in ("wide", "reasons"):
+        narrow = [x for x in style.split("@media") if "max-width" in x[:20] and f".{kind}" in x]
+        assert any("display: block" in x and "thead" in x for x in narrow), kind
 
 
 def test_what_is_wide_scrolls_by_itself(tmp_path) -> None:

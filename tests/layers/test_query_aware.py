@@ -1,0 +1,237 @@
+"""Layers that quantise when attention has shown its queries, and take statistics from enough."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers import DynamicCache
+
+from rotorquant_hf import RotorQuantCache, RotorQuantConfig
+from rotorquant_hf.attention.registered import rotorquant_attention
+from rotorquant_hf.attention.tensor import CompressedTensor
+from rotorquant_hf.layers import RotorQuantLayer, RotorQuantSlidingLayer
+from tests.helpers.models import build
+
+HEADS, GROUP, D = 2, 3, 32
+SMALL = {"residual_length": 8, "statistics_length": 0, "block_length": 4, "num_sink_tokens": 2}
+AWARE = RotorQuantConfig(key_bits=3, value_bits=3, **SMALL)
+NEAREST = RotorQuantConfig(key_bits=3, value_bits=3, query_aware=False, **SMALL)
+LAYERS = {
+    "full": RotorQuantLayer,
+    "sliding": lambda config: RotorQuantSlidingLayer(config, 40),
+}
+
+
+def states(tokens, seed=0, batch=2):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, HEADS, tokens, D, generator=generator) for _ in range(2))
+
+
+def queries(tokens, seed=0, batch=2):
+    """Queries that look along few directions."""
+    generator = torch.Generator().manual_seed(seed + 50)
+    x = torch.randn(batch, HEADS * GROUP, tokens, D, generator=generator)
+    return x * torch.logspace(0, -2, D)
+
+
+def by_sdpa(query, keys, values):
+    return sdpa(query, keys, values, enable_gqa=True)
+
+
+def by_registered(query, keys, values):
+    module = torch.nn.Module()
+    module.num_key_value_groups = GROUP
+    return rotorquant_attention(module, query, keys, values, None, is_causal=False)[0]
+
+
+def score_error(layer, exact_keys, seed=9):
+    """Mean squared error of the scores of other queries with the packed keys."""
+    first = layer.sinks[0].shape[2]
+    count = len(layer.store)
+    wanted = exact_keys[:, :, first : first + count]
+    error = (layer.store.get_keys() - wanted).repeat_interleave(GROUP, dim=1)
+    return float((queries(200, seed) @ error.mT).square().mean())
+
+
+@pytest.mark.parametrize("attend", [by_sdpa, by_registered])
+def test_keys_are_rounded_for_the_queries_of_their_own_prompt(attend):
+    keys, values = states(80)
+    aware, nearest = RotorQuantLayer(AWARE), RotorQuantLayer(NEAREST)
+    nearest.update(keys, values)
+    seen = aware.update(keys, values)
+    assert aware.waits
+    assert aware.get_seq_length() == 80
+    attend(queries(80), *seen)
+    assert not aware.waits
+    assert len(aware.store) == len(nearest.store) == 68
+    assert score_error(aware, keys) < 0.35 * score_error(nearest, keys)
+    assert torch.equal(aware.store.get_values(), nearest.store.get_values())
+    assert aware.nbytes()["statistics"] - nearest.nbytes()["statistics"] == HEADS * D * D * 4
+
+
+def test_later_blocks_too_and_with_all_queries_seen():
+    keys, values = states(200)
+    aware, nearest = RotorQuantLayer(AWARE), RotorQuantLayer(NEAREST)
+    for start, end in ((0, 40), (40, 41), (41, 100), *((i, i + 1) for i in range(100, 200))):
+        part = keys[:, :, start:end], values[:, :, start:end]
+        nearest.update(*part)
+        by_sdpa(queries(end - start, seed=start), *aware.update(*part))
+    assert aware.moment.count == 2 * GROUP * (40 + 59)  # single tokens' are not looked at
+    assert score_error(aware, keys) < 0.35 * score_error(nearest, keys)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_prompt_is_read_exactly(kind):
+    """What is returned is the plain prompt, whoever reads it, and however often."""
+    keys, values = states(30)
+    layer = LAYERS[kind](AWARE)
+    seen = layer.update(keys, values)
+    assert all(type(x) is CompressedTensor for x in seen)
+    wanted = by_sdpa(queries(30), keys, values)
+    assert torch.equal(by_sdpa(queries(30), *seen), wanted)
+    assert torch.equal(by_sdpa(queries(30), *seen), wanted)  # again, the prompt being packed
+    assert torch.equal(seen[0] * 1, keys)
+    assert "packed=0" in repr(seen[0])
+    repeated = (x[:, :, None].expand(-1, -1, GROUP, -1, -1).reshape(2, -1, 30, D) for x in seen)
+    assert torch.equal(sdpa(queries(30), *repeated), wanted)
+    assert layer.moment.count == 3 * 30 * 2 * GROUP
+
+
+TOUCHES = {
+    "store": lambda x: len(x.store),
+    "sinks": lambda x: x.sinks,
+    "recent": lambda x: x.recent,
+    "keys": lambda x: x.keys,
+    "nbytes": lambda x: x.nbytes(),
+    "numbers": lambda x: x.numbers(),
+    "tokens_until_packing": lambda x: x.tokens_until_packing(),
+    "crop": lambda x: x.crop(0),
+    "batch_repeat_interleave": lambda x: x.batch_repeat_interleave(1),
+    "reorder_cache": lambda x: x.reorder_cache(torch.tensor([0, 1])),
+    "update": lambda x: x.update(*states(1, seed=3)),
+}
+
+
+@pytest.mark.parametrize("touch", TOUCHES)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_without_attention_a_touch_quantises_to_the_nearest(kind, touch):
+    keys, values = states(30)
+    aware, nearest = LAYERS[kind](AWARE), LAYERS[kind](NEAREST)
+    for layer in (aware, nearest):
+        layer.update(keys, values)
+        TOUCHES[touch](layer)
+    assert torch.equal(aware.store.get_keys(), nearest.store.get_keys())
+    assert torch.equal(aware.recent[1], nearest.recent[1])
+    assert aware.get_seq_length() == nearest.get_seq_length()
+    assert aware.get_mask_sizes(1) == nearest.get_mask_sizes(1)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("history", [0, 30])
+def test_vectors_that_cannot_be_coded_are_taken_out_again(kind, history):
+    layer = LAYERS[kind](AWARE)
+    if history:
+        by_sdpa(queries(history), *layer.update(*states(history)))
+    else:
+        by_sdpa(queries(20), *layer.update(*states(20)))
+    before = copy.deepcopy((layer.get_seq_length(), layer.recent, layer.store.state()))
+    keys, values = states(20, seed=1)
+    keys[0, 0, 3] *= 1e30
+    seen = layer.update(keys, values)
+    with pytest.raises(ValueError, match="too large for its scale"):
+        by_sdpa(queries(20, seed=1), *seen)
+    assert layer.get_seq_length() == before[0]
+    assert torch.equal(layer.recent[0], before[1][0])
+    assert all(torch.equal(x, before[2][name]) for name, x in layer.store.state().items())
+    by_sdpa(queries(20, seed=2), *layer.update(*states(20, seed=2)))
+
+
+def test_statistics_come_from_enough_tokens():
+    config = RotorQuantConfig(key_bits=3, value_bits=3, **SMALL | {"statistics_length": 50})
+    layer, keys, values = RotorQuantLayer(config), *states(60)
+    layer.update(keys[:, :, :51], values[:, :, :51])  # sinks included: 49 for statistics
+    assert len(layer.store) == 0
+    assert layer.tokens_until_packing() == 1
+    layer.update(keys[:, :, 51:52], values[:, :, 51:52])
+    assert len(layer.store) == 40  # of 50, but for the recent window and less than a block
+    mean = layer.store.keys.statistics.mean
+    torch.testing.assert_close(mean, keys[:, :, 2:52].mean(dim=2, keepdim=True))
+    for i in range(52, 60):
+        layer.update(keys[:, :, i : i + 1], values[:, :, i : i + 1])
+    assert len(layer.store) == 48
+    assert torch.equal(layer.store.keys.statistics.mean, mean)
+    layer.crop(-60)
+    layer.update(keys[:, :, :30], values[:, :, :30])
+    assert len(layer.store) == 0
+
+
+def test_a_short_sliding_window_does_not_wait_for_more_than_it_holds():
+    config = RotorQuantConfig(**SMALL | {"statistics_length": 500})
+    layer = RotorQuantSlidingLayer(config, 40)
+    layer.update(*states(60))
+    assert len(layer.store) == 28
+    assert layer.get_seq_length() == 60
+
+
+# Through models
+
+
+def prompt(model, length=60, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, model.config.vocab_size - 1, (2, length), generator=generator)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_no_layer_waits_after_its_attention(name):
+    model = build(name)
+    cache = RotorQuantCache(config=model.config, **SMALL)
+    waiting = []
+    settle = RotorQuantCache._settle_others
+
+    def counted(self, index):
+        waiting.extend(x.waits for x in self.layers[:index])
+        settle(self, index)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(RotorQuantCache, "_settle_others", counted)
+        logits = model(prompt(model), past_key_values=cache).logits
+        exact = model(prompt(model), past_key_values=DynamicCache(config=model.config)).logits
+    assert waiting
+    assert not any(waiting)
+    assert not any(layer.waits for layer in cache.layers)
+    assert all(layer.moment is not None for layer in cache.layers)
+    assert torch.equal(logits, exact)
+
+
+def test_attention_that_hides_its_queries_is_told_once():
+    model = build("llama", "eager")
+    cache = RotorQuantCache(config=model.config, **SMALL)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("default")
+        for _ in range(3):
+            model(prompt(model, 20), past_key_values=cache)
+    assert len([x for x in caught if "does not show its queries" in str(x.message)]) == 1
+    plain = RotorQuantCache(config=model.config, query_aware=False, **SMALL)
+    with torch.no_grad():
+        for _ in range(3):
+            model(prompt(model, 20), past_key_values=plain)
+    for ours, theirs in zip(cache.layers, plain.layers, strict=True):
+        assert torch.equal(ours.store.get_keys(), theirs.store.get_keys())
+
+
+def test_saved_with_the_queries_seen(tmp_path):
+    """Blocks coded after loading are those that would have been coded."""
+    model = build("llama")
+    ids = prompt(model, 100)
+    cache = RotorQuantCache(config=model.config, **SMALL)
+    with torch.no_grad():
+        model(ids[:, :60], past_key_values=cache)
+        cache.save(tmp_path / "cache")
+        loaded = RotorQuantCache.load(tmp_path / "cache", config=model.config)
+        logits = [model(ids[:, 60:], past_key_values=x).logits for x in (cache, loaded)]
+    assert torch.equal(*logits)
+    for ours, theirs in zip(cache.layers, loaded.layers, strict=True):
+        assert torch.equal(ours.store.get_keys(), theirs.store.get_keys())
+        assert ours.moment.count == theirs.moment.count

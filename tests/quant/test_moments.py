@@ -1,0 +1,74 @@
+"""Second moments of queries, against their definition in float64."""
+
+import pytest
+import torch
+
+from rotorquant_hf.quant.channels import ChannelStatistics
+from rotorquant_hf.quant.moments import QueryMoment
+
+
+def queries(batch=2, heads=6, n=50, d=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, heads, n, d, generator=generator) @ torch.randn(d, d)
+
+
+def expected(query, heads):
+    batch, query_heads, n, d = query.shape
+    rows = query.double().view(batch, heads, query_heads // heads, n, d)
+    return torch.einsum("bhgnd,bhgne->hde", rows, rows) / (batch * n * query_heads // heads)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6])
+def test_of_queries(heads):
+    query = queries()
+    found = QueryMoment.of(query, heads)
+    assert found.count == 2 * 50 * 6 // heads
+    torch.testing.assert_close(found.mean.double(), expected(query, heads), rtol=1e-5, atol=1e-5)
+
+
+def test_merged_is_that_of_all():
+    parts = queries(n=7), queries(n=90, seed=1), queries(n=2, seed=2)
+    found = QueryMoment.of(parts[0], 3)
+    for part in parts[1:]:
+        found = found.merged(QueryMoment.of(part, 3))
+    whole = QueryMoment.of(torch.cat(parts, dim=2), 3)
+    assert found.count == whole.count
+    torch.testing.assert_close(found.mean, whole.mean, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_and_no_queries():
+    query = queries().bfloat16()
+    found = QueryMoment.of(query, 2)
+    assert found.mean.dtype == torch.float32
+    torch.testing.assert_close(found.mean.double(), expected(query, 2), rtol=1e-5, atol=1e-5)
+    none = QueryMoment.of(query[:, :, :0], 2)
+    assert none.count == 0
+    assert not none.merged(none).mean.any()
+    assert torch.isfinite(none.hessian()).all()
+
+
+def test_few_queries_prefer_no_direction():
+    """One query says little of where others look; a thousand say much."""
+
+    def spread(n):
+        values = torch.linalg.eigvalsh(QueryMoment.of(queries(1, 1, n), 1).hessian()[0])
+        return float(values.max() / values.min())
+
+    assert spread(1) < 20
+    assert spread(1000) > 50 * spread(1)
+
+
+def test_hessian_of_coded_vectors():
+    """q . (x - x_hat) is the same from the vectors as from what is coded of them."""
+    x, query = queries(2, 3, 40), queries(2, 3, 500, seed=3)
+    for power in (0.0, 0.5):
+        statistics = ChannelStatistics.of_block(x, power, center=True)
+        u = statistics.normalize(x)
+        error = torch.randn_like(u)
+        hessian = statistics.hessian(QueryMoment.of(query, 3).mean)
+        found = torch.einsum("bhnd,bhde,bhne->bhn", error, hessian, error)
+        e = statistics.denormalize(u + error) - x
+        mean = QueryMoment.of(query, 3).mean
+        torch.testing.assert_close(
+            found, torch.einsum("bhnd,hde,bhne->bhn", e, mean, e), rtol=1e-3, atol=1e-3
+        )
