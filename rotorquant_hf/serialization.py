@@ -159,6 +159,7 @@ def _entry_of(layer: Any) -> LayerEntry:
     tensors = {f"store.{name}": tensor for name, tensor in layer.store.state().items()}
     for name, pair in (("sinks", layer.sinks), ("window", layer.recent)):
         tensors[f"{name}.keys"], tensors[f"{name}.values"] = pair
+    layer.count_queries()
     if layer.moment is not None:
         tensors["queries.mean"] = layer.moment.mean
         attributes["queries"] = layer.moment.count

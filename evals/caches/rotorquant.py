@@ -33,6 +33,8 @@ class RotorQuant(Kind):
         "equalize_keys": "equalised",
         "equalize_values": "equalised values",
         "center_keys": "centred",
+        "statistics_length": "statistics",
+        "query_aware": "query-aware",
         "rotor_layers": "layers",
         "exact_layers": "exact layers",
     }

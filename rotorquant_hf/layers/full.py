@@ -51,6 +51,7 @@ class RotorQuantLayer(CacheLayerMixin):
         self.is_initialized = False
         self.ring: RingBuffer | None = None
         self.moment: QueryMoment | None = None
+        self._queries: list[Tensor] = []  # of single tokens, not yet in the moment
         self._before: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -153,10 +154,13 @@ class RotorQuantLayer(CacheLayerMixin):
 
         With the queries unknown that will read them, tokens are stored when these are seen.
         """
-        if not self.config.query_aware or n < 2:
+        if not self.config.query_aware:
             self._store_recent(*recent)
             return visible
-        self.recent, self._before = recent, past
+        if n == 1 and not self.config.num_to_quantise(recent[0].shape[2], self._wanted()):
+            self._store_recent(*recent)  # while decoding, there is seldom anything to wait with
+        else:
+            self.recent, self._before = recent, past
         keys, values = (
             x if isinstance(x, CompressedTensor) else CompressedTensor(PlainStates(x))
             for x in visible
@@ -166,12 +170,23 @@ class RotorQuantLayer(CacheLayerMixin):
 
     def see_queries(self, query: Tensor) -> None:
         """Take notice of queries (batch, query heads, n, key dim) that read the keys."""
-        if query.shape[2] < 2 or not self.is_initialized:
+        if not self.is_initialized:
+            return
+        if self._queries and self._queries[-1].shape[:2] != query.shape[:2]:
+            self.count_queries()  # of another layer that shares the keys
+        self._queries.append(query.detach())
+        if self.waits or query.shape[2] > 1:
+            self.count_queries()
+        self.settle()
+
+    def count_queries(self) -> None:
+        """Take the queries seen since the last time into their second moment."""
+        queries, self._queries = self._queries, []
+        if not queries:
             return
         with torch.inference_mode(False), torch.no_grad():
-            seen = QueryMoment.of(query, self._sinks[0].shape[1])
+            seen = QueryMoment.of(torch.cat(queries, dim=2), self._sinks[0].shape[1])
             self.moment = seen if self.moment is None else self.moment.merged(seen)
-        self.settle()
 
     def settle(self) -> None:
         """Store the tokens that wait for their queries, with those seen so far.
@@ -257,6 +272,8 @@ class RotorQuantLayer(CacheLayerMixin):
     def _pack(self, keys: Tensor, values: Tensor) -> int:
         """Quantise the oldest of these tokens that are due into the store; how many these were."""
         count = self.config.num_to_quantise(keys.shape[2], self._wanted())
+        if count:
+            self.count_queries()
         self.store.append_unchecked(
             keys[:, :, :count],
             values[:, :, :count],
@@ -364,6 +381,7 @@ class RotorQuantLayer(CacheLayerMixin):
 
         Until then a pass over several tokens reads the same as passes over one token each.
         """
+        self.settle()
         recent = self.recent_length if self.is_initialized else 0
         config, wanted = self.config, self.config.statistics_length
         if self.is_initialized:
@@ -405,6 +423,7 @@ class RotorQuantLayer(CacheLayerMixin):
         for name in ("_store", "_sinks", "_recent", "dtype", "device"):
             self.__dict__.pop(name, None)
         self.ring = self.moment = self._before = None
+        self._queries = []
         self.is_initialized = False
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -412,6 +431,7 @@ class RotorQuantLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         self.store.map(fn)
+        self._queries = [fn(query) for query in self._queries]
         self.sinks = (fn(self.sinks[0]), fn(self.sinks[1]))
         keys, values = self.recent
         self.recent = (fn(keys), fn(values))
@@ -449,6 +469,7 @@ class RotorQuantLayer(CacheLayerMixin):
         if not self.is_initialized:
             return {}
         self.settle()
+        self.count_queries()
         recent = sum(x.nbytes for x in self._recent)
         if self.ring is not None:
             recent += self.ring.nbytes

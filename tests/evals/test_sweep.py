@@ -57,8 +57,8 @@ def test_rows_hold_all_that_made_them(config, tmp_path, capsys) -> None:
     assert "3 ok" in capsys.readouterr().out
     header, *rows = lines(out)
     assert (header["kind"], header["schema"], header["name"]) == ("sweep", SCHEMA, "small")
-    assert [row["cache"]["label"] for row in rows] == ["dynamic", "k2v2, window 32",
-                                                      "k3v3, window 32"]  # fmt: skip
+    assert [row["cache"]["label"] for row in rows] == ["dynamic", "k2v2, statistics 0, window 32",
+                                                      "k3v3, statistics 0, window 32"]  # fmt: skip
     row = rows[1]
     assert row["status"] == "ok"
     assert row["sweep"] == header["fingerprint"]
@@ -264,7 +264,7 @@ def test_failures_are_recorded_and_the_sweep_goes_on(config, tmp_path, monkeypat
     assert "5 failed, 1 not run, 2 ok" in capsys.readouterr().out
     rows = lines(out)[1:]
     by_label = {(row["measurement"], row["cache"]["label"]): row for row in rows}
-    failed = by_label["perplexity", "k2v2, window 32"]
+    failed = by_label["perplexity", "k2v2, statistics 0, window 32"]
     assert (failed["status"], failed["result"]) == ("failed", None)
     assert failed["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
     absent = by_label["perplexity", "hqq 4 bits"]
@@ -282,7 +282,7 @@ def test_failures_are_recorded_and_the_sweep_goes_on(config, tmp_path, monkeypat
     _, latest = read_results([out])
     assert len(latest) == 8
     statuses = {(row["measurement"], row["cache"]["label"]): row["status"] for row in latest}
-    assert statuses["perplexity", "k2v2, window 32"] == "ok"
+    assert statuses["perplexity", "k2v2, statistics 0, window 32"] == "ok"
     assert statuses["perplexity", "hqq 4 bits"] == "ok"
     assert statuses["memory", "dynamic"] == "failed"
 
@@ -322,7 +322,7 @@ def test_a_reference_is_right_after_a_row_that_failed(config, tmp_path, monkeypa
     with pytest.raises(SystemExit):
         run(path, tmp_path / "failing")
     rows = figures(tmp_path / "failing")
-    assert rows["k2v2, window 32"] is None
+    assert rows["k2v2, statistics 0, window 32"] is None
     expected = figures(tmp_path / "sound")["k4v4"]
     for name in ("kl_mean", "baseline_perplexity"):
         assert rows["k4v4"][name] == pytest.approx(expected[name], rel=1e-3)
