@@ -13,6 +13,7 @@ from rotorquant_hf import PRESETS
 from .caches.registry import KINDS, CacheSpec, option_texts, split_name
 from .options import add_arguments, flag
 from .subjects.models import ModelOptions
+from .sweep.rows import finite
 from .tables import markdown
 
 
@@ -69,7 +70,7 @@ def cache_of(args: argparse.Namespace) -> CacheSpec:
 def show(result: dict[str, Any], as_json: bool) -> None:
     """Print a result: one name and value per line, or all in one line of JSON."""
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(finite(result)))
         return
     for name, value in result.items():
         if name == "points":

@@ -14,6 +14,8 @@ import torch
 
 from evals import commands as commands_
 from evals.__main__ import parser
+from evals.options import from_arguments
+from evals.verify import VerifyOptions
 from rotorquant_hf import RotorQuantCache
 from tests.conftest import ROOT
 from tests.helpers import cuda_graph
@@ -95,7 +97,9 @@ def test_commands_of_the_harness_are_such(argv) -> None:
     args = parser().parse_args(argv)
     if argv[0] == "sweep":
         assert (ROOT / args.config).is_file()
-    if "cache" in args:
+    if argv[0] == "verify":
+        assert from_arguments(VerifyOptions, args).caches()
+    elif "cache" in args:
         commands_.cache_of(args)
 
 

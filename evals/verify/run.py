@@ -6,9 +6,10 @@ most 5% of all texts, whenever one stops: the last look takes half of the 5%, th
 that, and so on (Bonferroni's inequality, with the error spent over the looks as Lan and DeMets do,
 Biometrika 70, 1983).
 
-That is 2.5% for either end. A cache is called safe only if all four upper ends are within their
-limits, so that one which breaks any of them passes in at most 2.5% of all texts; one that lies just
-within all four is refused in at most 10%.
+That is 2.5% for either end, as far as windows are like each other (`intervals.py` says how far). A
+cache is called safe only if all four upper ends are within their limits, so that one which breaks
+any of them passes in at most 2.5% of all texts; one that lies just within all four is refused in at
+most 10%.
 """
 
 from __future__ import annotations
@@ -116,7 +117,9 @@ def verdicts(loaded: LoadedModel, options: VerifyOptions) -> Iterator[Verdict]:
                 continue
             for spec, run in tuple(open_):
                 found = verdict_of(spec, run, levels[count], options)
-                if found.outcome != NOT_ENOUGH or count == len(windows):
+                # More windows of this length would not be read quantised either.
+                short = found.figures["compressed_share"] < options.min_packed
+                if found.outcome != NOT_ENOUGH or short or count == len(windows):
                     open_.remove((spec, run))
                     yield found
 

@@ -368,6 +368,16 @@ def test_command(capsys) -> None:
     assert 3 < three["bits_per_number"] < 32 == plain["bits_per_number"]
 
 
+def test_an_interval_without_an_end_is_null_in_json(capsys) -> None:
+    """Of 100 tokens none tells what the 99th percentile may be; JSON has no infinity."""
+    short = ["--max-tokens", "150", "--window", "50", "--chunk", "16"]
+    found = run(capsys, "--cache", "k2v2:residual_length=16,block_length=8", *short)
+    low, high = found["kl_p99_ci95"]
+    assert low > 0
+    assert high is None
+    assert found["code_readers"]["kl_p99_ci95"][1] is None
+
+
 def test_command_without_json_prints_names_and_values(capsys) -> None:
     main(["perplexity", "--model", str(MODEL), "--text", TEXT, "--max-tokens", "300"])
     lines = capsys.readouterr().out.splitlines()

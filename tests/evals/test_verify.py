@@ -323,6 +323,14 @@ def test_windows_are_read_until_the_verdict_is_clear(loaded) -> None:
     assert by_label["k2v2"].figures["interval_level"] == pytest.approx(1 - 0.05 * 2 / 3)
 
 
+def test_windows_too_short_are_not_read_to_the_end(loaded) -> None:
+    """A quarter is read quantised in each: another window would not change that."""
+    (found,), read = measured(loaded, window=300, max_tokens=4800, presets=("k8v8",))
+    assert found.outcome == verify.NOT_ENOUGH
+    assert "give texts, and a --window, of at least" in found.why
+    assert len(read["k8v8"]) == 4
+
+
 def test_the_uncompressed_cache_reads_every_window_once(loaded, monkeypatch) -> None:
     """For all presets together; and the logits of one window are kept, not of all."""
     from evals.measurements import reference
