@@ -81,13 +81,8 @@ def _problems(table: DataFrame) -> list[Section]:
     if len(warned):
         said = "The measurements themselves say that these figures may not mean anything:"
         warning = Text(said, "warning")
-<<<<<<< HEAD
-        sentences = Table(warned, left=4, kind="reasons")
-        found.append(Section(f"Warnings: {len(warned)}", [warning, sentences]))
-=======
         listed = Table(warned, left=4, kind="reasons")
         found.append(Section(f"Warnings: {len(warned)}", [warning, listed]))
->>>>>>> verify
     return found
 
 
