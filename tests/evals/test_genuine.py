@@ -15,7 +15,7 @@ from evals.measurements.perplexity import PerplexityMeasurement, PerplexityOptio
 from tests.conftest import ROOT
 
 TOKENS = 640
-WINDOW = 32  # recent tokens in full precision: four fifths of what is read is read from codes
+WINDOW = 32  # recent tokens in full precision
 
 
 class Bounds(NamedTuple):
@@ -35,7 +35,7 @@ class Bounds(NamedTuple):
         return [name for name, bound in zip(found, self, strict=True) if not found[name] <= bound]
 
 
-BOUNDS = {"k4v4": Bounds(0.0093, 0.047), "k3v3": Bounds(0.0626, 0.137)}
+BOUNDS = {"k4v4": Bounds(0.0014, 0.0138), "k3v3": Bounds(0.0063, 0.0372)}
 ONE_BIT_LESS = {"k4v4": "k3v3", "k3v3": "k2v2"}
 
 
@@ -62,7 +62,7 @@ def figures_of(genuine):
 def test_presets_keep_their_quality(figures_of, preset) -> None:
     figures = figures_of(preset)
     assert figures["warnings"] == []
-    assert figures["compressed_share"] > 0.8
+    assert figures["compressed_share"] > 0.7
     assert 15 < figures["baseline_perplexity"] < 16  # the weights are the genuine ones
     assert BOUNDS[preset].broken(figures) == []
 
