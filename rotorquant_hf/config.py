@@ -43,15 +43,15 @@ class RotorQuantConfig:
     rotation: str = _help("cascade", "'cascade', 'rotors' (the reference), 'haar' or 'hadamard'")
     rotor_layers: int | None = _help(None, "layers of 'cascade' or 'rotors'; None: their default")
     key_scale: str = _help(
-        "least_squares", "'norm', 'matched', 'least_squares' or 'unbiased': the scale of a key"
+        "matched", "'norm', 'matched', 'least_squares' or 'unbiased': the scale of a key"
     )
     value_scale: str = _help("unbiased", "the same for a value")
     equalize_keys: float = _help(
         0.5, "keys are divided per channel by their rms to this power, 0 to 1, before coding"
     )
-    equalize_values: float = _help(0.5, "the same for values")
+    equalize_values: float = _help(0.0, "the same for values")
     center_keys: bool | str = _help(
-        True,
+        "auto",
         "subtract from keys their channel means: True, False, or 'auto' for the channels that hold "
         "little but a large constant (as key biases make them)",
     )
@@ -63,13 +63,13 @@ class RotorQuantConfig:
     qjl_dim: int | None = _help(None, "projections of 'prod' keys; None: the head dim")
     qjl_projection: str = _help("orthogonal", "rows of the projection: 'orthogonal', 'gaussian'")
     statistics_length: int = _help(
-        256,
+        0,
         "tokens that the channel statistics are taken from at least: nothing is quantised before "
         "(of a sliding window at most its tokens); 0: the first block that is quantised",
         neutral=0,
     )
     query_aware: bool = _help(
-        True,
+        False,
         "round keys for a small error along the queries of the prompt, which attention 'sdpa' and "
         "'rotorquant' show; False: every element to the nearest",
         neutral=False,
@@ -233,10 +233,7 @@ PRESETS: dict[str, RotorQuantConfig] = {
         key_scale="norm",
         value_scale="norm",
         equalize_keys=0.0,
-        equalize_values=0.0,
         center_keys=False,
-        statistics_length=0,
-        query_aware=False,
         num_sink_tokens=0,
     ),
     "turboquant": RotorQuantConfig(
@@ -246,10 +243,7 @@ PRESETS: dict[str, RotorQuantConfig] = {
         key_scale="norm",
         value_scale="norm",
         equalize_keys=0.0,
-        equalize_values=0.0,
         center_keys=False,
-        statistics_length=0,
-        query_aware=False,
         num_sink_tokens=0,
     ),
 }

@@ -432,6 +432,8 @@ class RotorQuantLayer(CacheLayerMixin):
             return
         self.store.map(fn)
         self._queries = [fn(query) for query in self._queries]
+        if self.moment is not None:
+            self.moment = self.moment.map(fn)
         self.sinks = (fn(self.sinks[0]), fn(self.sinks[1]))
         keys, values = self.recent
         self.recent = (fn(keys), fn(values))
@@ -461,8 +463,6 @@ class RotorQuantLayer(CacheLayerMixin):
         if self.is_initialized and self.sinks[0].device != device:
             self._map(lambda x: x.to(device, non_blocking=True))
             self.store.device = device
-            if self.moment is not None:
-                self.moment = self.moment.to(device)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by part."""

@@ -94,7 +94,7 @@ class ChannelStatistics:
         """What e' H e of errors e of vectors x is for those of u: (batch, heads, d, d).
 
         Args:
-            hessian: (heads, d, d).
+            hessian: (batch, heads, d, d).
         """
         scale = self.scale.expand(*self.scale.shape[:3], hessian.shape[-1])
         return scale.mT * hessian * scale

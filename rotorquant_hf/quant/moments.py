@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +13,11 @@ from rotorquant_hf.quant.tiles import token_tiles
 
 @dataclass(frozen=True)
 class QueryMoment:
-    """The mean of q q' over queries, for every kv head.
-
-    The rows of a batch are taken together: the queries of a head look along the same few
-    directions whatever the text is.
+    """The mean of q q' over queries, for every row of a batch and kv head.
 
     Attributes:
-        mean: (heads, d, d) float32.
-        count: queries of a head that it was taken from.
+        mean: (batch, heads, d, d) float32.
+        count: queries of a row and head that it was taken from.
     """
 
     mean: Tensor
@@ -32,13 +30,13 @@ class QueryMoment:
         Query heads are a multiple of `heads`; g k ... g k + g - 1 read kv head k.
         """
         batch, query_heads, n, d = query.shape
-        total = torch.zeros(heads, d, d, device=query.device)
+        total = torch.zeros(batch, heads, d, d, device=query.device)
         grouped = query.detach().unflatten(1, (heads, query_heads // heads))
         with torch.autocast(query.device.type, enabled=False):
             for tile in token_tiles(n, batch * query_heads * d):
-                part = grouped[:, :, :, tile].transpose(0, 1).flatten(1, 3).float()
+                part = grouped[:, :, :, tile].flatten(2, 3).float()
                 total += part.mT @ part
-        count = batch * n * (query_heads // heads)
+        count = n * (query_heads // heads)
         return cls(total / max(count, 1), count)
 
     def merged(self, other: QueryMoment) -> QueryMoment:
@@ -48,18 +46,18 @@ class QueryMoment:
         return QueryMoment(mean, count)
 
     def hessian(self) -> Tensor:
-        """(heads, d, d): the moment, drawn towards no direction at all as queries are few.
+        """(batch, heads, d, d): the moment, drawn towards no direction at all as queries are few.
 
         Of d queries or fewer the directions in which none looked are unknown, not unimportant.
         """
         d = self.mean.shape[-1]
-        level = self.mean.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]
+        level = self.mean.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
         eye = torch.eye(d, device=self.mean.device)
         return self.mean + (d / max(self.count, 1)) * level * eye
 
-    def to(self, device: torch.device) -> QueryMoment:
-        """The same on another device."""
-        return QueryMoment(self.mean.to(device, non_blocking=True), self.count)
+    def map(self, fn: Callable[[Tensor], Tensor]) -> QueryMoment:
+        """The same with `fn` applied to the tensor (a batch selection, a move to a device)."""
+        return QueryMoment(fn(self.mean), self.count)
 
     @property
     def nbytes(self) -> int:

@@ -128,8 +128,8 @@ class RotorQuantKVCache:
             keys, values: as in `append`.
             sample: keys and values that the channel statistics are taken from, if they are not
                 yet; None for those appended.
-            hessian: (heads, d_key, d_key), the second moment of the queries that will read the
-                keys, see `QueryMoment`; None if nothing is known of them.
+            hessian: (batch, heads, d_key, d_key), the second moment of the queries that will
+                read the keys, see `QueryMoment`; None if nothing is known of them.
 
         Raises:
             ValueError: on the CPU, for vectors too large for their scales. The store is then as

@@ -74,7 +74,8 @@ class PackedSide:
         Args:
             x: (batch, heads, tokens, d).
             expected: as in `TokenBuffers.append`.
-            hessian: (heads, d, d), the second moment of the queries that will read the vectors.
+            hessian: (batch, heads, d, d), the second moment of the queries that will read the
+                vectors.
         """
         quantizer, statistics, _ = self.coding()
         if hessian is not None:

@@ -13,7 +13,11 @@ from evals.sweep.rows import read_results
 from evals.sweep.runner import check_out, statuses
 from tests.conftest import ROOT
 
-RESULTS = [path for path in sorted((ROOT / "evals" / "results").iterdir()) if path.is_dir()]
+RESULTS = [
+    path
+    for path in sorted((ROOT / "evals" / "results").iterdir())
+    if (path / "rows.jsonl").is_file()
+]
 
 
 @pytest.fixture(params=RESULTS, ids=lambda path: path.name)

@@ -15,9 +15,11 @@ from rotorquant_hf.layers import RotorQuantLayer, RotorQuantSlidingLayer
 from tests.helpers.models import build
 
 HEADS, GROUP, D = 2, 3, 32
-SMALL = {"residual_length": 8, "statistics_length": 0, "block_length": 4, "num_sink_tokens": 2}
+WINDOW = {"residual_length": 8, "block_length": 4, "num_sink_tokens": 2}
+BETTER = {"center_keys": True, "key_scale": "least_squares", "equalize_values": 0.5}
+SMALL = WINDOW | BETTER | {"query_aware": True}
 AWARE = RotorQuantConfig(key_bits=3, value_bits=3, **SMALL)
-NEAREST = RotorQuantConfig(key_bits=3, value_bits=3, query_aware=False, **SMALL)
+NEAREST = RotorQuantConfig(key_bits=3, value_bits=3, **WINDOW, **BETTER)
 LAYERS = {
     "full": RotorQuantLayer,
     "sliding": lambda config: RotorQuantSlidingLayer(config, 40),
@@ -68,7 +70,7 @@ def test_keys_are_rounded_for_the_queries_of_their_own_prompt(attend):
     assert len(aware.store) == len(nearest.store) == 68
     assert score_error(aware, keys) < 0.35 * score_error(nearest, keys)
     assert torch.equal(aware.store.get_values(), nearest.store.get_values())
-    assert aware.nbytes()["statistics"] - nearest.nbytes()["statistics"] == HEADS * D * D * 4
+    assert aware.nbytes()["statistics"] - nearest.nbytes()["statistics"] == 2 * HEADS * D * D * 4
 
 
 def test_later_blocks_too_and_with_all_queries_seen():
@@ -78,7 +80,7 @@ def test_later_blocks_too_and_with_all_queries_seen():
         part = keys[:, :, start:end], values[:, :, start:end]
         nearest.update(*part)
         by_sdpa(queries(end - start, seed=start), *aware.update(*part))
-    assert aware.moment.count + 2 * GROUP * len(aware._queries) == 2 * GROUP * 200
+    assert aware.moment.count + GROUP * len(aware._queries) == GROUP * 200
     assert score_error(aware, keys) < 0.35 * score_error(nearest, keys)
 
 
@@ -96,7 +98,7 @@ def test_a_prompt_is_read_exactly(kind):
     assert "packed=0" in repr(seen[0])
     repeated = (x[:, :, None].expand(-1, -1, GROUP, -1, -1).reshape(2, -1, 30, D) for x in seen)
     assert torch.equal(sdpa(queries(30), *repeated), wanted)
-    assert layer.moment.count == 3 * 30 * 2 * GROUP
+    assert layer.moment.count == 3 * 30 * GROUP
 
 
 TOUCHES = {
@@ -146,6 +148,18 @@ def test_vectors_that_cannot_be_coded_are_taken_out_again(kind, history):
     assert torch.equal(layer.recent[0], before[1][0])
     assert all(torch.equal(x, before[2][name]) for name, x in layer.store.state().items())
     by_sdpa(queries(20, seed=2), *layer.update(*states(20, seed=2)))
+
+
+def test_rows_do_not_depend_on_each_other():
+    keys, values = states(80)
+    both, alone = RotorQuantLayer(AWARE), RotorQuantLayer(AWARE)
+    by_sdpa(queries(80), *both.update(keys, values))
+    by_sdpa(queries(80)[1:], *alone.update(keys[1:], values[1:]))
+    both.batch_select_indices(torch.tensor([1]))
+    more = [x[1:] for x in states(30, seed=4)]
+    for layer in (both, alone):
+        by_sdpa(queries(30)[1:], *layer.update(*more))
+    torch.testing.assert_close(both.store.get_keys(), alone.store.get_keys())
 
 
 def test_statistics_come_from_enough_tokens():
@@ -213,7 +227,7 @@ def test_attention_that_hides_its_queries_is_told_once():
         for _ in range(3):
             model(prompt(model, 20), past_key_values=cache)
     assert len([x for x in caught if "does not show its queries" in str(x.message)]) == 1
-    plain = RotorQuantCache(config=model.config, query_aware=False, **SMALL)
+    plain = RotorQuantCache(config=model.config, **WINDOW, **BETTER)
     with torch.no_grad():
         for _ in range(3):
             model(prompt(model, 20), past_key_values=plain)
