@@ -100,12 +100,12 @@ def too_short(requests: str, longest: Mapping[str, int], needed: int, spec: Cach
     tasks = ", ".join(f"{task}: {tokens} tokens" for task, tokens in longest.items())
     options, parts, remedy = spec.options, "", _REMEDY
     if isinstance(options, RotorQuantConfig):
-        window = max(options.residual_length, options.statistics_length - options.block_length)
-        parts = (
-            f" (num_sink_tokens {options.num_sink_tokens} + the larger of statistics_length "
-            f"{options.statistics_length} and residual_length {options.residual_length} + "
-            f"block_length {options.block_length})"
-        )
+        window = options.residual_length
+        kept = f"residual_length {window} + block_length {options.block_length}"
+        if options.statistics_length > window + options.block_length:
+            window = options.statistics_length
+            kept = f"statistics_length {window}"
+        parts = f" (num_sink_tokens {options.num_sink_tokens} + {kept})"
         room = min(longest.values()) - (needed - window)  # for a window that codes are read behind
         remedy = _remedy(room // 2) if room > 1 else f"{_LONGER}."
     return (
@@ -117,8 +117,7 @@ def too_short(requests: str, longest: Mapping[str, int], needed: int, spec: Cach
 
 def _remedy(window: int) -> str:
     return (
-        f"{_LONGER}, or the window shorter (such as residual_length={window},"
-        f"statistics_length={window})"
+        f"{_LONGER}, or the window shorter with residual_length (such as residual_length={window})"
     )
 
 
