@@ -36,6 +36,12 @@ def option(
     )
 
 
+def inherited(cls: type, name: str, default: Any) -> Any:
+    """The field `name` of the options class that a class extends, with another default."""
+    (found,) = (field for field in dataclasses.fields(cls) if field.name == name)
+    return dataclasses.field(default=default, metadata=found.metadata)
+
+
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """An instance of an options class from plain values.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..caches.registry import CacheSpec
 from ..errors import require
 from ..measurements.perplexity import PerplexityOptions
-from ..options import option
+from ..options import inherited, option
 
 PRESETS = ("k8v8", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2")
 SAMPLES = "examples/sampled"
@@ -30,14 +30,8 @@ class VerifyOptions(PerplexityOptions):
     """How `verify` measures, and its limits."""
 
     max_tokens: int = option(8192, "tokens to read in all; fewer where they tell", min=2)
-    window: int = option(
-        1024, "tokens of a document, read with a new cache; at most the model's context", min=2
-    )
-    place: str = option(
-        "spread",
-        "'start': the first windows of each text; 'spread': evenly over it",
-        choices=("start", "spread"),
-    )
+    window: int = inherited(PerplexityOptions, "window", 1024)
+    place: str = inherited(PerplexityOptions, "place", "spread")
     presets: tuple[str, ...] | None = option(
         None, f"presets to measure (default: {' '.join(PRESETS)}, or none beside --cache)",
         choices=PRESETS,

@@ -89,7 +89,8 @@ def choose_tiling(
     narrow = half and d <= 128 and block_m < 32
     block_n = (64 if half else 32) if d <= 128 or (half and d <= 256) else 16
     warps = 2 if narrow else 4
-    registers = _REGISTERS if narrow and not signs else None
+    limited = narrow and not signs and torch.version.hip is None  # AMD's compiler takes no limit
+    registers = _REGISTERS if limited else None
     resident = _REGISTERS_PER_PROCESSOR // (32 * warps * (registers or 255))
     # Centroids on their way to the operands, and codes of a step ahead. Of a processor's shared
     # memory a program takes 1 KiB more than its own.
@@ -284,7 +285,7 @@ def _attend_some(
         EXACT_N=tiling.exact_n,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
-        maxnreg=tiling.registers,
+        **({} if tiling.registers is None else {"maxnreg": tiling.registers}),
     )
     logits = None if options.sink_logits is None else options.sink_logits.contiguous()
     combine(sums, stats, values.packed, out, tiling.splits, logits)

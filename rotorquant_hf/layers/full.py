@@ -272,8 +272,9 @@ class RotorQuantLayer(CacheLayerMixin):
     def _pack(self, keys: Tensor, values: Tensor) -> int:
         """Quantise the oldest of these tokens that are due into the store; how many these were."""
         count = self.config.num_to_quantise(keys.shape[2], self._wanted())
-        if count:
-            self.count_queries()
+        if not count:
+            return 0
+        self.count_queries()
         self.store.append_unchecked(
             keys[:, :, :count],
             values[:, :, :count],
