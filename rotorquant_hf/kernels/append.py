@@ -1,11 +1,12 @@
 # mypy: allow-untyped-defs
 """Coding a block of tokens into the store's rows, in one launch for keys and values.
 
-The plain-torch reference is `quantizer.encode(statistics.normalize(x))`. One
+The plain-torch reference is `quantizer.encode(statistics.normalize(x), statistics.hessian)`. One
 program codes 32 tokens of one head (16 of more than 256 channels):
 
     u = (x - mean) / channel scale        y = T u                   in chunks of the channels
     index_j = #{boundaries < y_j / |y|}        s = |y| rule(y / |y|, centroid[index])
+              or of the sweep of `rounding`
     prod: r = y - s centroid[index]            |r|, signs of S r
 
 The columns of y are the d coordinates in the order of the narrowest plane's slots (`packing.py`),
@@ -23,14 +24,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rotorquant_hf.kernels.rounding import CHUNK, TINY, centroids_of, element, head
 from rotorquant_hf.kernels.sizes import pieces
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.packing import plane_bytes, planes
 from rotorquant_hf.quant.quantizer import Quantizer
+from rotorquant_hf.quant.rounding import Feedback
 
-_CHUNK = tl.constexpr(16)  # elements that one step of a matrix product sums
-_TINY = tl.constexpr(2.0**-126)
 _MAX_SCALE = tl.constexpr(65504.0)  # of float16
+_SCRATCH_ELEMENTS = 1 << 23  # for the sweeps of one launch: enough of them to fill a GPU
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,15 @@ class AppendPart:
         out: the store's tensors (batch, heads, capacity, ...) by name, as in `PackedSpan.rows`:
             "codes", "scale" and for `RotorQuantProd` "signs" and "residual_norm". Any strides;
             the rows must exist: the kernel does not look at the capacity.
+        feedback: what query-aware rounding reads of the statistics' Hessian, see
+            `PackedSide.feedback`; None rounds to the nearest.
     """
 
     x: Tensor
     quantizer: Quantizer
     statistics: ChannelStatistics
     out: dict[str, Tensor]
+    feedback: Feedback | None = None
 
 
 def append_block(bounds: Tensor, max_count: int, keys: AppendPart, values: AppendPart) -> None:
@@ -67,9 +72,17 @@ def append_block(bounds: Tensor, max_count: int, keys: AppendPart, values: Appen
         return
     arguments, options = kernel_arguments(bounds, keys, values)
     batch, heads = keys.x.shape[:2]
-    tiles = pieces(max_count, arguments["TOKENS"])
+    tiles = launched = pieces(max_count, arguments["TOKENS"])
+    scratch = None
+    if keys.feedback is not None:
+        elements = batch * heads * arguments["TOKENS"] * _columns(arguments["KEYS"])
+        launched = min(tiles, max(1, _SCRATCH_ELEMENTS // elements))
+        scratch = keys.feedback.factor.new_empty(launched * elements)
     with torch.cuda.device_of(bounds):  # Triton launches on the current device
-        append_kernel[tiles, heads, 2 * batch](**arguments, **options)
+        for first in range(0, tiles, launched):
+            append_kernel[min(launched, tiles - first), heads, 2 * batch](
+                p_scratch=scratch, first_tile=first, **arguments, **options
+            )
 
 
 def kernel_arguments(
@@ -81,12 +94,13 @@ def kernel_arguments(
         "p_bounds": bounds,
         **{f"k_{name}": value for name, value in _arguments(keys).items()},
         **{f"v_{name}": value for name, value in _arguments(values).items()},
-        "KEYS": _shape(keys.quantizer),
-        "VALUES": _shape(values.quantizer),
+        "KEYS": _shape(keys),
+        "VALUES": _shape(values),
         "TOKENS": 32 if d <= 256 else 16,
     }
-    if d <= 256:
-        return arguments, {"num_warps": 4 if d <= 64 else 8, "num_stages": 3}
+    if d <= 256:  # the fastest of those tried on an H100
+        warps = 8 if d > 128 and keys.feedback is not None else 4
+        return arguments, {"num_warps": warps, "num_stages": 3}
     return arguments, {"num_warps": 16, "num_stages": 2}
 
 
@@ -95,6 +109,7 @@ class _Shape(NamedTuple):
 
     Attributes:
         d, bits, rule: of stage 1. projections: m, or 0 without a stage 2.
+        rank: of the Hessian, 0 without.
         width: of the narrowest plane. slot: its bytes; 8 / width slots of as many elements make d.
         pad: columns of a slot, a power of two.
     """
@@ -103,17 +118,23 @@ class _Shape(NamedTuple):
     bits: int
     rule: str
     projections: int
+    rank: int
     width: int
     slot: int
     pad: int
 
 
-def _shape(quantizer: Quantizer) -> _Shape:
-    mse, d = quantizer.stage_one, quantizer.d
+def _shape(part: AppendPart) -> _Shape:
+    mse, d = part.quantizer.stage_one, part.quantizer.d
     width = planes(mse.bits)[-1]
     slot = plane_bytes(d, width)
     pad = max(triton.next_power_of_2(slot), 2 * width)  # 16 columns at least
-    return _Shape(d, mse.bits, mse.scale, quantizer.num_signs, width, slot, pad)
+    rank = 0 if part.feedback is None else part.feedback.factor.shape[-1]
+    return _Shape(d, mse.bits, mse.scale, part.quantizer.num_signs, rank, width, slot, pad)
+
+
+def _columns(shape: _Shape) -> int:
+    return 8 // shape.width * shape.pad
 
 
 def _arguments(part: AppendPart) -> dict[str, Any]:
@@ -126,6 +147,7 @@ def _arguments(part: AppendPart) -> dict[str, Any]:
         "mean": _strided(part.statistics.mean),
         "rotation": _strided(mse.rotation.matrix()),
         "codebook": (mse.boundaries, mse.centroids),
+        **_feedback(part.feedback),
         "projection": _strided(part.quantizer.sign_matrix),
         "codes": _strided(out["codes"]),
         "scale": _strided(out["scale"]),
@@ -134,20 +156,33 @@ def _arguments(part: AppendPart) -> dict[str, Any]:
     }
 
 
+def _feedback(feedback: Feedback | None) -> dict[str, tuple | None]:
+    parts = (None, None, None) if feedback is None else feedback
+    return dict(zip(Feedback._fields, map(_strided, parts), strict=True))
+
+
 # Triton 3.6 loses the constants in tuples of tuples: one level only.
 def _strided(tensor: Tensor | None) -> tuple | None:
     return None if tensor is None else (tensor, *tensor.stride())
 
 
-@triton.jit(do_not_specialize=("k_slots", "v_slots"), do_not_specialize_on_alignment=("p_bounds",))
+@triton.jit(
+    do_not_specialize=("k_slots", "v_slots", "first_tile"),
+    do_not_specialize_on_alignment=("p_bounds",),
+)
 def append_kernel(
     p_bounds,
+    p_scratch,
+    first_tile,
     k_x,
     k_slots,
     k_channel_scale,
     k_mean,
     k_rotation,
     k_codebook,
+    k_factor,
+    k_gains,
+    k_level,
     k_projection,
     k_codes,
     k_scale,
@@ -159,6 +194,9 @@ def append_kernel(
     v_mean,
     v_rotation,
     v_codebook,
+    v_factor,
+    v_gains,
+    v_level,
     v_projection,
     v_codes,
     v_scale,
@@ -170,7 +208,8 @@ def append_kernel(
 ):
     """Grid (tiles of tokens, heads, 2 batch): the keys and the values of row b, side by side."""
     # One grid for both sides, so that a step launches once; program z is side z % 2 of row z // 2.
-    i_tile, i_h, i_z = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    i_tile, i_h = first_tile + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_z = tl.program_id(2)
     begin, count, row = tl.load(p_bounds), tl.load(p_bounds + 1), tl.load(p_bounds + 2)
     if i_tile * TOKENS >= count:  # the grid is sized for the largest count
         return
@@ -178,14 +217,22 @@ def append_kernel(
     o_i = i_tile * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
     m_i = o_i < count
     o_row = (row + o_i).to(tl.int64)
+    scratch = None
     if i_z % 2 == 0:
+        if KEYS.rank > 0:
+            i_program = (i_b * tl.num_programs(1) + i_h) * tl.num_programs(0) + tl.program_id(0)
+            scratch = p_scratch + i_program * (TOKENS * (8 // KEYS.width * KEYS.pad))
         _append(
+            scratch,
             k_x,
             k_slots,
             k_channel_scale,
             k_mean,
             k_rotation,
             k_codebook,
+            k_factor,
+            k_gains,
+            k_level,
             k_projection,
             k_codes,
             k_scale,
@@ -200,12 +247,16 @@ def append_kernel(
         )
     else:
         _append(
+            None,
             v_x,
             v_slots,
             v_channel_scale,
             v_mean,
             v_rotation,
             v_codebook,
+            v_factor,
+            v_gains,
+            v_level,
             v_projection,
             v_codes,
             v_scale,
@@ -222,12 +273,16 @@ def append_kernel(
 
 @triton.jit
 def _append(
+    scratch,
     x,
     slots,
     channel_scale,
     mean,
     rotation,
     codebook,
+    factor,
+    gains,
+    level,
     projection,
     codes,
     scale,
@@ -243,7 +298,9 @@ def _append(
     """Code the tokens `o_x`, counted from slot 0 and beyond the last, into the rows `o_row`."""
     o_x = (o_x % slots).to(tl.int64)  # a ring's block may wrap around
     b_y = _rotate(x, channel_scale, mean, rotation, i_b, i_h, o_x, m_i, SHAPE)
-    b_r, b_peak = _code(b_y, codebook, codes, scale, i_b, i_h, o_row, m_i, SHAPE)
+    b_r, b_peak = _code(
+        b_y, scratch, codebook, factor, gains, level, codes, scale, i_b, i_h, o_row, m_i, SHAPE
+    )
     if SHAPE.projections > 0:
         _project(b_r, b_peak, projection, signs, residual_norm, i_b, i_h, o_row, m_i, SHAPE)
 
@@ -254,84 +311,65 @@ def _rotate(x, channel_scale, mean, rotation, i_b, i_h, o_x, m_i, SHAPE: tl.cons
     D: tl.constexpr = SHAPE.d
     o_n = tl.arange(0, 8 // SHAPE.width * SHAPE.pad)
     m_n = o_n % SHAPE.pad < SHAPE.slot
-    p_x = _head(x, i_b, i_h) + o_x[:, None] * x[3]
-    p_w = _head(channel_scale, i_b, i_h)
-    p_t = rotation[0] + _element(o_n, SHAPE)[None, :] * rotation[1]
+    p_x = head(x, i_b, i_h) + o_x[:, None] * x[3]
+    p_w = head(channel_scale, i_b, i_h)
+    p_t = rotation[0] + element(o_n, SHAPE)[None, :] * rotation[1]
     b_y = tl.zeros((o_x.shape[0], o_n.shape[0]), tl.float32)  # [TOKENS, columns]
-    for k in range(0, D, _CHUNK):
-        o_k = k + tl.arange(0, _CHUNK)
+    for k in range(0, D, CHUNK):
+        o_k = k + tl.arange(0, CHUNK)
         m_k = o_k < D
         m_u = m_i[:, None] & m_k[None, :]
-        b_u = tl.load(p_x + o_k[None, :] * x[4], m_u, 0.0).to(tl.float32)  # [TOKENS, _CHUNK]
+        b_u = tl.load(p_x + o_k[None, :] * x[4], m_u, 0.0).to(tl.float32)  # [TOKENS, CHUNK]
         if mean is not None:
-            b_u -= tl.load(_head(mean, i_b, i_h) + o_k * mean[4], m_k, 0.0)[None, :]
+            b_u -= tl.load(head(mean, i_b, i_h) + o_k * mean[4], m_k, 0.0)[None, :]
         b_u *= (1.0 / tl.load(p_w + o_k * channel_scale[4], m_k, 1.0))[None, :]
         # Columns that only fill up a slot are zero: they add nothing to the norm of y.
         m_t = m_k[:, None] & m_n[None, :]
-        b_t = tl.load(p_t + o_k[:, None] * rotation[2], m_t, 0.0)  # [_CHUNK, columns]
+        b_t = tl.load(p_t + o_k[:, None] * rotation[2], m_t, 0.0)  # [CHUNK, columns]
         # Three products in tf32 make nearly float32, on tensor cores.
         b_y = tl.dot(b_u, b_t, b_y, input_precision="tf32x3")
     return b_y
 
 
 @triton.jit
-def _code(b_y, codebook, codes, scale, i_b, i_h, o_row, m_i, SHAPE: tl.constexpr):
+def _code(
+    b_y,
+    scratch,
+    codebook,
+    factor,
+    gains,
+    level,
+    codes,
+    scale,
+    i_b,
+    i_h,
+    o_row,
+    m_i,
+    SHAPE: tl.constexpr,
+):
     """Store codes and scales of y (tokens, columns).
 
     Returns (y - y_hat) / peak and peak (tokens,), the largest coordinate of y.
     """
     BITS: tl.constexpr = SHAPE.bits
-    RULE: tl.constexpr = SHAPE.rule
     # Taken out first: squares of 1e-30 or 1e30 leave float32.
-    b_peak = tl.maximum(tl.max(tl.abs(b_y), axis=1), _TINY)
+    b_peak = tl.maximum(tl.max(tl.abs(b_y), axis=1), TINY)
     b_y *= (1.0 / b_peak)[:, None]
     b_norm = tl.sqrt(tl.sum(b_y * b_y, axis=1))
     b_unit = b_y * (1.0 / tl.maximum(b_norm, 1.0))[:, None]  # the norm is 1 or more, or y = 0
 
-    b_index, b_c = _nearest(b_unit, codebook[0], codebook[1], BITS)
-    o_n = tl.arange(0, b_y.shape[1])
-    # They have a centroid nevertheless, which must not enter the scale.
-    b_c = tl.where((o_n % SHAPE.pad < SHAPE.slot)[None, :], b_c, 0.0)
-    b_scale = b_norm * _scale_of_unit(b_unit, b_c, RULE) * b_peak
+    b_index, b_c, b_scale = centroids_of(
+        b_unit, scratch, codebook, factor, gains, level, i_b, i_h, SHAPE
+    )
+    b_scale = b_norm * b_scale * b_peak
     b_scale = tl.where(b_scale > _MAX_SCALE, _MAX_SCALE, b_scale).to(tl.float16)
-    tl.store(_head(scale, i_b, i_h) + o_row * scale[3], b_scale, m_i)
+    tl.store(head(scale, i_b, i_h) + o_row * scale[3], b_scale, m_i)
 
-    p_codes = _head(codes, i_b, i_h) + o_row[:, None] * codes[3]
+    p_codes = head(codes, i_b, i_h) + o_row[:, None] * codes[3]
     for i in tl.static_range(4):  # planes of 8, 4, 2 and 1 bits
         if BITS & (8 >> i):
             _store_plane(p_codes, codes[4], b_index, m_i, 8 >> i, SHAPE)
     return b_y - b_c * (b_scale.to(tl.float32) / b_peak)[:, None], b_peak
-
-
-@triton.jit
-def _nearest(b_unit, p_boundaries, p_centroids, BITS: tl.constexpr):
-    """How many boundaries lie below each coordinate, and the centroid of that index."""
-    b_index = tl.zeros(b_unit.shape, tl.int32)
-    if BITS <= 4:  # from registers: gathers go through shared memory
-        b_c = tl.zeros(b_unit.shape, tl.float32) + tl.load(p_centroids)
-        for i in tl.static_range(1, 2**BITS):
-            m_above = b_unit > tl.load(p_boundaries + i - 1)
-            b_index = tl.where(m_above, i, b_index)
-            b_c = tl.where(m_above, tl.load(p_centroids + i), b_c)
-    else:  # binary search: a boundary per bit
-        for i in tl.static_range(BITS):
-            b_upper = b_index + (1 << (BITS - 1 - i))
-            b_index = tl.where(b_unit > tl.load(p_boundaries + b_upper - 1), b_upper, b_index)
-        b_c = tl.load(p_centroids + b_index)
-    return b_index, b_c
-
-
-@triton.jit
-def _scale_of_unit(b_unit, b_c, RULE: tl.constexpr):
-    """The scale (tokens,) of rotated unit vectors with their centroids, as in `quant/mse.py`."""
-    if RULE == "norm":
-        return tl.full((b_unit.shape[0],), 1.0, tl.float32)
-    elif RULE == "matched":
-        return 1.0 / tl.sqrt(tl.sum(b_c * b_c, axis=1))
-    elif RULE == "least_squares":
-        return tl.sum(b_unit * b_c, axis=1) / tl.sum(b_c * b_c, axis=1)
-    else:
-        return 1.0 / tl.maximum(tl.sum(b_unit * b_c, axis=1), _TINY)
 
 
 @triton.jit
@@ -340,7 +378,7 @@ def _store_plane(p_codes, stride, b_index, m_i, WIDTH: tl.constexpr, SHAPE: tl.c
     SHIFT: tl.constexpr = SHAPE.bits // (2 * WIDTH) * (2 * WIDTH)  # the planes before
     b_byte = _pack((b_index >> SHIFT) & ((1 << WIDTH) - 1), WIDTH)
     o_n = tl.arange(0, b_byte.shape[1])
-    o_byte = SHAPE.d * SHIFT // 8 + _element(o_n, SHAPE)
+    o_byte = SHAPE.d * SHIFT // 8 + element(o_n, SHAPE)
     m_byte = m_i[:, None] & (o_n % SHAPE.pad < SHAPE.slot)[None, :]
     tl.store(p_codes + o_byte[None, :] * stride, b_byte, m_byte)
 
@@ -354,12 +392,12 @@ def _project(b_r, b_peak, projection, signs, norm, i_b, i_h, o_row, m_i, SHAPE: 
     M: tl.constexpr = SHAPE.projections
     SIZE: tl.constexpr = (M + 7) // 8
     BYTES: tl.constexpr = max(2, min(triton.next_power_of_2(SIZE), b_r.shape[1] // 8))
-    CHUNKS: tl.constexpr = b_r.shape[1] // _CHUNK
+    CHUNKS: tl.constexpr = b_r.shape[1] // CHUNK
     b_norm = tl.sqrt(tl.sum(b_r * b_r, axis=1)) * b_peak
-    tl.store(_head(norm, i_b, i_h) + o_row * norm[3], b_norm.to(tl.float16), m_i)
+    tl.store(head(norm, i_b, i_h) + o_row * norm[3], b_norm.to(tl.float16), m_i)
 
-    p_signs = _head(signs, i_b, i_h) + o_row[:, None] * signs[3]
-    b_chunks = tl.reshape(b_r, (b_r.shape[0], CHUNKS, _CHUNK))
+    p_signs = head(signs, i_b, i_h) + o_row[:, None] * signs[3]
+    b_chunks = tl.reshape(b_r, (b_r.shape[0], CHUNKS, CHUNK))
     o_chunk = tl.arange(0, CHUNKS)[None, :, None]
     o_m = tl.arange(0, 8 * BYTES)
     for j in range(0, SIZE, BYTES):
@@ -368,10 +406,10 @@ def _project(b_r, b_peak, projection, signs, norm, i_b, i_h, o_row, m_i, SHAPE: 
         m_m = (o_byte < SIZE) & (o_s < M)
         b_dot = tl.zeros((b_r.shape[0], 8 * BYTES), tl.float32)
         for i in range(CHUNKS):
-            # Columns [i _CHUNK, (i + 1) _CHUNK) of the residual; a sum, as Triton has no slices.
-            b_chunk = tl.sum(tl.where(o_chunk == i, b_chunks, 0.0), axis=1)  # [TOKENS, _CHUNK]
-            o_n = i * _CHUNK + tl.arange(0, _CHUNK)
-            p_s = projection[0] + _element(o_n, SHAPE)[:, None] * projection[2]
+            # Columns [i CHUNK, (i + 1) CHUNK) of the residual; a sum, as Triton has no slices.
+            b_chunk = tl.sum(tl.where(o_chunk == i, b_chunks, 0.0), axis=1)  # [TOKENS, CHUNK]
+            o_n = i * CHUNK + tl.arange(0, CHUNK)
+            p_s = projection[0] + element(o_n, SHAPE)[:, None] * projection[2]
             m_s = (o_n % SHAPE.pad < SHAPE.slot)[:, None] & m_m[None, :]
             b_s = tl.load(p_s + o_s[None, :] * projection[1], m_s, 0.0)
             b_dot = tl.dot(b_chunk, b_s, b_dot, input_precision="tf32x3")
@@ -387,15 +425,3 @@ def _pack(b_field, WIDTH: tl.constexpr):
     b_slots = tl.reshape(b_field, (b_field.shape[0], SLOTS, b_field.shape[1] // SLOTS))
     o_shift = tl.arange(0, SLOTS) * WIDTH
     return tl.sum(b_slots << o_shift[None, :, None], axis=1).to(tl.uint8)
-
-
-@triton.jit
-def _head(tensor, i_b, i_h):
-    """Pointer to one head of a (pointer, *strides) of (batch, heads, ...)."""
-    return tensor[0] + i_b * tensor[1] + i_h * tensor[2]
-
-
-@triton.jit
-def _element(o_n, SHAPE: tl.constexpr):
-    """The element in each column; a neighbour's in the columns that only fill up a slot."""
-    return o_n // SHAPE.pad * SHAPE.slot + o_n % SHAPE.pad

@@ -11,9 +11,11 @@ During `update`, attention reads past tokens as stored and new tokens unquantise
 attention is exact, and with one new token at a time every query reads at least the last
 `residual_length` tokens in full precision.
 
-With `query_aware` a pass over several tokens quantises nothing by itself: the layer waits for the
-queries that attention is about to read them with (`see_queries`), and quantises then. Where
-attention does not show them, whatever next touches the layer makes it quantise without.
+The first block quantised fixes the channel statistics. With `query_aware` these take in the queries
+seen so far, and the pass that brings the block does not quantise it by itself: the layer waits for
+the queries that attention is about to read it with (`see_queries`), and quantises then. Where
+attention does not show them, whatever next touches the layer makes it quantise without. Afterwards
+no queries are looked at any more, and nothing waits.
 """
 
 from __future__ import annotations
@@ -152,15 +154,15 @@ class RotorQuantLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Store `recent`, the full-precision tokens `past` and n new ones; what attention reads.
 
-        With the queries unknown that will read them, tokens are stored when these are seen.
+        Until the channel statistics are fixed, tokens are stored when the queries have been seen.
         """
-        if not self.config.query_aware:
+        if not self.config.query_aware or self._store.has_statistics:
             self._store_recent(*recent)
             return visible
-        if n == 1 and not self.config.num_to_quantise(recent[0].shape[2], self._wanted()):
-            self._store_recent(*recent)  # while decoding, there is seldom anything to wait with
-        else:
+        if self.config.num_to_quantise(recent[0].shape[2], self._wanted()):
             self.recent, self._before = recent, past
+        else:
+            self._store_recent(*recent)
         keys, values = (
             x if isinstance(x, CompressedTensor) else CompressedTensor(PlainStates(x))
             for x in visible
@@ -170,14 +172,19 @@ class RotorQuantLayer(CacheLayerMixin):
 
     def see_queries(self, query: Tensor) -> None:
         """Take notice of queries (batch, query heads, n, key dim) that read the keys."""
-        if not self.is_initialized:
+        if not self.is_initialized or self._store.has_statistics:
             return
-        if self._queries and self._queries[-1].shape[:2] != query.shape[:2]:
-            self.count_queries()  # of another layer that shares the keys
-        self._queries.append(query.detach())
-        if self.waits or query.shape[2] > 1:
-            self.count_queries()
-        self.settle()
+        before = self.moment, list(self._queries)
+        try:
+            if self._queries and self._queries[-1].shape[:2] != query.shape[:2]:
+                self.count_queries()  # of another layer that shares the keys
+            self._queries.append(query.detach())
+            if query.shape[2] > 1:
+                self.count_queries()
+            self.settle()
+        except BaseException:
+            self.moment, self._queries = before
+            raise
 
     def count_queries(self) -> None:
         """Take the queries seen since the last time into their second moment."""
@@ -279,13 +286,14 @@ class RotorQuantLayer(CacheLayerMixin):
             keys[:, :, :count],
             values[:, :, :count],
             (keys, values) if self.config.statistics_length else None,
-            None if self.moment is None else self.moment.hessian(),
+            None if self.moment is None else self.moment.shrunk(),
         )
+        self.moment = None
         return count
 
     def _wanted(self) -> int:
         """Full-precision tokens that there must be before any is quantised."""
-        return 0 if len(self.store) else self.config.statistics_length
+        return 0 if self.store.has_statistics else self.config.statistics_length
 
     def _states(
         self, sinks: tuple[Tensor, Tensor], recent: tuple[Tensor, Tensor], skip: int = 0

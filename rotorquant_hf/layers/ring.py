@@ -57,6 +57,7 @@ class RingBuffer:
         with torch.inference_mode(False), torch.no_grad():  # also written to outside of it
             self.rings = (_ring(recent[0], slots), _ring(recent[1], slots))
             self.lengths = torch.zeros(STATE, dtype=torch.int32, device=recent[0].device)
+            self._feedback = store.keys.feedback()
         self._on_device: tuple[int, ...] | None = None  # lengths there; None: not known
         self.clock = Clock()
         self.captured = False
@@ -92,7 +93,7 @@ class RingBuffer:
                 append_block(
                     self.lengths[FLUSH],
                     config.block_length,
-                    AppendPart(self.rings[0], *store.keys.coding()),
+                    AppendPart(self.rings[0], *store.keys.coding(), self._feedback),
                     AppendPart(self.rings[1], *store.values.coding()),
                 )
             self._flush()
@@ -179,8 +180,9 @@ class RingBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of rings and lengths."""
-        return self.rings[0].nbytes + self.rings[1].nbytes + self.lengths.nbytes
+        """Bytes of rings, lengths, and what the kernel rounds by."""
+        held = (*self.rings, self.lengths, *(self._feedback or ()))
+        return sum(x.nbytes for x in held)
 
 
 def _ring(recent: Tensor, slots: int) -> Tensor:

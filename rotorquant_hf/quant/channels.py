@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rotorquant_hf.quant.tiles import token_tiles
+from rotorquant_hf.quant.hessian import LowRankHessian
+from rotorquant_hf.quant.tiles import sampled, token_tiles
+
+_SAMPLE = 2048  # tokens
 
 # A channel's rms counts as at least this share of the head's: a channel that is silent in the
 # first block may speak later, and would then be blown up by the division.
@@ -42,10 +45,13 @@ class ChannelStatistics:
             float32, positive. In units such that |x / scale| is 1 in the quadratic mean of the
             first block, which lets 16-bit scales hold vectors of any unit.
         mean: (batch, heads, 1, d) float32, or None.
+        hessian: what errors of u cost, for every row and head; None if nothing is known of who
+            reads the vectors.
     """
 
     scale: Tensor
     mean: Tensor | None = None
+    hessian: LowRankHessian | None = None
 
     @classmethod
     def of_block(
@@ -54,13 +60,14 @@ class ChannelStatistics:
         """Take the statistics of a block of vectors.
 
         Args:
-            x: (batch, heads, tokens, d), at least one token.
+            x: (batch, heads, tokens, d), at least one token; of many a sample is looked at.
             power: scale_c is proportional to rms_c^power; 0 is one scale for all channels.
             center: True takes the means of all channels, "auto" only of offset channels (see
                 `_offset_channels`), False none.
             rope_layout: "half", "interleaved" or "none": the channels that RoPE turns together.
                 They share a scale, as their energy moves to and fro, and are centred together.
         """
+        x = sampled(x, _SAMPLE)
         # The largest entry is taken out first: squares of 1e-30 or 1e30 leave float32.
         peak = torch.linalg.vector_norm(x, ord=math.inf, dim=(2, 3), keepdim=True).float()
         peak = torch.where(peak > 0, peak, torch.ones_like(peak))
@@ -90,23 +97,27 @@ class ChannelStatistics:
         x = u * self.scale
         return x if self.mean is None else x + self.mean
 
-    def hessian(self, hessian: Tensor) -> Tensor:
-        """What e' H e of errors e of vectors x is for those of u: (batch, heads, d, d).
+    def read_by(self, moment: Tensor) -> ChannelStatistics:
+        """The same, with the Hessian of vectors that are read by queries.
 
         Args:
-            hessian: (batch, heads, d, d).
+            moment: (batch, heads, d, d), the second moment of the queries.
         """
-        scale = self.scale.expand(*self.scale.shape[:3], hessian.shape[-1])
-        return scale.mT * hessian * scale
+        scale = self.scale.expand(*self.scale.shape[:3], moment.shape[-1])
+        return replace(self, hessian=LowRankHessian.of(scale.mT * moment * scale))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> ChannelStatistics:
         """The same with `fn` applied to every tensor (a batch selection, a move to a device)."""
-        return ChannelStatistics(fn(self.scale), None if self.mean is None else fn(self.mean))
+        return ChannelStatistics(
+            fn(self.scale),
+            None if self.mean is None else fn(self.mean),
+            None if self.hessian is None else self.hessian.map(fn),
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        return self.scale.nbytes + (0 if self.mean is None else self.mean.nbytes)
+        return sum(x.nbytes for x in (self.scale, self.mean, self.hessian) if x is not None)
 
 
 def _moments(x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotorquant_hf.quant.tiles import token_tiles
+from rotorquant_hf.quant.tiles import sampled, token_tiles
+
+_SAMPLE = 1024  # tokens; every query head of a group has a query of each
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,10 @@ class QueryMoment:
     def of(cls, query: Tensor, heads: int) -> QueryMoment:
         """That of queries (batch, query heads, n, d), as attention to `heads` kv heads gets them.
 
-        Query heads are a multiple of `heads`; g k ... g k + g - 1 read kv head k.
+        Query heads are a multiple of `heads`; g k ... g k + g - 1 read kv head k. Of many queries
+        a sample is looked at.
         """
+        query = sampled(query, _SAMPLE)
         batch, query_heads, n, d = query.shape
         total = torch.zeros(batch, heads, d, d, device=query.device)
         grouped = query.detach().unflatten(1, (heads, query_heads // heads))
@@ -45,8 +49,8 @@ class QueryMoment:
         mean = self.mean + (other.mean - self.mean) * (other.count / max(count, 1))
         return QueryMoment(mean, count)
 
-    def hessian(self) -> Tensor:
-        """(batch, heads, d, d): the moment, drawn towards no direction at all as queries are few.
+    def shrunk(self) -> Tensor:
+        """(batch, heads, d, d): the mean, drawn towards no direction at all as queries are few.
 
         Of d queries or fewer the directions in which none looked are unknown, not unimportant.
         """

@@ -24,17 +24,13 @@ import torch
 from torch import Tensor
 
 from rotorquant_hf.quant.checks import check_finite, check_hessian, check_vectors
+from rotorquant_hf.quant.hessian import LowRankHessian
 from rotorquant_hf.quant.lloyd_max import LloydMaxCodebook
 from rotorquant_hf.quant.lookup import CodeTable
 from rotorquant_hf.quant.packing import pack, packed_bytes, unpack
 from rotorquant_hf.quant.quantizer import Quantizer, QuantizerSpec, Term
 from rotorquant_hf.quant.rotations import Rotation, make_rotation
-from rotorquant_hf.quant.rounding import (
-    feedback,
-    regularised,
-    round_with_feedback,
-    weighted_dot,
-)
+from rotorquant_hf.quant.rounding import Feedback, round_with_feedback
 
 SCALES = ("norm", "matched", "least_squares", "unbiased")
 """Names of the rules for the one scale per vector."""
@@ -125,8 +121,8 @@ class RotorQuantMSE(Quantizer):
         Args:
             x: (..., d), floating.
             hessian: (d, d), or (..., d, d) for x (..., n, d): the second moment q' q of queries,
-                of any unit. The codes then keep (x - x_hat)' H (x - x_hat) small, with H the
-                Hessian plus a ridge of .03 of its mean diagonal, and never larger than without.
+                of any unit. The codes then keep (x - x_hat)' H (x - x_hat) small, and never
+                larger than without, with H the nearest `LowRankHessian`.
 
         Returns:
             The reconstruction in the rotated space, T(x_hat), (..., d) float32, and the codes.
@@ -141,19 +137,23 @@ class RotorQuantMSE(Quantizer):
         check_finite("x", x)
         if hessian is not None:
             check_hessian(hessian, x)
-        return self.code(x, hessian)
+        return self.code(x, None if hessian is None else LowRankHessian.of(hessian))
 
-    def code(self, x: Tensor, hessian: Tensor | None = None) -> tuple[Tensor, MSECodes]:
+    def code(self, x: Tensor, hessian: LowRankHessian | None = None) -> tuple[Tensor, MSECodes]:
         """`quantize` without its checks, for float32 vectors known to be finite."""
+        if x.dim() == 1:
+            y_hat, one = self.code(x[None], hessian)
+            return y_hat[0], {"codes": one["codes"][0], "scale": one["scale"][0]}
         x, peak = peak_and_rest(x)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         unit = self.rotation.rotate(x / norm.clamp(min=1))  # |x| >= 1 unless x = 0
         index = torch.bucketize(unit, self.boundaries, out_int32=True)
-        weight = None if hessian is None else self._rotated(hessian)
-        if weight is not None:
-            index = self._round_for_queries(unit, index, weight)
-        c = self.centroids[index]
-        scale = norm * self._scale_of_unit(unit, c, weight) * peak
+        feedback = None if hessian is None else Feedback.of(hessian, self.rotation)
+        with torch.autocast(x.device.type, enabled=False):
+            if feedback is not None:
+                index = self._round_for_queries(unit, index, feedback)
+            c = self.centroids[index]
+            scale = norm * self._scale_of_unit(unit, c, feedback) * peak
         max_scale = torch.finfo(self.scale_dtype).max
         # Asked the other way round, NaN would pass: finite x may overflow on its way here.
         if x.device.type == "cpu" and not bool((scale <= max_scale).all()):
@@ -166,43 +166,37 @@ class RotorQuantMSE(Quantizer):
         codes: MSECodes = {"codes": pack(index, self.bits), "scale": scale.squeeze(-1)}
         return c * scale.float(), codes
 
-    def _rotated(self, hessian: Tensor) -> Tensor:
-        """The regularised Hessian of rotated vectors, T H T' (T leaves its trace as it is)."""
-        with torch.autocast(hessian.device.type, enabled=False):
-            h = self.rotation.rotate(self.rotation.rotate(regularised(hessian)).mT)
-        return (h + h.mT) / 2
-
-    def _round_for_queries(self, unit: Tensor, nearest: Tensor, weight: Tensor) -> Tensor:
-        """Indices for rotated unit vectors: of LDLQ, or the nearest where these do better."""
-        aware = round_with_feedback(unit, self.centroids, self.boundaries, feedback(weight))
+    def _round_for_queries(self, unit: Tensor, nearest: Tensor, feedback: Feedback) -> Tensor:
+        """Indices for rotated unit vectors: of the sweep, or the nearest where these do better."""
+        aware = round_with_feedback(unit, self.centroids, self.boundaries, feedback)
         errors = []
         for index in (aware, nearest):
             c = self.centroids[index]
-            e = unit - self._scale_of_unit(unit, c, weight) * c
-            errors.append(weighted_dot(e, e, weight))
+            e = unit - self._scale_of_unit(unit, c, feedback) * c
+            errors.append(feedback.dot(e, e))
         return torch.where(errors[0] < errors[1], aware, nearest)
 
-    def _scale_of_unit(self, y: Tensor, c: Tensor, weight: Tensor | None = None) -> Tensor:
+    def _scale_of_unit(self, y: Tensor, c: Tensor, feedback: Feedback | None = None) -> Tensor:
         """The scale (..., 1) for rotated unit vectors `y` and their centroids `c`, (..., d).
 
         Args:
-            weight: (..., d, d), the rotated Hessian that weights least squares.
+            feedback: the Hessian that weights least squares.
         """
         if self.scale == "norm":
             return torch.ones_like(y[..., :1])
         if self.scale == "matched":
             return 1 / torch.linalg.vector_norm(c, dim=-1, keepdim=True)
         dot = (y * c).sum(dim=-1, keepdim=True)
-        if self.scale == "least_squares" and weight is not None:
-            # Of LDLQ's centroids the product may be negative, for a vector that few queries see.
-            return (weighted_dot(c, y, weight) / weighted_dot(c, c, weight)).clamp(min=0)
+        if self.scale == "least_squares" and feedback is not None:
+            # Of the sweep's centroids it may be negative, for a vector that few queries see.
+            return (feedback.dot(c, y) / feedback.dot(c, c)).clamp(min=0)
         if self.scale == "least_squares":
             return dot / c.square().sum(dim=-1, keepdim=True)
         # y and its nearest centroids agree in sign everywhere, so the product is positive; 0 only
         # for x = 0. (With a Hessian, centroids for which it is not lose to the nearest.)
         return 1 / dot.clamp(min=torch.finfo(dot.dtype).tiny)
 
-    def encode(self, u: Tensor, hessian: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, u: Tensor, hessian: LowRankHessian | None = None) -> dict[str, Tensor]:
         """As in `Quantizer`: `codes` and `scale` of `MSECodes`."""
         return dict(cast(dict[str, Tensor], self.code(u, hessian)[1]))
 

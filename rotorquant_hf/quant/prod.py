@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rotorquant_hf.quant.checks import check_finite, check_hessian, check_vectors
+from rotorquant_hf.quant.hessian import LowRankHessian
 from rotorquant_hf.quant.lloyd_max import MAX_BITS
 from rotorquant_hf.quant.lookup import CodeTable
 from rotorquant_hf.quant.mse import MSECodes, RotorQuantMSE, peak_and_rest
@@ -149,9 +150,9 @@ class RotorQuantProd(Quantizer):
         check_finite("x", x)
         if hessian is not None:
             check_hessian(hessian, x)
-        return self._code(x, hessian)
+        return self._code(x, None if hessian is None else LowRankHessian.of(hessian))
 
-    def _code(self, x: Tensor, hessian: Tensor | None = None) -> ProdCodes:
+    def _code(self, x: Tensor, hessian: LowRankHessian | None = None) -> ProdCodes:
         y_hat, mse_indices = self.mse.code(x, hessian)
         x, peak = peak_and_rest(x)
         residual = self.rotation.rotate(x) - y_hat / peak
@@ -165,7 +166,7 @@ class RotorQuantProd(Quantizer):
             "residual_norm": norm.clamp(max=max_norm).to(self.mse.scale_dtype),
         }
 
-    def encode(self, u: Tensor, hessian: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, u: Tensor, hessian: LowRankHessian | None = None) -> dict[str, Tensor]:
         """As in `Quantizer`: the rows of stage 1, `signs` and `residual_norm`."""
         codes = self._code(u, hessian)
         return {

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from rotorquant_hf.quant.hessian import LowRankHessian
 from rotorquant_hf.quant.lloyd_max import MIN_BITS
 from rotorquant_hf.quant.lookup import CodeTable
 
@@ -91,17 +92,17 @@ class Quantizer(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def encode(self, u: Tensor, hessian: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, u: Tensor, hessian: LowRankHessian | None = None) -> dict[str, Tensor]:
         """Quantise vectors whose entries are known to be finite.
 
         Args:
             u: (..., d) float32.
-            hessian: (..., d, d) float32 for u (..., n, d), or None: errors e of the vectors matter
-                as e' H e. A class may do without it.
+            hessian: for u (..., n, d), or None: errors e of the vectors matter as e' H e. A class
+                may do without it.
 
         Returns:
             The rows that a store keeps, by name: tensors (...) or (..., bytes), always the same.
-            The names "weight" and "mean" are taken by the channel statistics.
+            The names "weight", "mean" and "hessian" are taken by the channel statistics.
 
         Raises:
             ValueError: on the CPU, for vectors that the rows cannot hold.

@@ -1,99 +1,93 @@
 """Rounding that knows along which directions vectors will be read.
 
-An error e of a stored key costs a score q . e. Queries are far from isotropic: their second moment
-C has an effective rank of a few out of d. Nearest rounding spreads its error evenly; here it is
-pushed out of the directions that queries look along, to minimise e' H e with the Hessian
-H = A^-T C A^-1, where y = A (x - mean) is what is coded.
+Nearest rounding spreads the error of a vector evenly. Here it is pushed out of the directions that
+queries look along, to minimise e' H e with a Hessian H = level I + F F' (`hessian`).
 
 The coordinates are rounded in order, and the error of each is made up for in those that follow
 (LDLQ: Chee et al., arXiv:2307.13304, equation 2 and theorem 1; the same sweep is GPTQ's, Frantar et
-al., arXiv:2210.17323, algorithm 1). With U the upper Cholesky factor, H^-1 = U' U:
+al., arXiv:2210.17323, algorithm 1). Given the errors e_j = y_j - c_j of the coordinates before i,
+the best error of i, with all after it still free, is the i-th element of
 
-    c_i = nearest(w_i),   w_j <- w_j - (w_i - c_i) U_ij / U_ii   for all j > i.
+    -H_tt^-1 H_tb e_b = -F_t (level I + F_t' F_t)^-1 s,   s = F_b' e_b
+
+where b are the coordinates before i and t those from i on. So the sweep carries s along, which is
+RANK numbers instead of d:
+
+    c_i = nearest(y_i + p_i . s),   s <- s + f_i (y_i - c_i),
+    p_i = (level I + sum_{j >= i} f_j f_j')^-1 f_i,   f_i the i-th row of F.
 
 Codes, scales and everything that reads them stay as they are.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from rotorquant_hf.quant.hessian import LowRankHessian
+from rotorquant_hf.quant.rotations import Rotation
+
 _COLUMNS = 16
-"""Coordinates rounded one by one before the rest is updated by one matrix product."""
+"""Coordinates rounded one by one before s is updated by one matrix product."""
 
 
-def regularised(hessian: Tensor, ridge: float = 0.03) -> Tensor:
-    """A Hessian of mean diagonal 1, plus a ridge, (..., d, d) float32.
+class Feedback(NamedTuple):
+    """The Hessian of rotated vectors as the sweep reads it, float32.
 
-    Args:
-        hessian: (..., d, d), symmetric and positive semidefinite, of any unit; 0: none preferred.
-        ridge: added to the diagonal, as a share of its mean: it keeps directions that no query
-            looked along from taking all of the error.
+    Attributes:
+        factor: F, (..., d, RANK). gains: the p_i, (..., d, RANK). level: (..., 1, 1).
     """
-    h = hessian.double()
-    mean = h.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
-    mean = torch.where(mean == 0, torch.ones_like(mean), mean)
-    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
-    return (h / mean + ridge * eye).float()
+
+    factor: Tensor
+    gains: Tensor
+    level: Tensor
+
+    @classmethod
+    def of(cls, hessian: LowRankHessian, rotation: Rotation) -> Feedback:
+        """That of vectors T(x) whose x have this Hessian."""
+        level = hessian.level
+        with torch.autocast(level.device.type, enabled=False):
+            factor = rotation.rotate(hessian.factor.float().mT).mT
+            f = factor.double()
+            outer = f.unsqueeze(-1) * f.unsqueeze(-2)  # (..., d, RANK, RANK)
+            tail = outer.flip(-3).cumsum(dim=-3).flip(-3)
+            tail += level.double().unsqueeze(-1) * torch.eye(f.shape[-1], device=f.device)
+            gains, _ = torch.linalg.solve_ex(tail, f)
+        return cls(factor.contiguous(), gains.float(), level)
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """a' H b of vectors (..., n, d), (..., n, 1)."""
+        along = ((a @ self.factor) * (b @ self.factor)).sum(dim=-1, keepdim=True)
+        return self.level * (a * b).sum(dim=-1, keepdim=True) + along
 
 
-def feedback(hessian: Tensor) -> Tensor:
-    """What `round_with_feedback` subtracts from later coordinates per unit of error.
-
-    Args:
-        hessian: (..., d, d), symmetric and positive definite; see `regularised`.
-
-    Returns:
-        U_ij / U_ii, (..., d, d) float32, upper triangular with a unit diagonal.
-
-    Raises:
-        ValueError: if the Hessian is not positive definite, or has NaN or infinite entries.
-    """
-    h = hessian.double()
-    # With H = L D L', L unit *upper* triangular (the Cholesky factor of H with rows and columns
-    # reversed), U_ij / U_ii are the entries of L^-1: no inverse of an ill-conditioned H is formed.
-    lower, info = torch.linalg.cholesky_ex(h.flip(-1, -2))
-    if bool((info != 0).any()):
-        raise ValueError(
-            "the hessian is not positive semidefinite, or has NaN or infinite entries; pass second "
-            "moments of queries, q' q summed over tokens"
-        )
-    lower = lower / lower.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
-    inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
-    return inverse.flip(-1, -2).float()
-
-
-def round_with_feedback(w: Tensor, centroids: Tensor, boundaries: Tensor, factor: Tensor) -> Tensor:
-    """Indices of centroids for vectors, int32 in the shape of `w`.
+def round_with_feedback(
+    y: Tensor, centroids: Tensor, boundaries: Tensor, feedback: Feedback
+) -> Tensor:
+    """Indices of centroids for vectors, int32 in the shape of `y`.
 
     Args:
-        w: (..., n, d) or (d,) float32, in the unit of the centroids.
+        y: (..., n, d) float32, in the unit of the centroids.
         centroids: (levels,) ascending. boundaries: (levels - 1,), the midpoints.
-        factor: (..., d, d), from `feedback`.
+        feedback: leading axes as those of `y`, or fewer.
     """
-    if w.dim() == 1:
-        return round_with_feedback(w[None], centroids, boundaries, factor)[0]
-    w = w.clone()
-    d = w.shape[-1]
-    index = torch.empty(w.shape, dtype=torch.int32, device=w.device)
+    d = y.shape[-1]
+    index = torch.empty(y.shape, dtype=torch.int32, device=y.device)
+    s = y.new_zeros(*y.shape[:-1], feedback.factor.shape[-1])
     for begin in range(0, d, _COLUMNS):
-        end = min(begin + _COLUMNS, d)
-        block, local = w[..., begin:end], factor[..., begin:end, begin:end]
-        errors = torch.empty_like(block)
-        for i in range(end - begin):
-            column = block[..., i].contiguous()
+        block = slice(begin, min(begin + _COLUMNS, d))
+        f, p = feedback.factor[..., block, :], feedback.gains[..., block, :]
+        wanted = y[..., block] + s @ p.mT
+        within = f @ p.mT  # what the error of a coordinate adds to the others of the block
+        errors = torch.empty_like(wanted)
+        for i in range(wanted.shape[-1]):
+            column = wanted[..., i].contiguous()
             chosen = torch.bucketize(column, boundaries, out_int32=True)
             index[..., begin + i] = chosen
-            errors[..., i] = column - centroids[chosen]
+            errors[..., i] = y[..., begin + i] - centroids[chosen]
             # [..., n, 1] x [..., 1, later columns of the block]
-            block[..., i + 1 :] -= errors[..., i : i + 1] * local[..., i : i + 1, i + 1 :]
-        if end < d:
-            w[..., end:] -= errors @ factor[..., begin:end, end:]
+            wanted[..., i + 1 :] += errors[..., i : i + 1] * within[..., i : i + 1, i + 1 :]
+        s += errors @ f
     return index
-
-
-def weighted_dot(a: Tensor, b: Tensor, hessian: Tensor) -> Tensor:
-    """a' H b of vectors (..., n, d) with Hessians (..., d, d), (..., n, 1)."""
-    return ((a @ hessian) * b).sum(dim=-1, keepdim=True)

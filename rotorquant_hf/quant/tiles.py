@@ -1,18 +1,36 @@
-"""Walking over tokens in tiles: float32 scratch is bounded by a tile, not by the history."""
+"""Walking over tokens in tiles, and samples of many tokens.
+
+Float32 scratch is bounded by a tile, not by the history.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+from torch import Tensor
+
 # Elements of a tile: 8 MiB in float32, which stays in a CPU's cache and fills a GPU.
 _TILE_ELEMENTS = 1 << 21
-# Where a tile takes some hundred small launches, a GPU is filled by more.
-_LARGE_TILE_ELEMENTS = 1 << 23
+_GOLDEN = (5**0.5 - 1) / 2
 
 
-def token_tiles(tokens: int, elements_per_token: int, large: bool = False) -> Iterator[slice]:
+def token_tiles(tokens: int, elements_per_token: int) -> Iterator[slice]:
     """Slices that cover the tokens [0, tokens), of about so many elements each."""
-    elements = _LARGE_TILE_ELEMENTS if large else _TILE_ELEMENTS
-    size = max(1, elements // max(1, elements_per_token))
+    size = max(1, _TILE_ELEMENTS // max(1, elements_per_token))
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
+
+
+def sampled(x: Tensor, count: int) -> Tensor:
+    """Vectors (batch, heads, tokens, d) to take statistics from: `count` tokens, spread, of more.
+
+    A mean of thousands is as good, and a long prompt costs no more than a short one.
+    """
+    tokens = x.shape[2]
+    if tokens <= count:
+        return x
+    i = torch.arange(count, dtype=torch.float64, device=x.device)
+    # One token of each stretch, at another place every time: texts may be periodic.
+    place = (i + (i * _GOLDEN).frac()) * (tokens / count)
+    return x.index_select(2, place.long().clamp(max=tokens - 1))

@@ -96,6 +96,11 @@ class RotorQuantKVCache:
         """Tokens stored."""
         return len(self.keys)
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the channel statistics are fixed."""
+        return self.keys.statistics is not None
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Quantise and append tokens.
 
@@ -120,7 +125,7 @@ class RotorQuantKVCache:
         keys: Tensor,
         values: Tensor,
         sample: tuple[Tensor, Tensor] | None = None,
-        hessian: Tensor | None = None,
+        moment: Tensor | None = None,
     ) -> None:
         """`append` for a caller that has made its checks, as a layer has.
 
@@ -128,8 +133,8 @@ class RotorQuantKVCache:
             keys, values: as in `append`.
             sample: keys and values that the channel statistics are taken from, if they are not
                 yet; None for those appended.
-            hessian: (batch, heads, d_key, d_key), the second moment of the queries that will
-                read the keys, see `QueryMoment`; None if nothing is known of them.
+            moment: (batch, heads, d_key, d_key), the second moment of queries that read the keys,
+                likewise; None if nothing is known of them.
 
         Raises:
             ValueError: on the CPU, for vectors too large for their scales. The store is then as
@@ -141,7 +146,7 @@ class RotorQuantKVCache:
         try:
             # Buffers made in inference mode could not be written to outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                self._append(keys, values, sample or (keys, values), hessian)
+                self._append(keys, values, sample or (keys, values), moment)
         except BaseException:
             for side, (count, statistics) in zip(self.sides, before, strict=True):
                 side.buffers.crop(len(side) - count)
@@ -149,19 +154,16 @@ class RotorQuantKVCache:
             raise
 
     def _append(
-        self, keys: Tensor, values: Tensor, sample: tuple[Tensor, Tensor], hessian: Tensor | None
+        self, keys: Tensor, values: Tensor, sample: tuple[Tensor, Tensor], moment: Tensor | None
     ) -> None:
-        self.keys.take_statistics(sample[0])
+        self.keys.take_statistics(sample[0], moment)
         self.values.take_statistics(sample[1])
-        # The kernel rounds to the nearest.
-        if hessian is None and self.kernels_take(keys.dtype):
+        if self.kernels_take(keys.dtype):
             self._append_by_kernel(keys, values)
             return
         batch, heads, tokens, _ = keys.shape
-        elements = batch * heads * max(self.d_key, self.d_value)
-        large = hessian is not None and keys.device.type != "cpu"
-        for tile in token_tiles(tokens, elements, large):
-            self.keys.append(keys[:, :, tile], tokens - tile.start, hessian)
+        for tile in token_tiles(tokens, batch * heads * max(self.d_key, self.d_value)):
+            self.keys.append(keys[:, :, tile], tokens - tile.start)
             self.values.append(values[:, :, tile], tokens - tile.start)
 
     def kernels_take(self, dtype: torch.dtype) -> bool:
@@ -177,7 +179,7 @@ class RotorQuantKVCache:
         append_block(
             bounds,
             tokens,
-            AppendPart(keys, *self.keys.coding()),
+            AppendPart(keys, *self.keys.coding(), self.keys.feedback()),
             AppendPart(values, *self.values.coding()),
         )
         self.extend(tokens)

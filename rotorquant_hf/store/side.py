@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from rotorquant_hf.quant.channels import ChannelStatistics
+from rotorquant_hf.quant.hessian import LowRankHessian
 from rotorquant_hf.quant.packed import PackedSpan
 from rotorquant_hf.quant.quantizer import Quantizer, QuantizerSpec
 from rotorquant_hf.quant.registry import shared_quantizer
+from rotorquant_hf.quant.rounding import Feedback
 from rotorquant_hf.store.buffers import TokenBuffers
 
 
@@ -61,26 +63,37 @@ class PackedSide:
         """Tokens stored."""
         return len(self.buffers)
 
-    def take_statistics(self, block: Tensor) -> None:
-        """Fix the channel statistics, unless they are, by vectors (batch, heads, tokens, d)."""
-        if self.statistics is None:
-            self.statistics = ChannelStatistics.of_block(
-                block, self._equalize, self._center, self._rope_layout
-            )
+    def take_statistics(self, block: Tensor, moment: Tensor | None = None) -> None:
+        """Fix the channel statistics, unless they are.
 
-    def append(self, x: Tensor, expected: int = 0, hessian: Tensor | None = None) -> None:
+        Args:
+            block: the vectors that they are taken from, (batch, heads, tokens, d).
+            moment: (batch, heads, d, d), the second moment of the queries that read such vectors.
+        """
+        if self.statistics is not None:
+            return
+        statistics = ChannelStatistics.of_block(
+            block, self._equalize, self._center, self._rope_layout
+        )
+        self.statistics = statistics if moment is None else statistics.read_by(moment)
+
+    def append(self, x: Tensor, expected: int = 0) -> None:
         """Quantise vectors in torch and append their rows; the statistics must be taken.
 
         Args:
             x: (batch, heads, tokens, d).
             expected: as in `TokenBuffers.append`.
-            hessian: (batch, heads, d, d), the second moment of the queries that will read the
-                vectors.
         """
         quantizer, statistics, _ = self.coding()
-        if hessian is not None:
-            hessian = statistics.hessian(hessian)
-        self.buffers.append(quantizer.encode(statistics.normalize(x), hessian), expected)
+        rows = quantizer.encode(statistics.normalize(x), statistics.hessian)
+        self.buffers.append(rows, expected)
+
+    def feedback(self) -> Feedback | None:
+        """What the append kernel reads of the Hessian, made anew; None without one."""
+        statistics, mse = self._taken_statistics(), self.quantizer.stage_one
+        if statistics.hessian is None:
+            return None
+        return Feedback.of(statistics.hessian, mse.rotation)
 
     def coding(self) -> tuple[Quantizer, ChannelStatistics, dict[str, Tensor]]:
         """What coding takes: quantiser, statistics, and the tensors for the rows."""
@@ -136,18 +149,25 @@ class PackedSide:
     def state(self) -> dict[str, Tensor]:
         """The rows in use and the statistics by name, for saving; empty before the first token.
 
-        The channel scales are called "weight" in files.
+        The channel scales are called "weight" in files, the factor of the Hessian "hessian".
         """
         if self.statistics is None:
             return {}
         state = {**self.buffers.rows(0, len(self)), "weight": self.statistics.scale}
         if self.statistics.mean is not None:
             state["mean"] = self.statistics.mean
+        if self.statistics.hessian is not None:
+            state["hessian"] = self.statistics.hessian.factor
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state` (not an empty one), into an empty side."""
         rows = dict(state)
-        self.statistics = ChannelStatistics(rows.pop("weight"), rows.pop("mean", None))
+        factor = rows.pop("hessian", None)
+        self.statistics = ChannelStatistics(
+            rows.pop("weight"),
+            rows.pop("mean", None),
+            None if factor is None else LowRankHessian(factor),
+        )
         if rows:
             self.buffers.append(rows)

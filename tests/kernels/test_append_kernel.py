@@ -27,6 +27,7 @@ from rotorquant_hf.quant import SCALES, RotorQuantMSE, RotorQuantProd
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.packing import pack, unpack
 from rotorquant_hf.quant.quantizer import Quantizer
+from rotorquant_hf.quant.rounding import Feedback
 from tests.helpers.vectors import DISTRIBUTIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,10 +69,23 @@ def make_part(
     power: float = 0.5,
     center: bool = True,
     statistics: ChannelStatistics | None = None,
+    moment: Tensor | None = None,
 ) -> AppendPart:
     if statistics is None:
         statistics = ChannelStatistics.of_block(x.float(), power, center)
-    return AppendPart(x, quantizer, statistics, poisoned_rows(quantizer, x.shape[0]))
+    feedback = None
+    if moment is not None:
+        statistics = statistics.read_by(moment)
+        feedback = Feedback.of(statistics.hessian, quantizer.stage_one.rotation)
+    return AppendPart(x, quantizer, statistics, poisoned_rows(quantizer, x.shape[0]), feedback)
+
+
+def query_moment(d: int, batch: int = 1) -> Tensor:
+    """(batch, HEADS, d, d) of queries that look along few directions, of each head others."""
+    generator = torch.Generator().manual_seed(d)
+    queries = torch.randn(batch, HEADS, 200, d, generator=generator) * torch.logspace(0, -2, d)
+    queries = queries @ torch.randn(batch, HEADS, d, d, generator=generator)
+    return (queries.mT @ queries).to(DEVICE)
 
 
 def append(
@@ -173,6 +187,82 @@ def test_equals_encode(d: int, bits: int) -> None:
     k_part = make_part(x, keys, power=0.5 * (turn % 2), center=turn % 3 > 0)
     v_part = make_part(y, values, power=0.5 * (turn // 2 % 2), center=turn % 3 > 1)
     check(k_part, v_part, begin=0, count=SLOTS if d < 576 else 9, row=3)
+
+
+def error_along_queries(part: AppendPart, x: Tensor, rows: dict[str, Tensor]) -> Tensor:
+    """Of every vector, under the Hessian, without stage 2."""
+    mse = part.quantizer.stage_one
+    y = mse.rotation.rotate(part.statistics.normalize(x))
+    e = y - mse.decode({"codes": rows["codes"], "scale": rows["scale"]})
+    return part.feedback.dot(e, e).squeeze(-1)
+
+
+def check_aware(part: AppendPart, begin: int, count: int, row: int) -> None:
+    """The rows are those of `encode`, but where a coordinate lies on the edge between two codes,
+    from which on others follow; and no vector has a larger error than of the nearest codes."""
+    x, rows = coded(part, begin, count, row)
+    quantizer, u = part.quantizer, part.statistics.normalize(x)
+    expected = quantizer.encode(u, part.statistics.hessian)
+    same = (rows["codes"] == expected["codes"]).all(dim=-1)
+    assert same.float().mean() > 0.9
+    for name, want in expected.items():
+        if want.dtype == torch.uint8:
+            assert (rows[name][same] != want[same]).float().mean() < 2e-3, name
+        else:
+            torch.testing.assert_close(rows[name][same], want[same], rtol=2**-9, atol=2**-24)
+    found, wanted = (error_along_queries(part, x, r) for r in (rows, expected))
+    nearest = error_along_queries(part, x, quantizer.encode(u))
+    y = quantizer.rotation.rotate(u)
+    half_ulp = 2**-11 * part.feedback.dot(y, y).squeeze(-1).sqrt()  # of the stored scales
+    assert (found.sqrt() <= nearest.sqrt() * (1 + 1e-3) + 2 * half_ulp).all()
+    assert found.mean() < 1.01 * wanted.mean()
+    if quantizer.d > 16 and quantizer.stage_one.bits > 1:
+        assert found.mean() < 0.7 * nearest.mean()
+
+
+@pytest.mark.parametrize(
+    ("d", "bits", "kind"),
+    [
+        *((d, bits, kind) for d in (8, 24, 64) for bits in (2, 3) for kind in ("mse", "prod")),
+        (24, 4, "mse"),
+        (40, 1, "mse"),
+        (64, 5, "mse"),
+        (80, 4, "prod"),
+        (128, 3, "mse"),
+        (256, 3, "mse"),
+    ],
+)
+def test_query_aware(d: int, bits: int, kind: str) -> None:
+    """Every rule, rows of a batch with directions of their own; values beside as ever."""
+    turn = d // 8 + bits
+    quantizer = make_quantizer(d, bits, kind, scale=SCALES[turn % 4])
+    x = states(d, DTYPES[turn % 3], batch=2)
+    keys = make_part(x, quantizer, center=turn % 2 > 0, moment=query_moment(d, 2))
+    values = make_part(states(d, batch=2, seed=1), make_quantizer(d, 3))
+    count = SLOTS if d < 64 else 9
+    append(keys, values, begin=5, count=count, row=3)
+    check_aware(keys, 5, count, 3)
+    check_equal(values, 5, count, 3)
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_query_aware_hostile_vectors(name: str) -> None:
+    x = DISTRIBUTIONS[name](HEADS * SLOTS, 64).view(1, HEADS, SLOTS, 64).to(DEVICE)
+    x[:, :, 3] = 0
+    quantizer = make_quantizer(64, 3, scale="least_squares")
+    keys = make_part(x, quantizer, power=0.0, center=False, moment=query_moment(64))
+    append(keys, make_part(x, quantizer), begin=0, count=SLOTS, row=0)
+    check_aware(keys, 0, SLOTS, 0)
+    assert (keys.out["scale"][:, :, 3] == 0).all()
+
+
+def test_query_aware_is_nearest_where_no_direction_is_preferred() -> None:
+    moment = torch.eye(64, device=DEVICE).expand(1, HEADS, 64, 64)
+    plain = make_part(states(64), make_quantizer(64, 3), power=0.0)
+    aware = make_part(states(64), plain.quantizer, power=0.0, moment=moment)
+    append(aware, plain, begin=0, count=SLOTS, row=0)
+    check_equal(replace(aware, out=plain.out), 0, SLOTS, 0)
+    assert torch.equal(aware.out["codes"], plain.out["codes"])
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -330,6 +420,7 @@ def test_bad_tokens_harm_only_themselves(bad: float) -> None:
 COMPILED = {
     "mse": (("mse", 4, "least_squares", True), ("mse", 3, "unbiased", False)),
     "prod": (("prod", 3, "least_squares", True), ("mse", 8, "norm", False)),
+    "query-aware": (("mse", 3, "least_squares", True), ("mse", 3, "unbiased", False)),
 }
 
 
@@ -367,14 +458,17 @@ def compile_for(capability: int) -> None:
 
     driver.set_active(NoDriver())
     bounds = torch.zeros(3, dtype=torch.int32, device=DEVICE)
-    for pair in COMPILED.values():
+    for name, pair in COMPILED.items():
         parts = []
         for kind, bits, scale, center in pair:
             quantizer = make_quantizer(128, bits, kind, scale=scale)
-            part = make_part(states(128, torch.bfloat16), quantizer, center=center)
+            moment = query_moment(128) if name == "query-aware" and center else None
+            x = states(128, torch.bfloat16)
+            part = make_part(x, quantizer, center=center, moment=moment)
             parts.append(replace(part, out={k: v.contiguous() for k, v in part.out.items()}))
         arguments, options = kernel_arguments(bounds, *parts)
-        kernel = append_kernel.warmup(**arguments, **options, grid=(1, 1, 2))
+        scratch = {"p_scratch": torch.zeros(1, device=DEVICE), "first_tile": 0}
+        kernel = append_kernel.warmup(**scratch, **arguments, **options, grid=(1, 1, 2))
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()

@@ -12,6 +12,8 @@ from rotorquant_hf import RotorQuantCache, RotorQuantConfig
 from rotorquant_hf.attention.registered import rotorquant_attention
 from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.layers import RotorQuantLayer, RotorQuantSlidingLayer
+from rotorquant_hf.quant.hessian import RANK
+from rotorquant_hf.quant.moments import QueryMoment
 from tests.helpers.models import build
 
 HEADS, GROUP, D = 2, 3, 32
@@ -70,18 +72,65 @@ def test_keys_are_rounded_for_the_queries_of_their_own_prompt(attend):
     assert len(aware.store) == len(nearest.store) == 68
     assert score_error(aware, keys) < 0.35 * score_error(nearest, keys)
     assert torch.equal(aware.store.get_values(), nearest.store.get_values())
-    assert aware.nbytes()["statistics"] - nearest.nbytes()["statistics"] == 2 * HEADS * D * D * 4
+    assert aware.nbytes()["statistics"] - nearest.nbytes()["statistics"] == 2 * HEADS * D * RANK * 2
+    assert aware.moment is None
 
 
-def test_later_blocks_too_and_with_all_queries_seen():
+def test_later_blocks_too():
+    """With the Hessian of the first, and without waiting."""
     keys, values = states(200)
     aware, nearest = RotorQuantLayer(AWARE), RotorQuantLayer(NEAREST)
     for start, end in ((0, 40), (40, 41), (41, 100), *((i, i + 1) for i in range(100, 200))):
         part = keys[:, :, start:end], values[:, :, start:end]
         nearest.update(*part)
-        by_sdpa(queries(end - start, seed=start), *aware.update(*part))
-    assert aware.moment.count + GROUP * len(aware._queries) == GROUP * 200
+        seen = aware.update(*part)
+        assert aware.waits == (start == 0)
+        by_sdpa(queries(end - start, seed=start), *seen)
+        if start == 0:
+            first = aware.store.keys.statistics.hessian.factor
+    assert aware.store.keys.statistics.hessian.factor is first
+    assert len(aware.store) == 188
     assert score_error(aware, keys) < 0.35 * score_error(nearest, keys)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_all_queries_until_the_first_block_count(kind):
+    """Whether the tokens come one by one, in chunks or at once."""
+    config = RotorQuantConfig(key_bits=3, value_bits=3, **SMALL | {"statistics_length": 30})
+    keys, values = states(36)
+    query = queries(36)
+    if kind == "sliding":
+        expected = QueryMoment.of(query[:, :, :30], HEADS)
+    else:
+        expected = QueryMoment.of(query[:, :, :32], HEADS)  # two sinks
+    for steps in ([1] * 36, [7, 1, 1, 5, 16, 1, 1, 4]):
+        layer, start = LAYERS[kind](config), 0
+        for n in steps:
+            part = slice(start, start + n)
+            by_sdpa(query[:, :, part], *layer.update(keys[:, :, part], values[:, :, part]))
+            start += n
+            if len(layer.store):
+                break
+            assert not layer.waits
+            assert layer.nbytes()["statistics"] == layer.moment.nbytes
+        assert start == expected.count // GROUP
+        statistics = layer.store.keys.statistics
+        wanted = statistics.read_by(expected.shrunk()).hessian
+        torch.testing.assert_close(
+            statistics.hessian.matrix(), wanted.matrix(), rtol=1e-2, atol=1e-2
+        )
+
+
+def test_an_emptied_store_looks_at_queries_again():
+    keys, values = states(30)
+    layer = RotorQuantLayer(AWARE)
+    by_sdpa(queries(30), *layer.update(keys, values))
+    layer.crop(-30)
+    assert layer.moment is None
+    seen = layer.update(keys, values)
+    assert layer.waits
+    by_sdpa(queries(30, seed=1), *seen)
+    assert layer.store.keys.statistics.hessian is not None
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -98,7 +147,7 @@ def test_a_prompt_is_read_exactly(kind):
     assert "packed=0" in repr(seen[0])
     repeated = (x[:, :, None].expand(-1, -1, GROUP, -1, -1).reshape(2, -1, 30, D) for x in seen)
     assert torch.equal(sdpa(queries(30), *repeated), wanted)
-    assert layer.moment.count == 3 * 30 * GROUP
+    assert layer.moment is None
 
 
 TOUCHES = {
@@ -141,9 +190,8 @@ def test_vectors_that_cannot_be_coded_are_taken_out_again(kind, history):
     before = copy.deepcopy((layer.get_seq_length(), layer.recent, layer.store.state()))
     keys, values = states(20, seed=1)
     keys[0, 0, 3] *= 1e30
-    seen = layer.update(keys, values)
     with pytest.raises(ValueError, match="too large for its scale"):
-        by_sdpa(queries(20, seed=1), *seen)
+        by_sdpa(queries(20, seed=1), *layer.update(keys, values))
     assert layer.get_seq_length() == before[0]
     assert torch.equal(layer.recent[0], before[1][0])
     assert all(torch.equal(x, before[2][name]) for name, x in layer.store.state().items())
@@ -215,7 +263,7 @@ def test_no_layer_waits_after_its_attention(name):
     assert waiting
     assert not any(waiting)
     assert not any(layer.waits for layer in cache.layers)
-    assert all(layer.moment is not None for layer in cache.layers)
+    assert all(x.store.keys.statistics.hessian is not None for x in cache.layers)
     assert torch.equal(logits, exact)
 
 
@@ -235,17 +283,19 @@ def test_attention_that_hides_its_queries_is_told_once():
         assert torch.equal(ours.store.get_keys(), theirs.store.get_keys())
 
 
-def test_saved_with_the_queries_seen(tmp_path):
+@pytest.mark.parametrize("length", [6, 60], ids=["before", "after"])
+def test_saved_with_the_queries_seen(length, tmp_path):
     """Blocks coded after loading are those that would have been coded."""
     model = build("llama")
     ids = prompt(model, 100)
     cache = RotorQuantCache(config=model.config, **SMALL)
     with torch.no_grad():
-        model(ids[:, :60], past_key_values=cache)
+        model(ids[:, :length], past_key_values=cache)
         cache.save(tmp_path / "cache")
         loaded = RotorQuantCache.load(tmp_path / "cache", config=model.config)
-        logits = [model(ids[:, 60:], past_key_values=x).logits for x in (cache, loaded)]
+        assert [x.moment is None for x in loaded.layers] == [length == 60] * len(loaded.layers)
+        logits = [model(ids[:, length:], past_key_values=x).logits for x in (cache, loaded)]
     assert torch.equal(*logits)
     for ours, theirs in zip(cache.layers, loaded.layers, strict=True):
         assert torch.equal(ours.store.get_keys(), theirs.store.get_keys())
-        assert ours.moment.count == theirs.moment.count
+        assert torch.equal(*(x.store.keys.statistics.hessian.factor for x in (ours, theirs)))

@@ -97,9 +97,9 @@ def test_heads_and_batch_rows_have_their_own_statistics():
 
 
 @centering
-def test_a_long_block_counts_all_its_tokens(center):
-    tokens, d = 5001, 128
-    x = torch.randn(2, 2, tokens, d, generator=torch.Generator().manual_seed(0))
+def test_a_block_of_several_tiles_counts_all_its_tokens(center):
+    tokens, d = 2048, 256
+    x = torch.randn(2, 4, tokens, d, generator=torch.Generator().manual_seed(0))
     x[:, :, -1] *= 1000
     statistics = ChannelStatistics.of_block(x, 0, center)
     rms = x.double().square().mean(dim=2).sum(dim=-1).sqrt().float()
@@ -108,6 +108,21 @@ def test_a_long_block_counts_all_its_tokens(center):
         torch.testing.assert_close(
             statistics.mean, x.double().mean(dim=2, keepdim=True).float(), rtol=1e-3, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("period", [2, 7, 8, 100])
+def test_of_a_longer_block_a_spread_sample_counts(period):
+    """Every part of a text that repeats itself is in it, and so are its beginning and its end."""
+    tokens, d = 20000, 16
+    x = torch.randn(1, 1, tokens, d, generator=torch.Generator().manual_seed(0))
+    x[:, :, ::period] += 3
+    x[:, :, : tokens // 10, 0] += 50
+    x[:, :, -tokens // 10 :, 1] += 50
+    statistics = ChannelStatistics.of_block(x, 0.5, True)
+    assert (statistics.mean - x.mean(dim=2, keepdim=True)).abs().max() < 0.3
+    rms = x.square().mean(dim=2).sqrt()
+    share = statistics.scale[:, :, 0] / rms.sqrt()
+    torch.testing.assert_close(share, share.mean().expand_as(share), rtol=0.05, atol=0)
 
 
 # --- centring only where it pays ---

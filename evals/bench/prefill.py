@@ -1,0 +1,107 @@
+"""What coding a prompt costs: forward passes over one, with caches in turn.
+
+    python -m evals.bench.prefill --tokens 4096 --caches k3v3 k4v4
+
+A pass of a model over a prompt through an empty cache, in milliseconds: median, and the middle half
+of the samples in brackets; and how much longer than through DynamicCache, sample by sample in turn.
+Without --model the model has random weights, by default layers of the shape of Llama-3.1-8B and a
+small vocabulary, for only the last token's logits are computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from ..caches.registry import BASELINE, CacheSpec
+from ..environment import Versions, device_of
+from ..subjects.models import DTYPES, ModelOptions, load
+from ..timing import synchronize, timed
+from .common import default_device, exit_with, new_parser
+from .generate import build_model
+
+
+def prefill(model: PreTrainedModel, ids: torch.Tensor, spec: CacheSpec) -> None:
+    """One pass over a prompt, through an empty cache."""
+    cache = spec.make(model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, logits_to_keep=1)
+
+
+def measure(
+    model: PreTrainedModel, ids: torch.Tensor, specs: list[CacheSpec], repeats: int
+) -> dict[str, list[float]]:
+    """Milliseconds of every pass, by the label of the cache; the first round does not count."""
+    times: dict[str, list[float]] = {spec.label: [] for spec in specs}
+    for round_ in range(repeats + 1):
+        for spec in specs:
+            seconds, _ = timed(partial(prefill, model, ids, spec), model.device)
+            if round_:
+                times[spec.label].append(1e3 * seconds)
+    return times
+
+
+def rows(times: dict[str, list[float]]) -> list[str]:
+    """Rows of a Markdown table; the first cache is what the others are compared with."""
+    baseline = next(iter(times.values()))
+    lines = []
+    for label, samples in times.items():
+        low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+        extra = [100 * (x / y - 1) for x, y in zip(samples, baseline, strict=True)]
+        low_x, middle_x, high_x = statistics.quantiles(extra, n=4, method="inclusive")
+        compared = "" if samples is baseline else f"{middle_x:+.1f}% [{low_x:+.1f}, {high_x:+.1f}]"
+        lines.append(f"| {label} | {middle:.1f} [{low:.1f}, {high:.1f}] | {compared} |")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a Markdown table, a row per cache."""
+    args = _arguments(argv)
+    torch.set_num_threads(args.threads)
+    device = device_of(args.device)
+    if args.model:
+        options = ModelOptions(model=args.model, dtype=args.dtype, device=str(device))
+        model = load(options).model
+    else:
+        model = build_model(args, device)
+    specs = [CacheSpec.named(name, "--caches") for name in (BASELINE, *args.caches)]
+    generator = torch.Generator().manual_seed(0)
+    size = (args.batch, args.tokens)
+    ids = torch.randint(1, model.config.vocab_size - 1, size, generator=generator).to(device)
+    synchronize(device)
+    print(f"{Versions.of(device, 'evals.bench.prefill', argv)}\n")
+    print("| cache | ms a pass | beside DynamicCache |\n| --- | ---: | ---: |")
+    print("\n".join(rows(measure(model, ids, specs, args.repeats))))
+    return 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--tokens", type=int, default=4096, help="of the prompt")
+    add("--batch", type=int, default=1, help="rows of a batch")
+    add("--caches", nargs="+", default=["k4v4", "k3v3"], help="names, with settings as in verify")
+    add("--model", help="folder, GGUF file or Hub name; without: random weights of the shape below")
+    add("--layers", type=int, default=4)
+    add("--hidden", type=int, default=4096)
+    add("--heads", type=int, default=32, help="query heads")
+    add("--kv-heads", type=int, default=8, help="key and value heads")
+    add("--head-dim", type=int, default=128, help="elements of a head")
+    add("--intermediate", type=int, default=14336)
+    add("--vocab", type=int, default=1024)
+    add("--dtype", default="bfloat16", choices=DTYPES[1:], help="of the model")
+    add("--device", default=default_device(), help="cuda, cuda:1, ..., or cpu")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    add("--repeats", type=int, default=7, help="samples of each cache")
+    args = parser.parse_args(argv)
+    if args.tokens < 1 or args.batch < 1 or args.repeats < 2 or args.threads < 1:
+        parser.error("choose --tokens, --batch and --threads from 1, and --repeats from 2")
+    return args
+
+
+if __name__ == "__main__":
+    exit_with(main)
