@@ -18,8 +18,10 @@ def test_preset_names_say_the_bits() -> None:
 
 
 def test_options_replace_those_of_the_preset() -> None:
-    cache = RotorQuantCache("k3v2", residual_length=64)
-    assert cache.settings == dataclasses.replace(PRESETS["k3v2"], residual_length=64)
+    cache = RotorQuantCache("k3v2", residual_length=64, statistics_length=0)
+    assert cache.settings == dataclasses.replace(
+        PRESETS["k3v2"], residual_length=64, statistics_length=0
+    )
     given = RotorQuantConfig(key_bits=5)
     assert RotorQuantCache(given).settings is not None
     assert RotorQuantCache(given, value_bits=2).settings.key_bits == 5
