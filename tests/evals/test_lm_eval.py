@@ -181,7 +181,7 @@ def test_nothing_compressed_is_said(lm, caplog):
         assert text.startswith(f"these {kind} requests are too short to read anything compressed")
         assert f"(the longest of {task}: " in text
         assert "keeps the first 1536 tokens (num_sink_tokens 4 + residual_length 1500" in text
-        assert "num_fewshot, or the window shorter with residual_length" in text
+        assert "num_fewshot, or keep fewer tokens in full precision (such as residual_len" in text
     assert said[0] in warned[0]
     assert all(text in warned[-1] for text in said)
     (a, b, c) = found["config"]["cache_warnings"]
@@ -209,10 +209,27 @@ def test_the_length_that_is_foreseen_is_that_which_is_read(lm, caplog):
         model.loglikelihood([request], disable_tqdm=True)
         assert ("too short" in caplog.text) == (model._reads.packed == 0) == (tokens == 37)
         # A window of 8 instead of 16 leaves 28 in full precision.
-        assert ("residual_length=8,statistics_length=8)" in caplog.text) == (tokens == 37)
+        assert ("residual_length=8)" in caplog.text) == (tokens == 37)
     caplog.clear()
     model.loglikelihood([Instance("loglikelihood", {}, (word, word), 0, task_name="t")])
     assert "with num_fewshot." in caplog.text  # sinks and a block alone are longer
+
+
+def test_the_remedy_for_short_requests_is_one(lm, caplog):
+    """Statistics keep 4 + 256 tokens; with the settings that are named, the request reads codes."""
+    from lm_eval.api.instance import Instance
+
+    request = Instance("loglikelihood", {}, (" the" * 100, " the"), 0, task_name="t")
+    lm("k3v3", residual_length=16).loglikelihood([request], disable_tqdm=True)
+    assert "260 tokens (num_sink_tokens 4 + statistics_length 256) in full" in caplog.text
+    assert "(such as residual_length=16,statistics_length=48)" in caplog.text
+    caplog.clear()
+    model = lm("k3v3", residual_length=16, statistics_length=48)
+    model.loglikelihood([request], disable_tqdm=True)
+    assert "too short" not in caplog.text
+    caplog.clear()
+    lm("k3v3").loglikelihood([request], disable_tqdm=True)
+    assert "(such as residual_length=32,statistics_length=64)" in caplog.text
 
 
 def test_results_say_which_cache(lm):
