@@ -162,9 +162,10 @@ def rewrite(path: Path, change_header, drop: str = "") -> None:
     save_file(tensors, path, {**metadata, "header": json.dumps(header)})
 
 
-def test_other_version(saved) -> None:
-    rewrite(saved, lambda header: header.update(version=99))
-    with pytest.raises(ValueError, match="format version 99"):
+@pytest.mark.parametrize("version", [1, 99])
+def test_other_version(saved, version) -> None:
+    rewrite(saved, lambda header: header.update(version=version))
+    with pytest.raises(ValueError, match=f"format version {version} .*save the cache again"):
         RotorQuantCache.load(saved)
 
 
