@@ -31,9 +31,8 @@ from tests.cache.test_graph import decode_eagerly, graphs  # noqa: F401 (a fixtu
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-WINDOW: dict[str, Any] = (
-    {} if GPU else {"residual_length": 16, "statistics_length": 0, "block_length": 8}
-)
+WINDOW: dict[str, Any] = {"statistics_length": 0, "query_aware": False}
+WINDOW |= {} if GPU else {"residual_length": 16, "block_length": 8}
 BLOCK = RotorQuantConfig(**WINDOW).block_length
 
 
@@ -267,9 +266,7 @@ class Ring:
 RING = {
     "k4v4": Ring(bits(4)),
     "k3v3-prod": Ring(bits(3, "prod")),
-    "blocks-of-1": Ring(
-        bits(4) | {"block_length": 1, "residual_length": 16, "statistics_length": 0}
-    ),
+    "blocks-of-1": Ring(bits(4) | {"block_length": 1, "residual_length": 16}),
     "no-sinks": Ring(bits(4) | {"num_sink_tokens": 0}),
     "sliding-window": Ring(bits(4), sliding=sized(230, 36)),
 }
