@@ -3,8 +3,8 @@
     python -m examples.how_it_works
 
 Nothing in it is a sketch: the key is one that `books-7m` computes from a text in this repository,
-equalised, rotated, coded and read back by the quantiser that the cache uses. It needs matplotlib
-(the extra `eval`).
+centred, equalised, rotated, coded (to the nearest level: there are no queries in the picture) and
+read back by the quantiser that the cache uses. It needs matplotlib (the extra `eval`).
 """
 
 from __future__ import annotations
@@ -99,17 +99,18 @@ def _draw_layout(axes, shape: torch.Size) -> None:
 
 
 def _draw_key(figure, panels, keys: Tensor) -> None:
-    """One key: as it is; equalised and rotated; read back."""
+    """One key: as it is; centred, equalised and rotated; read back."""
     d = keys.shape[-1]
-    quantizer = RotorQuantMSE(d, BITS, scale="matched")
+    quantizer = RotorQuantMSE(d, BITS, scale="least_squares")
     # D = rms^1/2 per channel, shared by the two channels of a RoPE pair.
     rms = keys[HEAD].square().mean(dim=0).unflatten(0, (2, d // 2)).mean(dim=0).sqrt().repeat(2)
-    equalised = keys[HEAD] / rms.sqrt()
-    key, u = keys[HEAD, TOKEN], equalised[TOKEN]
+    mean = keys[HEAD].mean(dim=0)
+    key = keys[HEAD, TOKEN]
+    u = (key - mean) / rms.sqrt()
     rotated = quantizer.rotation.rotate(u) / u.norm()
     levels = quantizer.centroids
     index = torch.bucketize(rotated, quantizer.boundaries)
-    back = quantizer(u)[0] * rms.sqrt()
+    back = quantizer(u)[0] * rms.sqrt() + mean
     channels = range(d)
 
     panels[0].bar(channels, key, color=FAINT, width=1)

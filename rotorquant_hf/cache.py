@@ -29,9 +29,10 @@ class RotorQuantCache(Cache):
         RotorQuantCache(key_bits=3, residual_length=64, config=model.config)
 
     The first tokens (sinks) and the most recent ones stay in full precision; every other token is
-    quantised once, when it is no longer recent. Attention layers, full and sliding, are
-    compressed. Layers of other kinds (linear attention, convolutions, attention and a recurrent
-    state in one, indexed sparse attention) keep Transformers' own cache, uncompressed.
+    quantised once, when it is no longer recent and `statistics_length` tokens have been read.
+    Attention layers, full and sliding, are compressed. Layers of other kinds (linear attention,
+    convolutions, attention and a recurrent state in one, indexed sparse attention) keep
+    Transformers' own cache, uncompressed.
 
     Args:
         settings: a preset name (see `PRESETS`), a `RotorQuantConfig`, or None for the defaults.

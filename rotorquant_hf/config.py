@@ -19,9 +19,8 @@ ROPE_LAYOUTS = ("half", "interleaved", "none")
 _VALUE_SEED_OFFSET = 100
 
 
-def _help(default: Any, text: str, **metadata: Any) -> Any:
-    """A field; `neutral` is the value at which a cache is as it was before there was the option."""
-    return field(default=default, metadata={"help": text, **metadata})
+def _help(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,17 @@ class RotorQuantConfig:
     rotation: str = _help("cascade", "'cascade', 'rotors' (the reference), 'haar' or 'hadamard'")
     rotor_layers: int | None = _help(None, "layers of 'cascade' or 'rotors'; None: their default")
     key_scale: str = _help(
-        "matched", "'norm', 'matched', 'least_squares' or 'unbiased': the scale of a key"
+        "least_squares", "'norm', 'matched', 'least_squares' or 'unbiased': the scale of a key"
     )
     value_scale: str = _help("unbiased", "the same for a value")
     equalize_keys: float = _help(
         0.5, "keys are divided per channel by their rms to this power, 0 to 1, before coding"
     )
-    equalize_values: float = _help(0.0, "the same for values")
+    equalize_values: float = _help(0.5, "the same for values")
     center_keys: bool | str = _help(
-        "auto",
-        "subtract from keys their channel means: True, False, or 'auto' for the channels that hold "
-        "little but a large constant (as key biases make them)",
+        True,
+        "subtract from keys their channel means: True (all of them), False, or 'auto' (those of "
+        "channels that hold little but a large constant, as key biases make them)",
     )
     rope_layout: str = _help(
         "half",
@@ -63,16 +62,14 @@ class RotorQuantConfig:
     qjl_dim: int | None = _help(None, "projections of 'prod' keys; None: the head dim")
     qjl_projection: str = _help("orthogonal", "rows of the projection: 'orthogonal', 'gaussian'")
     statistics_length: int = _help(
-        0,
+        256,
         "tokens that the channel statistics are taken from at least: nothing is quantised before "
         "(of a sliding window at most its tokens); 0: the first block that is quantised",
-        neutral=0,
     )
     query_aware: bool = _help(
-        False,
+        True,
         "round keys for a small error along the queries of the prompt, which attention 'sdpa' and "
         "'rotorquant' show; False: every element to the nearest",
-        neutral=False,
     )
     residual_length: int = _help(128, "latest tokens, kept in full precision")
     block_length: int = _help(32, "recent tokens are quantised in blocks of this many")
@@ -233,7 +230,10 @@ PRESETS: dict[str, RotorQuantConfig] = {
         key_scale="norm",
         value_scale="norm",
         equalize_keys=0.0,
+        equalize_values=0.0,
         center_keys=False,
+        statistics_length=0,
+        query_aware=False,
         num_sink_tokens=0,
     ),
     "turboquant": RotorQuantConfig(
@@ -243,7 +243,10 @@ PRESETS: dict[str, RotorQuantConfig] = {
         key_scale="norm",
         value_scale="norm",
         equalize_keys=0.0,
+        equalize_values=0.0,
         center_keys=False,
+        statistics_length=0,
+        query_aware=False,
         num_sink_tokens=0,
     ),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.version import __version__
 
 FORMAT = "rotorquant-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,7 @@ def _parse(
             f"{path} has format version {header['version']} (rotorquant_hf "
             f"{header['rotorquant_hf']}), this is version {FORMAT_VERSION}; save the cache again"
         )
-    settings = {  # a file from before there was an option leaves it out
-        x.name: x.metadata["neutral"] for x in fields(RotorQuantConfig) if "neutral" in x.metadata
-    }
-    settings |= header["settings"]
-    settings["exact_layers"] = tuple(settings["exact_layers"])
+    settings = header["settings"] | {"exact_layers": tuple(header["settings"]["exact_layers"])}
     entries = []
     for index, entry in enumerate(header["layers"]):
         missing = [name for name in entry["tensors"] if f"{index}.{name}" not in tensors]

@@ -2,14 +2,16 @@
 
     python -m evals.bench.cache_size --tokens 32768
 
-Fills one layer with random keys and values of the shape in one update, as a prompt does, and reads
-`cache.memory()`. Every layer of a model takes the same again; the tables are shared by all. Sizes
-are bytes, and bits per element of keys and values; "smaller" is against the uncompressed tensors.
+Fills one layer with random keys and values of the shape in one update, as a prompt does, shows it
+a query (the layer keeps the second moment of those), and reads `cache.memory()`. Every layer of a
+model takes the same again; the tables are shared by all. Sizes are bytes, and bits per element of
+keys and values; "smaller" is against the uncompressed tensors.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from rotorquant_hf import PRESETS, RotorQuantCache
 from rotorquant_hf.quant.rotations import MAX_DIM, MIN_DIM
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for preset in args.presets:
         cache = RotorQuantCache(preset)
-        cache.update(keys, values, 0)
+        scaled_dot_product_attention(keys[:, :, -1:], *cache.update(keys, values, 0))
         report = cache.memory()
         print(
             f"| {preset} | {report.total_bytes:,} | {report.ratio:.2f}x | "

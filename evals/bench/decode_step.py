@@ -15,7 +15,7 @@ from torch import Tensor
 from rotorquant_hf import RotorQuantConfig
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
-from rotorquant_hf.attention.states import CachedStates, RingStates
+from rotorquant_hf.attention.states import CachedStates, PlainStates, RingStates
 from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.layers import RotorQuantLayer
 
@@ -148,7 +148,7 @@ def ring_states(x: Tensor) -> RingStates:
     Raises:
         ValueError: if nothing is packed, or the kernels did not take the update.
     """
-    if not isinstance(x, CompressedTensor):
+    if not isinstance(x, CompressedTensor) or isinstance(x.states, PlainStates):
         raise ValueError(f"nothing is packed of {x.shape[2]} tokens: the recent window has all")
     if not isinstance(x.states, RingStates):
         raise ValueError("the layer does not decode through the kernels here")

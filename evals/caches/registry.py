@@ -163,13 +163,7 @@ def option_texts() -> dict[str, str]:
 
 
 def _plain(options: Any) -> dict[str, Any]:
-    """Options as plain values, but for later ones at which a cache is as before there were any.
-
-    Rows that were recorded before keep their ids.
-    """
-    plain = {}
-    for entry in dataclasses.fields(options):
-        value = getattr(options, entry.name)
-        if "neutral" not in entry.metadata or value != entry.metadata["neutral"]:
-            plain[entry.name] = list(value) if isinstance(value, tuple) else value
-    return plain
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(options).items()
+    }

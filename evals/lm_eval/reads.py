@@ -100,14 +100,18 @@ def too_short(requests: str, longest: Mapping[str, int], needed: int, spec: Cach
     tasks = ", ".join(f"{task}: {tokens} tokens" for task, tokens in longest.items())
     options, parts, remedy = spec.options, "", _REMEDY
     if isinstance(options, RotorQuantConfig):
-        window = options.residual_length
-        kept = f"residual_length {window} + block_length {options.block_length}"
-        if options.statistics_length > window + options.block_length:
-            window = options.statistics_length
-            kept = f"statistics_length {window}"
+        window, block = options.residual_length, options.block_length
+        statistics = options.statistics_length
+        kept = f"residual_length {window} + block_length {block}"
+        if statistics > window + block:
+            kept = f"statistics_length {statistics}"
         parts = f" (num_sink_tokens {options.num_sink_tokens} + {kept})"
-        room = min(longest.values()) - (needed - window)  # for a window that codes are read behind
-        remedy = _remedy(room // 2) if room > 1 else f"{_LONGER}."
+        room = (
+            min(longest.values()) - options.num_sink_tokens - block
+        )  # for a window to read behind
+        shorter = min(window, room // 2)
+        also = f",statistics_length={shorter + block}" if statistics > shorter + block else ""
+        remedy = _remedy(f"{shorter}{also}") if room > 1 else f"{_LONGER}."
     return (
         f"these {requests} requests are too short to read anything compressed (the longest of "
         f"{tasks}): {spec.label} keeps the first {needed} tokens{parts} in full precision, so the "
@@ -115,14 +119,12 @@ def too_short(requests: str, longest: Mapping[str, int], needed: int, spec: Cach
     )
 
 
-def _remedy(window: int) -> str:
-    return (
-        f"{_LONGER}, or the window shorter with residual_length (such as residual_length={window})"
-    )
+def _remedy(window: str) -> str:
+    return f"{_LONGER}, or keep fewer tokens in full precision (such as residual_length={window})"
 
 
 _LONGER = "Make prompts longer with num_fewshot"
-_REMEDY = _remedy(32)
+_REMEDY = _remedy("32, and statistics_length=64 if the cache takes it")
 
 
 def nothing_compressed(requests: str, tasks: str, cache: str) -> str:

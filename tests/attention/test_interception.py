@@ -24,7 +24,7 @@ from rotorquant_hf.quant.packed import PackedSpan
 from tests.helpers.models import MODELS, build, feed, prompt, relative_error
 
 ROWS, HEADS, TOKENS, D = 2, 2, 41, 16
-SMALL = {"residual_length": 8, "block_length": 4}
+SMALL = {"residual_length": 8, "statistics_length": 0, "query_aware": False, "block_length": 4}
 
 # Attention written out as products, or (deepseek_v3) keys and values computed from the cached
 # ones: nothing that could be intercepted.
@@ -435,7 +435,12 @@ def test_generation_is_that_on_materialised_states(model, sampled, quantizer, no
         if not fused:
             not_fused()
         cache = RotorQuantCache(
-            key_bits=4, value_bits=4, key_quantizer=quantizer, residual_length=32
+            key_bits=4,
+            value_bits=4,
+            key_quantizer=quantizer,
+            residual_length=32,
+            statistics_length=0,
+            query_aware=False,
         )
         ids = model.generate(
             sampled[:, :120], past_key_values=cache, max_new_tokens=200, do_sample=False
@@ -500,7 +505,9 @@ def test_no_tensor_of_a_long_chunk_is_larger_than_its_output(tail, monkeypatch):
     """However many tokens ask, and whether what they read is packed or exact."""
     monkeypatch.setattr(torch_attention, "_TILE_ELEMENTS", 1 << 13)
     monkeypatch.setattr(torch_attention, "_MAX_SCORES", 1 << 13)
-    layer = RotorQuantLayer(RotorQuantConfig(residual_length=8, block_length=8))
+    layer = RotorQuantLayer(
+        RotorQuantConfig(residual_length=8, statistics_length=0, query_aware=False, block_length=8)
+    )
     layer.update(draw(1, 2, 4000, D), draw(1, 2, 4000, D))
     keys, values = layer.update(draw(1, 2, tail, D), draw(1, 2, tail, D))
     query = draw(1, 4, 300, D)

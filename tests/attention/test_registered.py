@@ -45,7 +45,7 @@ from rotorquant_hf.quant.packed import PackedSpan
 from tests.conftest import MODEL
 from tests.helpers.models import COMMON, MODELS, SLIDING_WINDOW, build, feed, prompt, relative_error
 
-SMALL = {"residual_length": 8, "block_length": 4}
+SMALL = {"residual_length": 8, "statistics_length": 0, "query_aware": False, "block_length": 4}
 
 OWN_ATTENTION = ["bloom", "mpt", "codegen", "gptj", "gpt_neo", "falcon", "falcon_multi_query"]
 """Models that do not use the attention implementation that is set."""
@@ -122,7 +122,9 @@ def test_over_plain_tensors_logits_are_those_of_eager(name, padded):
     expected = feed(eager, DynamicCache(config=eager.config), ids, chunks, mask)
     for cache in (
         DynamicCache(config=model.config),
-        RotorQuantCache(config=model.config, residual_length=1000),
+        RotorQuantCache(
+            config=model.config, residual_length=1000, statistics_length=0, query_aware=False
+        ),
     ):
         logits = feed(model, cache, ids, chunks, mask)
         torch.testing.assert_close(logits[seen], expected[seen], rtol=0, atol=1e-5)
@@ -453,7 +455,9 @@ def test_greedy_text_is_that_of_eager(name):
     texts = []
     for attention in ("eager", "rotorquant"):
         model = build(name, attention)
-        cache = RotorQuantCache(config=model.config, residual_length=1000)
+        cache = RotorQuantCache(
+            config=model.config, residual_length=1000, statistics_length=0, query_aware=False
+        )
         options = {"max_new_tokens": 40, "do_sample": False}
         texts.append(model.generate(ids, past_key_values=cache, **options))
     assert texts[0].shape == (2, 70)
@@ -467,7 +471,9 @@ def test_text_over_packed_tokens_is_that_of_eager(options, model, sampled, dequa
         dequantised.clear()
         copied = copy.deepcopy(model)
         copied.set_attn_implementation(attention)
-        cache = RotorQuantCache("k8v8", residual_length=32, block_length=8)
+        cache = RotorQuantCache(
+            "k8v8", residual_length=32, statistics_length=0, query_aware=False, block_length=8
+        )
         settings = {"max_new_tokens": 40, "do_sample": False} | options
         texts[attention] = copied.generate(sampled[:, :120], past_key_values=cache, **settings)
         assert cache.memory().packed_numbers > 0
@@ -482,7 +488,9 @@ def test_beam_search_is_that_of_eager(name):
     beams = []
     for attention in ("eager", "rotorquant"):
         model = build(name, attention)
-        cache = RotorQuantCache(config=model.config, residual_length=1000)
+        cache = RotorQuantCache(
+            config=model.config, residual_length=1000, statistics_length=0, query_aware=False
+        )
         beams.append(model.generate(ids, past_key_values=cache, **options))
     assert torch.equal(*beams)
 

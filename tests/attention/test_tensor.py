@@ -25,7 +25,9 @@ ROWS, HEADS, TOKENS, D = 2, 2, 21, 16
 
 def visible(dtype: torch.dtype = torch.float32) -> tuple[CompressedTensor, CompressedTensor]:
     """Keys and values as attention gets them: 2 sinks, 14 packed, 4 of the window, 1 new."""
-    config = RotorQuantConfig(residual_length=4, block_length=2, num_sink_tokens=2)
+    config = RotorQuantConfig(
+        residual_length=4, statistics_length=0, block_length=2, num_sink_tokens=2
+    )
     layer, generator = RotorQuantLayer(config), torch.Generator().manual_seed(0)
     for count in (TOKENS - 1, 1):
         keys, values = layer.update(
@@ -295,7 +297,7 @@ def test_the_two_of_an_update_are_not_confused(keys, values):
 
 
 def test_sliding_layers_hide_packed_tokens_that_are_kept_for_a_crop():
-    config = RotorQuantConfig(residual_length=2, block_length=2)
+    config = RotorQuantConfig(residual_length=2, statistics_length=0, block_length=2)
     layer, window = RotorQuantSlidingLayer(config, 6), 6
     layer.activate_past_recording()
     for _ in range(4):
@@ -404,7 +406,9 @@ def test_every_materialisation_is_a_tensor_of_its_own(keys):
 
 
 def test_gradients_flow_to_the_exact_tail_only():
-    config = RotorQuantConfig(residual_length=4, block_length=2, num_sink_tokens=0)
+    config = RotorQuantConfig(
+        residual_length=4, statistics_length=0, block_length=2, num_sink_tokens=0
+    )
     layer = RotorQuantLayer(config)
     old = [torch.randn(1, 1, 20, D, requires_grad=True) for _ in range(2)]
     layer.update(*old)

@@ -17,9 +17,26 @@ def test_preset_names_say_the_bits() -> None:
     assert PRESETS["k4v4"] == RotorQuantConfig()
 
 
+@pytest.mark.parametrize("name", ["turboquant", "rotorquant-reference"])
+def test_published_methods_take_no_statistics_and_see_no_queries(name) -> None:
+    settings = PRESETS[name]
+    assert (settings.equalize_keys, settings.equalize_values, settings.center_keys) == (0, 0, False)
+    assert (settings.statistics_length, settings.query_aware) == (0, False)
+    assert (settings.key_scale, settings.value_scale) == ("norm", "norm")
+
+
+def test_nothing_is_quantised_before_there_are_statistics() -> None:
+    """4 sinks and 256 tokens; a longer window takes more by itself, a block of 32 included."""
+    assert RotorQuantConfig().tokens_until_packing == 260
+    assert RotorQuantConfig(residual_length=300).tokens_until_packing == 336
+    assert RotorQuantConfig(statistics_length=0).tokens_until_packing == 164
+
+
 def test_options_replace_those_of_the_preset() -> None:
-    cache = RotorQuantCache("k3v2", residual_length=64)
-    assert cache.settings == dataclasses.replace(PRESETS["k3v2"], residual_length=64)
+    cache = RotorQuantCache("k3v2", residual_length=64, statistics_length=0)
+    assert cache.settings == dataclasses.replace(
+        PRESETS["k3v2"], residual_length=64, statistics_length=0
+    )
     given = RotorQuantConfig(key_bits=5)
     assert RotorQuantCache(given).settings is not None
     assert RotorQuantCache(given, value_bits=2).settings.key_bits == 5

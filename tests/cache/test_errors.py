@@ -26,7 +26,9 @@ from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from tests.helpers.models import build, feed, prompt, same, snapshot
 
 ROWS, HEADS, D_KEY, D_VALUE = 2, 3, 16, 12
-SMALL = RotorQuantConfig(residual_length=3, block_length=2, num_sink_tokens=2)
+SMALL = RotorQuantConfig(
+    residual_length=3, statistics_length=0, query_aware=False, block_length=2, num_sink_tokens=2
+)
 Pair = tuple[Tensor, Tensor]
 
 

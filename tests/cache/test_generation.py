@@ -24,7 +24,12 @@ def greedy(model, prompt: torch.Tensor, cache, tokens: int = 200) -> list[int]:
 def test_8_bits_write_the_same_200_tokens(model, sampled, quantizer, prompt_tokens) -> None:
     prompt = sampled[:, :prompt_tokens]
     cache = RotorQuantCache(
-        key_bits=8, value_bits=8, key_quantizer=quantizer, residual_length=32, num_sink_tokens=0
+        key_bits=8,
+        value_bits=8,
+        key_quantizer=quantizer,
+        residual_length=32,
+        statistics_length=0,
+        num_sink_tokens=0,
     )
     actual = greedy(model, prompt, cache)
     assert cache.memory().packed_numbers > 0.7 * cache.memory().numbers
@@ -42,7 +47,7 @@ def divergence(model, ids: torch.Tensor, cache_options: dict, chunk: int = 32):
 
 
 def test_divergence_falls_with_bits(model, sampled) -> None:
-    """Bounds at twice what was measured: .00175, .00036, .000071, .00000055 nats."""
+    """Bounds at 1.4 to 2.6 times what was measured: .0026, .00040, .000076, .00000042 nats."""
     ids = sampled[:, :800]
     results = {
         bits: divergence(model, ids, {"key_bits": bits, "value_bits": bits})
@@ -58,7 +63,7 @@ def test_divergence_falls_with_bits(model, sampled) -> None:
 
 
 def test_default_beats_the_reference_and_turboquant(model, sampled) -> None:
-    """At equal bits, window and sinks; the reference spends one key bit on QJL signs."""
+    """At equal bits, window, sinks and first packed token; the reference spends a bit on signs."""
     ids = sampled[:, :600]
     ours = divergence(model, ids, {"key_bits": 3, "value_bits": 3, "num_sink_tokens": 0})
     theirs = {
@@ -66,11 +71,12 @@ def test_default_beats_the_reference_and_turboquant(model, sampled) -> None:
             model,
             [ids],
             SinglePass(model, [ids]),
-            lambda n=name: RotorQuantCache(n, residual_length=32),
+            lambda n=name: RotorQuantCache(n, residual_length=32, statistics_length=256),
             32,
         )
         for name in ("turboquant", "rotorquant-reference")
     }
+    assert all(result.compressed_share == ours.compressed_share for result in theirs.values())
     assert ours.kl_mean < theirs["turboquant"].kl_mean
     assert ours.kl_mean < 0.25 * theirs["rotorquant-reference"].kl_mean
 
@@ -78,7 +84,7 @@ def test_default_beats_the_reference_and_turboquant(model, sampled) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_generate(model, sampled, preset) -> None:
     cache = RotorQuantCache(preset, config=model.config)
-    assert len(greedy(model, sampled[:, :250], cache, 5)) == 5
+    assert len(greedy(model, sampled[:, :300], cache, 5)) == 5
     assert cache.memory().packed_numbers > 0
 
 
@@ -86,7 +92,7 @@ def test_presets_generate(model, sampled, preset) -> None:
 def test_half_precision(model, sampled, dtype) -> None:
     half = type(model)(model.config).to(dtype).eval()
     half.load_state_dict(model.state_dict())
-    cache = RotorQuantCache(key_bits=8, value_bits=8, residual_length=32)
+    cache = RotorQuantCache(key_bits=8, value_bits=8, residual_length=32, statistics_length=0)
     ids = sampled[:, :300]
     with torch.no_grad():
         for start in range(0, 300, 30):

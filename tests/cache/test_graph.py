@@ -13,7 +13,7 @@ from tests.helpers import cuda_graph
 from tests.helpers.models import build
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = {"residual_length": 8, "block_length": 4, "num_sink_tokens": 2}
+SMALL = {"residual_length": 8, "statistics_length": 0, "block_length": 4, "num_sink_tokens": 2}
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from tests.helpers.models import (
     storages,
 )
 
-SMALL = {"residual_length": 8, "block_length": 4}
+SMALL = {"residual_length": 8, "statistics_length": 0, "block_length": 4}
 ALL = list(MODELS)
 COMPRESSED = [name for name in ALL if set(MODELS[name].layers) != {"own"}]
 SLIDING = [name for name in ALL if MODELS[name].sliding]
@@ -77,7 +77,7 @@ def test_sliding_layers_have_the_window_of_the_model(name):
 @pytest.mark.parametrize("name", ALL)
 def test_logits_are_those_of_dynamic_cache_while_nothing_is_packed(name, chunks):
     model, ids = build(name), prompt(2, 60)
-    cache = RotorQuantCache(config=model.config, residual_length=1000)
+    cache = RotorQuantCache(config=model.config, residual_length=1000, statistics_length=0)
     logits = feed(model, cache, ids, chunks)
     oracle = DynamicCache(config=model.config)
     torch.testing.assert_close(logits, feed(model, oracle, ids, chunks), rtol=0, atol=1e-6)
@@ -88,7 +88,7 @@ def test_logits_are_those_of_dynamic_cache_while_nothing_is_packed(name, chunks)
 @pytest.mark.parametrize("name", WITHOUT_STATES)
 def test_without_a_config_the_logits_are_those_of_dynamic_cache_too(name):
     model, ids, chunks = build(name), prompt(2, 60), CHUNKS["prompt then steps"]
-    logits = feed(model, RotorQuantCache(residual_length=1000), ids, chunks)
+    logits = feed(model, RotorQuantCache(residual_length=1000, statistics_length=0), ids, chunks)
     assert torch.equal(logits, feed(model, DynamicCache(), ids, chunks))
 
 
@@ -98,7 +98,7 @@ def test_padded_rows_see_what_they_see_with_dynamic_cache(name):
     mask = torch.ones_like(ids)
     mask[0, :11] = mask[2, :3] = 0
     ids[mask == 0] = 0
-    exact = RotorQuantCache(config=model.config, residual_length=1000)
+    exact = RotorQuantCache(config=model.config, residual_length=1000, statistics_length=0)
     reference = feed(model, DynamicCache(config=model.config), ids, chunks, mask)
     logits = feed(model, exact, ids, chunks, mask)
     seen = mask[:, : sum(chunks)].bool()
@@ -113,7 +113,7 @@ def test_padded_rows_see_what_they_see_with_dynamic_cache(name):
 def test_beam_search_is_that_of_dynamic_cache_while_nothing_is_packed(name):
     model, ids = build(name), prompt(2, 30)
     options = {"max_new_tokens": 10, "num_beams": 3, "do_sample": False}
-    cache = RotorQuantCache(config=model.config, residual_length=1000)
+    cache = RotorQuantCache(config=model.config, residual_length=1000, statistics_length=0)
     beams = model.generate(ids, past_key_values=cache, **options)
     oracle = DynamicCache(config=model.config)
     assert torch.equal(beams, model.generate(ids, past_key_values=oracle, **options))
@@ -124,7 +124,7 @@ def test_beam_search_is_that_of_dynamic_cache_while_nothing_is_packed(name):
 def test_half_precision_models(name, dtype):
     model, ids, chunks = build(name, dtype=dtype), prompt(2, 60), CHUNKS["prompt then steps"]
     reference = feed(model, DynamicCache(config=model.config), ids, chunks)
-    exact = RotorQuantCache(config=model.config, residual_length=1000)
+    exact = RotorQuantCache(config=model.config, residual_length=1000, statistics_length=0)
     assert torch.equal(feed(model, exact, ids, chunks), reference)
 
     cache = RotorQuantCache("k8v8", config=model.config, **SMALL)
@@ -155,7 +155,7 @@ def test_generation_reads_the_packed_tokens(name):
     ids, steps = out.sequences, (prompted,) + (1,) * (new - 1)
     reference = feed(model, DynamicCache(config=model.config), ids, steps)[:, prompted - 1 :]
     eight_bits = relative_error(torch.stack(out.logits, dim=1), reference)
-    assert eight_bits < 0.03
+    assert eight_bits < (0.06 if name == "gemma4" else 0.03)  # whose scores are not scaled down
 
     errors = {}
     for bits in (4, 2):
@@ -196,7 +196,8 @@ def test_attention_implementations_agree(name):
     logits = []
     for attention in MODELS[name].attention:
         model = build(name, attention)
-        cache = RotorQuantCache("k4v4", config=model.config, **SMALL)
+        # Not all show their queries.
+        cache = RotorQuantCache("k4v4", config=model.config, query_aware=False, **SMALL)
         logits.append(feed(model, cache, ids, chunks))
         assert cache.memory().packed_numbers > 0
     # Not equal: rounding may move a number into the next bin.

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from rotorquant_hf import RotorQuantCache, RotorQuantConfig, RotorQuantMSE
 
-SMALL = {"residual_length": 16, "block_length": 4}
+SMALL = {"residual_length": 16, "statistics_length": 0, "block_length": 4}
 
 
 def step(model, ids: torch.Tensor, cache) -> torch.Tensor:
@@ -148,7 +148,12 @@ def test_a_saved_file_has_ordinary_permissions(tmp_path):
 def test_torch_compile_gives_the_same(model):
     """It breaks the graph at the cache and at attention over it, and is right."""
     ids = torch.tensor([list(range(5, 45))])
-    settings = {"residual_length": 8, "block_length": 4, "num_sink_tokens": 2}
+    settings = {
+        "residual_length": 8,
+        "statistics_length": 0,
+        "block_length": 4,
+        "num_sink_tokens": 2,
+    }
     logits = []
     for run in (model, torch.compile(model, backend="eager")):
         cache = RotorQuantCache(**settings)

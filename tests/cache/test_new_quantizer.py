@@ -21,7 +21,13 @@ from rotorquant_hf.quant.quantizer import Quantizer, QuantizerSpec, Term
 from rotorquant_hf.quant.registry import QUANTIZERS, shared_quantizer
 from tests.helpers.models import build, prompt
 
-SMALL = {"residual_length": 8, "block_length": 4, "num_sink_tokens": 2}
+SMALL = {
+    "residual_length": 8,
+    "statistics_length": 0,
+    "query_aware": False,
+    "block_length": 4,
+    "num_sink_tokens": 2,
+}
 
 
 class UniformGrid(Quantizer):

@@ -26,8 +26,14 @@ from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from tests.helpers import models
 from tests.helpers.models import build, feed, prompt, same, snapshot, storages
 
-SMALL = {"residual_length": 8, "block_length": 4}
-TINY = {"residual_length": 3, "block_length": 2, "num_sink_tokens": 2}
+SMALL = {"residual_length": 8, "statistics_length": 0, "query_aware": False, "block_length": 4}
+TINY = {
+    "residual_length": 3,
+    "statistics_length": 0,
+    "query_aware": False,
+    "block_length": 2,
+    "num_sink_tokens": 2,
+}
 EVERYTHING_EXACT = 10_000
 CHUNKS = (9, 1, 1, 6, 1, 1, 1, 4, 2, 1)
 
@@ -79,10 +85,10 @@ def sliding_layer(window: int = 10, **options: Any) -> RotorQuantSlidingLayer:
 
 LAYERS = {
     "full": full_layer,
-    "sliding": sliding_layer,
+    "sliding": functools.partial(sliding_layer, equalize_values=0.0),
     "signs": functools.partial(full_layer, key_quantizer="prod"),
     "centred": functools.partial(full_layer, center_keys=True, equalize_values=0.5),
-    "sliding-centred": functools.partial(sliding_layer, center_keys=True),
+    "sliding-centred": functools.partial(sliding_layer, center_keys=True, equalize_values=0.0),
 }
 
 
@@ -197,7 +203,9 @@ class Twins:
 
 
 def _exact_twins(window: int | None) -> Twins:
-    config = RotorQuantConfig(residual_length=EVERYTHING_EXACT)
+    config = RotorQuantConfig(
+        residual_length=EVERYTHING_EXACT, statistics_length=0, query_aware=False
+    )
     if window is None:
         return Twins(RotorQuantLayer(config), DynamicLayer)
     oracle = functools.partial(DynamicSlidingWindowLayer, window)
@@ -232,7 +240,12 @@ def test_random_operations_leave_nearly_what_the_oracle_has_in_8_bits(window):
     def check(operations, residual, block, sinks):
         twins = _exact_twins(window)
         twins.layer.config = RotorQuantConfig.from_options(
-            "k8v8", residual_length=residual, block_length=block, num_sink_tokens=sinks
+            "k8v8",
+            residual_length=residual,
+            statistics_length=0,
+            query_aware=False,
+            block_length=block,
+            num_sink_tokens=sinks,
         )
         for ours, theirs in twins.run(operations):
             twins.check_sizes()
@@ -255,7 +268,13 @@ def test_random_operations_leave_nearly_what_the_oracle_has_in_8_bits(window):
     ("residual", "block", "sinks"), [(3, 2, 2), (8, 4, 4), (0, 1, 0), (5, 7, 3), (0, 5, 1)]
 )
 def test_sinks_and_window_are_exact_and_the_rest_is_quantised(residual, block, sinks, chunks):
-    layer = full_layer(residual_length=residual, block_length=block, num_sink_tokens=sinks)
+    layer = full_layer(
+        residual_length=residual,
+        statistics_length=0,
+        query_aware=False,
+        block_length=block,
+        num_sink_tokens=sinks,
+    )
     source, seen, first, last = Source(), [], 0, 0
     for count in chunks:
         seen.append(source(count))
@@ -574,7 +593,10 @@ def test_an_unused_layer_can_be_cropped_reordered_and_reset(kind):
 def test_recorded_tokens_that_are_undone_leave_no_trace_in_a_sliding_layer(undone):
     """Assisted decoding: candidates are fed, and the rejected ones are cropped."""
     window, source = 12, Source()
-    exact = RotorQuantSlidingLayer(RotorQuantConfig(residual_length=EVERYTHING_EXACT), window)
+    exact = RotorQuantSlidingLayer(
+        RotorQuantConfig(residual_length=EVERYTHING_EXACT, statistics_length=0, query_aware=False),
+        window,
+    )
     oracle, packed = DynamicSlidingWindowLayer(window), sliding_layer(window, key_bits=8)
     for layer in (exact, oracle, packed):
         layer.activate_past_recording()
@@ -973,7 +995,14 @@ def test_assisted_decoding_of_sliding_models_writes_the_greedy_text(name, residu
     ids = prompt(1, 8).repeat(1, 5)  # repeats, so that there is something to look up
     options = {"max_new_tokens": 30, "do_sample": False}
     plainly = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
-    cache = RotorQuantCache("k8v8", config=model.config, residual_length=residual, block_length=2)
+    cache = RotorQuantCache(
+        "k8v8",
+        config=model.config,
+        residual_length=residual,
+        statistics_length=0,
+        query_aware=False,
+        block_length=2,
+    )
     out = model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=4, **options)
     assert all(layer.record_past for layer in cache.layers if layer.is_sliding)
     if residual == EVERYTHING_EXACT:
@@ -993,7 +1022,10 @@ def test_assisted_decoding_of_sliding_models_writes_the_greedy_text(name, residu
 @pytest.mark.parametrize("chunk", [7, 16, 64])
 def test_chunked_prefill(books, chunk):
     ids = books.read(TEXTS[0])
-    exact, cache = RotorQuantCache(residual_length=EVERYTHING_EXACT), cache_of("8 bits")
+    exact, cache = (
+        RotorQuantCache(residual_length=EVERYTHING_EXACT, statistics_length=0, query_aware=False),
+        cache_of("8 bits"),
+    )
     options = {"prefill_chunk_size": chunk, "max_new_tokens": 20}
     expected = books.write(ids, cache_of("dynamic"), **options)
     assert torch.equal(books.write(ids, exact, **options), expected)
@@ -1038,7 +1070,10 @@ def test_rows_of_a_padded_batch_write_what_they_write_alone(books):
 
 def test_sliding_crop_beyond_the_recorded_past_is_refused():
     """Rather than a window with a hole that the mask does not know of."""
-    layer = RotorQuantSlidingLayer(RotorQuantConfig(residual_length=4, block_length=2), 10)
+    layer = RotorQuantSlidingLayer(
+        RotorQuantConfig(residual_length=4, statistics_length=0, query_aware=False, block_length=2),
+        10,
+    )
     source = Source()
     layer.update(*source(30))
     layer.activate_past_recording()

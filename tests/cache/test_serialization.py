@@ -18,7 +18,7 @@ from transformers import (
 
 from rotorquant_hf import RotorQuantCache
 
-SMALL_WINDOW = {"residual_length": 16, "block_length": 8}
+SMALL_WINDOW = {"residual_length": 16, "statistics_length": 0, "block_length": 8}
 
 
 def continue_from(model, cache, ids: torch.Tensor, steps: int) -> list[int]:
@@ -109,7 +109,9 @@ def test_mixed_layers(make_config, tmp_path) -> None:
     torch.manual_seed(0)
     tiny = AutoModelForCausalLM.from_config(config).eval()
     ids = torch.randint(0, 100, (1, 60))
-    cache = RotorQuantCache("k4v4", config=config, residual_length=8, block_length=4)
+    cache = RotorQuantCache(
+        "k4v4", config=config, residual_length=8, statistics_length=0, block_length=4
+    )
     with torch.no_grad():
         tiny(ids[:, :-1], past_key_values=cache)
     cache.save(tmp_path / "mixed")
@@ -160,9 +162,10 @@ def rewrite(path: Path, change_header, drop: str = "") -> None:
     save_file(tensors, path, {**metadata, "header": json.dumps(header)})
 
 
-def test_other_version(saved) -> None:
-    rewrite(saved, lambda header: header.update(version=99))
-    with pytest.raises(ValueError, match="format version 99"):
+@pytest.mark.parametrize("version", [1, 99])
+def test_other_version(saved, version) -> None:
+    rewrite(saved, lambda header: header.update(version=version))
+    with pytest.raises(ValueError, match=f"format version {version} .*save the cache again"):
         RotorQuantCache.load(saved)
 
 

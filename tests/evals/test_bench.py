@@ -24,10 +24,10 @@ from rotorquant_hf import RotorQuantConfig
 from rotorquant_hf.backend import backend
 from tests.helpers.bench import CPU, emulated_gpu, rows_of  # noqa: F401 (a fixture)
 
-# 1 row, 2 kv heads of 16 elements; of 215 tokens 4 are sinks, 64 packed and 147 in the window.
-TINY = ["--batch", "1", "--context", "215", "--heads", "4", "--kv-heads", "2", "--head-dim", "16"]
+# 1 row, 2 kv heads of 16 elements; of 311 tokens 4 are sinks, 160 packed and 147 in the window.
+TINY = ["--batch", "1", "--context", "311", "--heads", "4", "--kv-heads", "2", "--head-dim", "16"]
 TINY += ["--dtype", "float32", "--repeats", "2", "--device", "cpu"]
-PACKED, FULL = 64, 151
+PACKED, FULL = 160, 151
 
 
 # Timing
@@ -126,7 +126,7 @@ def test_attention_has_a_row_for_every_variant(tmp_path, capsys) -> None:
     assert all("backend" in found[name]["reason"] for name in refused)
 
     # Keys and values of 16 elements in float32; a scale is 2 bytes, 16 signs are 2.
-    plain = 2 * 215 * 2 * 16 * 4
+    plain = 2 * 311 * 2 * 16 * 4
     full = 2 * FULL * 2 * 16 * 4
     assert found["sdpa flash gqa"]["bytes"] == found["sdpa math packed"]["bytes"] == plain
     assert found["cat"]["bytes"] == 2 * (plain + 2 * 2 * 16 * 4)
@@ -146,13 +146,13 @@ def test_attention_has_a_row_for_every_variant(tmp_path, capsys) -> None:
         assert row["of_copy"] == pytest.approx(row["gb_s"] / copy)
         assert row["best_sdpa"] == best["variant"]
         assert row["speedup"] == pytest.approx(best["us"] / row["us"])
-        assert f"| 1 | 215 | 16 | {name} | eager | {row['us']:.1f} |" in out
+        assert f"| 1 | 311 | 16 | {name} | eager | {row['us']:.1f} |" in out
     assert f"| {best['us']:.1f} ({best['variant'][5:]}) |" in out.split("eager: us, times")[1]
     assert "python -m evals.bench.attention --batch 1" in out
 
 
 def test_bytes_read_are_those_that_the_layer_holds() -> None:
-    shape = decode_step.AttentionShape(2, 215, 4, 2, 16, "float16")
+    shape = decode_step.AttentionShape(2, 311, 4, 2, 16, "float16")
     settings = RotorQuantConfig(key_bits=4, value_bits=3)
     with backend("triton"):
         step = decode_step.take_step(shape, settings, torch.Generator().manual_seed(0))
@@ -241,7 +241,7 @@ def test_attention_on_an_emulated_gpu(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.usefixtures("emulated_gpu")
 def test_a_replay_that_writes_nothing_is_wrong(monkeypatch) -> None:
-    shape = decode_step.AttentionShape(1, 215, 4, 2, 16, "float32")
+    shape = decode_step.AttentionShape(1, 311, 4, 2, 16, "float32")
     generator = torch.Generator().manual_seed(0)
     step = decode_step.take_step(shape, RotorQuantConfig(), generator)
     stopwatch = timing.Stopwatch(CPU)
@@ -300,7 +300,7 @@ def test_a_process_compiles_its_part_of_the_tilings(monkeypatch) -> None:
         return attend(self, tiling)
 
     monkeypatch.setattr(decode_step.Step, "attend", recorded)
-    shape = decode_step.AttentionShape(1, 215, 4, 2, 16, "float32")
+    shape = decode_step.AttentionShape(1, 311, 4, 2, 16, "float32")
     every = [None] * 2
     for i in range(2):
         tried.clear()

@@ -7,6 +7,7 @@ import torch
 
 from evals.bench import cache_size
 from evals.bench import cpu as bench_cpu
+from rotorquant_hf import RotorQuantCache
 
 
 def test_cache_sizes(capsys) -> None:
@@ -17,6 +18,25 @@ def test_cache_sizes(capsys) -> None:
     assert any(line.startswith("| k4v4 ") for line in lines)
     ratios = [float(line.split("|")[3].strip().rstrip("x")) for line in lines if "| k" in line]
     assert 1.5 < ratios[0] < ratios[1] < 5
+
+
+def test_cache_sizes_count_what_queries_leave_behind(capsys, monkeypatch) -> None:
+    """Their second moment, 2 heads of 64 x 64 in float32."""
+    found, update = [], RotorQuantCache.update
+
+    def observed(cache, *args, **kwargs):
+        found.append(cache)
+        return update(cache, *args, **kwargs)
+
+    monkeypatch.setattr(RotorQuantCache, "update", observed)
+    options = ["--tokens", "1000", "--heads", "2", "--head-dim", "64", "--presets"]
+    cache_size.main([*options, "k4v4"])
+    (cache,) = found
+    seen = cache.memory().parts["statistics"]
+    unseen = RotorQuantCache("k4v4")
+    unseen.update(*torch.randn(2, 1, 2, 1000, 64).bfloat16(), 0)
+    assert seen - unseen.memory().parts["statistics"] == 2 * 64 * 64 * 4
+    assert f"| {cache.memory().total_bytes:,} |" in capsys.readouterr().out
 
 
 def test_bench_cpu(capsys) -> None:

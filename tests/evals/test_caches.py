@@ -44,7 +44,9 @@ def test_every_kind_is_read_and_counted(model, sampled, name) -> None:
         assert quantised_tokens(cache) == (0, 0)
     else:
         assert 0.3 * held < quantised <= held
-        assert 3 < counted.packed_bits_per_number < 10
+        # The second moment of the queries: 8 layers, 2 kv heads, 64 x 64, float32.
+        moment = 8 * 2 * 64 * 64 * 32 / quantised if name == "rotorquant" else 0
+        assert 3 < counted.packed_bits_per_number - moment < 10
         first, last = quantised_tokens(cache)
         assert (last - first) * 8 * 2 * 64 * 2 == quantised
 
@@ -90,7 +92,7 @@ def test_tensors_are_found_wherever_they_are() -> None:
         ("rotorquant", {}, "k4v4"),
         ("rotorquant", {"key_bits": 3, "value_bits": 3}, "k3v3"),
         ("rotorquant", {"preset": "turboquant"}, "turboquant"),
-        ("k3v2", {"residual_length": 32}, "k3v2, window 32"),
+        ("k3v2", {"residual_length": 32, "statistics_length": 0}, "k3v2, statistics 0, window 32"),
         ("k3v3", {"center_keys": False, "exact_layers": [0, -1]},
          "k3v3, centred off, exact layers (0, -1)"),
         ("haar", {}, "haar k3v3"),
@@ -166,12 +168,15 @@ def test_plain_values_make_the_cache_again() -> None:
     for name in [*KINDS, *PRESETS]:
         spec = CacheSpec.of(name)
         described = spec.to_dict()
+        assert list(described["options"]) == [x.name for x in fields(spec.options)]
         again = CacheSpec.of(described["kind"], described["options"])
         assert again == spec
 
 
 def test_passes_end_where_tokens_are_quantised() -> None:
-    cache = RotorQuantCache(residual_length=10, block_length=4, num_sink_tokens=2)
+    cache = RotorQuantCache(
+        residual_length=10, statistics_length=0, block_length=4, num_sink_tokens=2
+    )
     assert next_pass(cache, 100, 1000) == 16
     assert next_pass(cache, 5, 1000) == 5
     assert next_pass(cache, 5, 3) == 3

@@ -213,11 +213,13 @@ def test_lm_eval_scores_the_file_as_the_folder(
     """Loaded by lm-eval itself, from what `--model_args` says."""
     asked, options = [], {} if older else gguf.dequantised()
     monkeypatch.setattr(gguf, "dequantised", lambda: asked.append(options) or options)
-    arguments = f"pretrained={path},cache=k2v2,residual_length=16,dtype=float32"
+    arguments = f"pretrained={path},cache=k2v2,residual_length=16,statistics_length=0,dtype=float32"
     lm = RotorQuantLM.create_from_arg_string(arguments, {"device": "cpu"})
     assert asked == [options]
     assert is_plain(lm.model)
-    own = RotorQuantLM(model, tokenizer=tokenizer, cache="k2v2", residual_length=16)
+    own = RotorQuantLM(
+        model, tokenizer=tokenizer, cache="k2v2", residual_length=16, statistics_length=0
+    )
     ids = torch.tensor([own.tok_encode(Path(TEXT).read_text(encoding="utf-8"))[:200]])
     assert lm.tok_encode(lm.tok_decode(ids[0])) == ids[0].tolist()
     assert torch.equal(lm._model_call(ids), own._model_call(ids))

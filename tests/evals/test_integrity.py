@@ -20,7 +20,7 @@ from rotorquant_hf import RotorQuantCache
 from tests.conftest import ROOT
 from tests.helpers.models import build
 
-OPTIONS = {"residual_length": 32, "key_bits": 2, "value_bits": 2}
+OPTIONS = {"residual_length": 32, "statistics_length": 0, "key_bits": 2, "value_bits": 2}
 
 
 class KeepsCopies(RotorQuantCache):
@@ -241,7 +241,8 @@ def test_what_another_layer_keeps_does_not_pass_for_codes(model, sampled) -> Non
 @pytest.mark.parametrize("name", ["rotorquant", "hqq", "quanto"])
 def test_the_cache_that_is_measured_stays_as_it_is(model, sampled, name) -> None:
     """Bit by bit, and all that can be reached from it."""
-    spec = CacheSpec.of(name, {"residual_length": 32})
+    wait = {"statistics_length": 0} if name == "rotorquant" else {}
+    spec = CacheSpec.of(name, {"residual_length": 32} | wait)
     cache = spec.make(model.config)
     feed(model, sampled[:, :292], cache, 64)
     before = [x.clone() for x in tensors_in(cache)]  # spare capacity may hold NaN
@@ -261,7 +262,7 @@ def test_chunked_attention_is_not_accused_at_a_boundary(start) -> None:
 
     def warnings(cls) -> str:
         def make_cache():
-            return cls(residual_length=8, block_length=4, config=model.config)
+            return cls(residual_length=8, statistics_length=0, block_length=4, config=model.config)
 
         cache = make_cache()
         feed(model, ids[:, :start], cache, 64)
@@ -310,7 +311,8 @@ def test_a_window_that_holds_all_is_caught(model, sampled) -> None:
     result = compare(model, [ids], SinglePass(model, [ids]), RotorQuantCache, 64)
     assert result.compressed_share == 0
     assert result.kl_mean < 1e-10
-    assert result.bits_per_number == 32
+    # The keys and values, and the second moment of the queries: 2 heads of 64 x 64 for 150 tokens.
+    assert result.bits_per_number == 32 * (1 + 64 * 64 / (2 * 64 * 150))
 
 
 def test_copies_kept_beside_the_codes_are_caught(model, sampled) -> None:
@@ -349,7 +351,12 @@ def test_sound_caches_of_other_models_are_found_sound(name, dtype) -> None:
     other = build(name, dtype=dtype)
     ids = (torch.arange(3, 163) * 7 % 90 + 3).unsqueeze(0)
     for exact in ((), (0,)):
-        options = {"residual_length": 8, "block_length": 4, "exact_layers": exact}
+        options = {
+            "residual_length": 8,
+            "statistics_length": 0,
+            "block_length": 4,
+            "exact_layers": exact,
+        }
         warnings = found(
             other, ids, lambda o=options: RotorQuantCache("k4v4", config=other.config, **o)
         )

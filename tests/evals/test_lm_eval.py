@@ -28,7 +28,13 @@ from tests.conftest import MODEL, ROOT
 
 OWN = ["rotorquant_facts", "rotorquant_rhymes", "rotorquant_recall"]
 KINDS = ["multiple choice", "rolling", "generate"]
-EARLY = {"cache": "rotorquant", "key_bits": 2, "value_bits": 2, "residual_length": 16}
+EARLY = {
+    "cache": "rotorquant",
+    "key_bits": 2,
+    "value_bits": 2,
+    "residual_length": 16,
+    "statistics_length": 0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +166,7 @@ def test_share_counts_scored_tokens_only(lm):
 
 def test_nothing_compressed_is_said(lm, caplog):
     """Before the requests run, once for each kind of them; the results say it once more."""
-    model = lm("haar", residual_length=1500)
+    model = lm("haar", residual_length=1500, statistics_length=0)
     warned = []
     call, generate = model._model_call, model._model_generate
     model._model_call = lambda *args, **kwargs: (warned.append(caplog.text), call(*args))[1]
@@ -175,7 +181,7 @@ def test_nothing_compressed_is_said(lm, caplog):
         assert text.startswith(f"these {kind} requests are too short to read anything compressed")
         assert f"(the longest of {task}: " in text
         assert "keeps the first 1536 tokens (num_sink_tokens 4 + residual_length 1500" in text
-        assert "num_fewshot, or the window shorter with residual_length" in text
+        assert "num_fewshot, or keep fewer tokens in full precision (such as residual_len" in text
     assert said[0] in warned[0]
     assert all(text in warned[-1] for text in said)
     (a, b, c) = found["config"]["cache_warnings"]
@@ -209,8 +215,25 @@ def test_the_length_that_is_foreseen_is_that_which_is_read(lm, caplog):
     assert "with num_fewshot." in caplog.text  # sinks and a block alone are longer
 
 
+def test_the_remedy_for_short_requests_is_one(lm, caplog):
+    """Statistics keep 4 + 256 tokens; with the settings that are named, the request reads codes."""
+    from lm_eval.api.instance import Instance
+
+    request = Instance("loglikelihood", {}, (" the" * 100, " the"), 0, task_name="t")
+    lm("k3v3", residual_length=16).loglikelihood([request], disable_tqdm=True)
+    assert "260 tokens (num_sink_tokens 4 + statistics_length 256) in full" in caplog.text
+    assert "(such as residual_length=16,statistics_length=48)" in caplog.text
+    caplog.clear()
+    model = lm("k3v3", residual_length=16, statistics_length=48)
+    model.loglikelihood([request], disable_tqdm=True)
+    assert "too short" not in caplog.text
+    caplog.clear()
+    lm("k3v3").loglikelihood([request], disable_tqdm=True)
+    assert "(such as residual_length=32,statistics_length=64)" in caplog.text
+
+
 def test_results_say_which_cache(lm):
-    config = _run(lm("k3v2", residual_length=32), OWN[2:], limit=1)["config"]
+    config = _run(lm("k3v2", residual_length=32, statistics_length=0), OWN[2:], limit=1)["config"]
     assert config["cache"]["kind"] == "rotorquant"
     assert config["cache"]["options"]["value_bits"] == 2
     assert config["cache"]["options"]["residual_length"] == 32
@@ -252,13 +275,20 @@ def test_bad_arguments_are_named(model, tokenizer, options, message, loaded):
 
 
 def test_arguments_of_the_command_line():
-    text = f"pretrained={MODEL},key_bits=3,value_bits=2,residual_length=32,equalize_keys=0.25"
+    text = f"pretrained={MODEL},key_bits=3,value_bits=2,residual_length=32,statistics_length=0"
+    text += ",equalize_keys=0.25"
     model = RotorQuantLM.create_from_arg_string(
         f"{text},chunk=8,dtype=float32,attn_implementation=eager", {"device": "cpu"}
     )
     assert model.spec == CacheSpec.of(
         "rotorquant",
-        {"key_bits": 3, "value_bits": 2, "residual_length": 32, "equalize_keys": 0.25},
+        {
+            "key_bits": 3,
+            "value_bits": 2,
+            "residual_length": 32,
+            "statistics_length": 0,
+            "equalize_keys": 0.25,
+        },
     )
     assert model.chunk == 8
     assert model.model.config._attn_implementation == "eager"
@@ -267,7 +297,9 @@ def test_arguments_of_the_command_line():
 def test_measure(model, tokenizer, monkeypatch):
     loaded = LoadedModel(model, tokenizer, ModelOptions(model=str(MODEL)))
     options = LmEvalOptions(tasks=("rotorquant_facts", "rotorquant_rhymes"), limit=2)
-    found = measure(loaded, CacheSpec.of("k2v2", {"residual_length": 16}), options, 1)
+    found = measure(
+        loaded, CacheSpec.of("k2v2", {"residual_length": 16, "statistics_length": 0}), options, 1
+    )
     assert json.loads(json.dumps(found)) == found
     facts = found["scores"]["rotorquant_facts"]
     assert set(facts) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
@@ -292,7 +324,9 @@ def test_measure_uses_the_caches_of_the_subject(model, tokenizer, caplog):
 
     loaded = Uncompressed(model, tokenizer, ModelOptions())
     options = LmEvalOptions(tasks=("rotorquant_facts",), limit=1)
-    found = measure(loaded, CacheSpec.of("k2v2", {"residual_length": 16}), options, 1)
+    found = measure(
+        loaded, CacheSpec.of("k2v2", {"residual_length": 16, "statistics_length": 0}), options, 1
+    )
     assert found["compressed_share"] == 0
     assert "nothing was read compressed" in found["warnings"][0]
     assert found["warnings"][0] in caplog.text  # what was not foreseen is said when it is seen
@@ -410,7 +444,7 @@ def test_command_line_in_two_processes(early, tmp_path):
     shutil.copytree(TASKS / "own", include)
     # accelerate's --cpu starts one process, whatever --num_processes says (it needs mpirun).
     launch = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
-    settings = "dtype=float32,key_bits=2,value_bits=2,residual_length=16"
+    settings = "dtype=float32,key_bits=2,value_bits=2,residual_length=16,statistics_length=0"
     done = subprocess.run(
         [
             *(sys.executable, "-m", *launch, "-m", "evals.lm_eval", "run", "--tasks", *OWN),

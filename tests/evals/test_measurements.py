@@ -60,7 +60,9 @@ def test_memory_of_the_baseline_is_what_its_numbers_take(loaded) -> None:
 
 def test_memory_of_a_compressed_cache_is_its_own_count(loaded) -> None:
     options = MemoryOptions(context=(400,), new_tokens=4)
-    spec = CacheSpec.of("k2v2", {"residual_length": 32})
+    spec = CacheSpec.of(
+        "k2v2", {"residual_length": 32, "statistics_length": 0, "query_aware": False}
+    )
     (point,) = measure(loaded, spec, options)["points"]
     assert point["cache_bytes"] == sum(point["parts"].values())
     assert point["parts"]["key_codes"] == point["parts"]["value_codes"] > 0
@@ -71,7 +73,7 @@ def test_memory_of_a_compressed_cache_is_its_own_count(loaded) -> None:
 
 def test_memory_in_16_bits_is_that_of_a_16_bit_model(loaded) -> None:
     """Counted beside a float32 model as on the model in bfloat16, and first."""
-    options = MemoryOptions(context=(180,), batch=(2,), new_tokens=2)
+    options = MemoryOptions(context=(300,), batch=(2,), new_tokens=2)
     half = LoadedModel(copy.deepcopy(loaded.model).bfloat16(), loaded.tokenizer, loaded.options)
     names = ["cache_bytes", "bits_per_number", "packed_bits_per_number"]
     for name in ("k3v3", "quanto"):
@@ -98,7 +100,9 @@ def test_agreement_is_that_of_the_texts(loaded, sample) -> None:
     )
     measurement = AgreementMeasurement(loaded, options, seed=1)
     assert measurement.run(CacheSpec.of("dynamic"))["lengths"] == [12, 12]
-    spec = CacheSpec.of("rotorquant", {"key_bits": 1, "value_bits": 1, "residual_length": 0})
+    spec = CacheSpec.of(
+        "rotorquant", {"key_bits": 1, "value_bits": 1, "residual_length": 0, "statistics_length": 0}
+    )
     lossy = measurement.run(spec)
     assert (lossy["prompts"], lossy["prompt_tokens"], lossy["new_tokens"]) == (2, 300, 12)
     expected = [
@@ -130,7 +134,7 @@ def test_what_compresses_nothing_is_said(loaded) -> None:
 def test_decoding_that_is_charged_unequally_is_said(loaded) -> None:
     """hqq quantises its whole history anew every 128 tokens, rotorquant a block every 32."""
     specs = [CacheSpec.of(name) for name in ("dynamic", "k4v4", "hqq")]
-    options = SpeedOptions(context=(200,), new_tokens=32, repeats=1)
+    options = SpeedOptions(context=(280,), new_tokens=32, repeats=1)
     found = [result["warnings"] for result in speed.measure(loaded, specs, options)]
     assert found[:2] == [[], []]
     assert "not a multiple of the 128 tokens" in found[2][0]
@@ -168,5 +172,7 @@ def test_a_cache_of_an_unloadable_package_ends_the_command(capsys, monkeypatch) 
 
 
 def test_a_cache_without_room_for_anything_exact(loaded) -> None:
-    cache = RotorQuantCache(residual_length=0, num_sink_tokens=0, config=loaded.model.config)
+    cache = RotorQuantCache(
+        residual_length=0, statistics_length=0, num_sink_tokens=0, config=loaded.model.config
+    )
     assert cache.tokens_until_packing() == 32

@@ -71,14 +71,20 @@ def test_the_model_finds_them_and_a_good_cache_too(measurement) -> None:
     assert baseline["accuracy"] == baseline["baseline_accuracy"] > 0.85
     assert baseline["choice_accuracy"] >= baseline["accuracy"]
     assert (baseline["asked"], baseline["quantised"], baseline["warnings"]) == (18, 0, [])
-    good = measurement.run(CacheSpec.of("k8v8", {"residual_length": 32}))
+    good = measurement.run(CacheSpec.of("k8v8", {"residual_length": 32, "statistics_length": 0}))
     assert good["accuracy"] == baseline["accuracy"]
     assert good["quantised"] == 18
     assert good["warnings"] == []
 
 
 def test_a_cache_that_loses_the_fact_fails(measurement) -> None:
-    options = {"key_bits": 1, "value_bits": 1, "residual_length": 16, "num_sink_tokens": 0}
+    options = {
+        "key_bits": 1,
+        "value_bits": 1,
+        "residual_length": 16,
+        "statistics_length": 0,
+        "num_sink_tokens": 0,
+    }
     lossy = measurement.run(CacheSpec.of("rotorquant", options))
     assert lossy["accuracy"] < 0.7 * lossy["baseline_accuracy"]
     cells = {(p["length"], p["depth"]): p for p in lossy["points"]}
@@ -88,7 +94,7 @@ def test_a_cache_that_loses_the_fact_fails(measurement) -> None:
 
 
 def test_a_fact_in_the_recent_window_does_not_count_as_quantised(measurement, loaded) -> None:
-    options = {"residual_length": 100}
+    options = {"residual_length": 100, "statistics_length": 0}
     for prompt in measurement.prompts:
         cache = loaded.new_cache(CacheSpec.of("k4v4", options))
         feed(loaded.model, prompt.context, cache, 64)
@@ -96,7 +102,7 @@ def test_a_fact_in_the_recent_window_does_not_count_as_quantised(measurement, lo
         assert first == 4
         exact = cache.layers[0].recent_length
         assert last == prompt.context.shape[1] - exact
-    wide = measurement.run(CacheSpec.of("k4v4", {"residual_length": 1000}))
+    wide = measurement.run(CacheSpec.of("k4v4", {"residual_length": 1000, "statistics_length": 0}))
     assert wide["quantised"] == 0
     assert "only 0 of 18 facts were stored quantised" in wide["warnings"][0]
 

@@ -29,7 +29,7 @@ from rotorquant_hf import RotorQuantCache
 from tests.conftest import MODEL, ROOT
 
 TEXT = str(ROOT / "examples" / "sampled" / "clock.txt")
-SHORT = {"residual_length": 32, "key_bits": 3, "value_bits": 3}
+SHORT = {"residual_length": 32, "statistics_length": 0, "key_bits": 3, "value_bits": 3}
 
 
 def against_single_pass(model, ids, make_cache, chunk=25):
@@ -73,7 +73,9 @@ def test_compressed_share_is_that_of_single_tokens(model, sampled) -> None:
     result = against_single_pass(
         model,
         sampled[:, :60],
-        lambda: RotorQuantCache(residual_length=10, block_length=10, num_sink_tokens=0),
+        lambda: RotorQuantCache(
+            residual_length=10, statistics_length=0, block_length=10, num_sink_tokens=0
+        ),
     )
     packed = sum(10 * max(0, (p - 10) // 10) for p in range(60))
     assert result.compressed_share == pytest.approx(packed / sum(p + 1 for p in range(60)))
@@ -116,7 +118,12 @@ def test_logits_are_compared_a_few_rows_at_a_time_with_the_same_bits(tokens, voc
 
 def test_tokens_that_read_mostly_codes_are_counted_by_themselves(model, sampled) -> None:
     """Window 10, blocks of 10, no sinks: a token at place p reads 10 * ((p - 10) // 10) packed."""
-    options = {"residual_length": 10, "block_length": 10, "num_sink_tokens": 0}
+    options = {
+        "residual_length": 10,
+        "statistics_length": 0,
+        "block_length": 10,
+        "num_sink_tokens": 0,
+    }
     windows = [sampled[:, :90], sampled[:, 100:150], sampled[:, 160:175]]
     reads = [
         [10 * max(0, (p - 10) // 10) / (p + 1) for p in range(ids.shape[1])] for ids in windows
@@ -206,7 +213,9 @@ def test_bits_on_long_texts_are_those_of_the_layers_that_grow() -> None:
     found = {}
     for name in ("gemma3", "mistral"):  # one full layer of three, none of two
         other = build(name)
-        cache = RotorQuantCache(residual_length=8, block_length=4, config=other.config)
+        cache = RotorQuantCache(
+            residual_length=8, statistics_length=0, block_length=4, config=other.config
+        )
         feed(other, ids, cache, 64)
         found[name] = footprint(cache, torch.bfloat16).long_bits_per_number
     assert found == {"gemma3": 5, "mistral": 5}  # 4 and a 16-bit scale for 16
@@ -338,13 +347,15 @@ def run(capsys, *argv: str) -> dict:
 
 def test_command(capsys) -> None:
     options = ["--chunk", "64", "--max-tokens", "500", "--window", "250"]
-    short = ["--residual-length", "32"]
+    short = ["--residual-length", "32", "--statistics-length", "0"]
     three = run(capsys, "--key-bits", "3", "--value-bits", "3", *short, *options)
-    again = run(capsys, "--cache", "k3v3:residual_length=32", *options)
-    assert again == run(capsys, "--cache", "k3v3:residual_length=64", *short, *options)
+    again = run(capsys, "--cache", "k3v3:residual_length=32,statistics_length=0", *options)
+    assert again == run(
+        capsys, "--cache", "k3v3:residual_length=64,statistics_length=0", *short, *options
+    )
     plain = run(capsys, "--cache", "dynamic", *options)
     assert three == again
-    assert three["cache"] == "k3v3, window 32"
+    assert three["cache"] == "k3v3, statistics 0, window 32"
     assert three["warnings"] == []
     assert (three["chunk"], three["window"], three["windows"]) == (64, 250, 2)
     assert three["tokens"] == plain["tokens"] == 498
@@ -360,7 +371,8 @@ def test_command(capsys) -> None:
 def test_an_interval_without_an_end_is_null_in_json(capsys) -> None:
     """Of 100 tokens none tells what the 99th percentile may be; JSON has no infinity."""
     short = ["--max-tokens", "150", "--window", "50", "--chunk", "16"]
-    found = run(capsys, "--cache", "k2v2:residual_length=16,block_length=8", *short)
+    cache = "k2v2:residual_length=16,block_length=8,statistics_length=0"
+    found = run(capsys, "--cache", cache, *short)
     low, high = found["kl_p99_ci95"]
     assert low > 0
     assert high is None
@@ -406,7 +418,7 @@ def test_a_sliding_window_model_is_measured(sampled) -> None:
     sliding = copy.deepcopy(build("gemma3"))
     loaded = LoadedModel(sliding, None, ModelOptions())
     ids = torch.arange(3, 203).unsqueeze(0) % sliding.config.vocab_size
-    spec = CacheSpec.of("k4v4", {"residual_length": 8, "block_length": 4})
+    spec = CacheSpec.of("k4v4", {"residual_length": 8, "statistics_length": 0, "block_length": 4})
     one, many = (
         compare(sliding, [ids], SinglePass(sliding, [ids]), lambda: loaded.new_cache(spec), chunk)
         for chunk in (1, 50)

@@ -35,7 +35,13 @@ def labels(plan) -> list[str]:
 def test_lists_span_a_grid() -> None:
     caches = [
         "dynamic",
-        {"cache": "rotorquant", "key_bits": [2, 3], "value_bits": [2, 4], "residual_length": 32},
+        {
+            "cache": "rotorquant",
+            "key_bits": [2, 3],
+            "value_bits": [2, 4],
+            "residual_length": 32,
+            "statistics_length": 0,
+        },
         {"cache": "k3v3", "exact_layers": [[0, -1], []]},
         {"cache": "k3v3", "exact_layers": [0, 1]},
     ]
@@ -43,10 +49,10 @@ def test_lists_span_a_grid() -> None:
     plan = planned(caches=caches, models=models)
     assert labels(plan)[:8] == [
         "dynamic",
-        "k2v2, window 32",
-        "k2v4, window 32",
-        "k3v2, window 32",
-        "k3v4, window 32",
+        "k2v2, statistics 0, window 32",
+        "k2v4, statistics 0, window 32",
+        "k3v2, statistics 0, window 32",
+        "k3v4, statistics 0, window 32",
         "k3v3, exact layers (0, -1)",
         "k3v3",
         "k3v3, exact layers (0, 1)",

@@ -30,7 +30,7 @@ PERPLEXITY = {"measure": "perplexity", "text": [TEXT], "max_tokens": 220, "windo
 def config(tmp_path):
     def write(**changes):
         path = tmp_path / "small.yaml"
-        short = {"cache": "k2v2", "residual_length": 32}
+        short = {"cache": "k2v2", "residual_length": 32, "statistics_length": 0}
         spec = {
             "models": [str(MODEL)],
             "caches": ["dynamic", short, {**short, "cache": "k3v3"}],
@@ -57,8 +57,8 @@ def test_rows_hold_all_that_made_them(config, tmp_path, capsys) -> None:
     assert "3 ok" in capsys.readouterr().out
     header, *rows = lines(out)
     assert (header["kind"], header["schema"], header["name"]) == ("sweep", SCHEMA, "small")
-    assert [row["cache"]["label"] for row in rows] == ["dynamic", "k2v2, window 32",
-                                                      "k3v3, window 32"]  # fmt: skip
+    assert [row["cache"]["label"] for row in rows] == ["dynamic", "k2v2, statistics 0, window 32",
+                                                      "k3v3, statistics 0, window 32"]  # fmt: skip
     row = rows[1]
     assert row["status"] == "ok"
     assert row["sweep"] == header["fingerprint"]
@@ -250,7 +250,12 @@ def test_failures_are_recorded_and_the_sweep_goes_on(config, tmp_path, monkeypat
     monkeypatch.setattr(PerplexityMeasurement, "run", failing)
     monkeypatch.setattr("transformers.cache_utils.is_hqq_available", lambda: False)
     path = config(
-        caches=["dynamic", {"cache": "k2v2", "residual_length": 32}, "hqq", "k4v4"],
+        caches=[
+            "dynamic",
+            {"cache": "k2v2", "residual_length": 32, "statistics_length": 0},
+            "hqq",
+            "k4v4",
+        ],
         measurements=[PERPLEXITY, {"measure": "memory", "context": [40], "models": ["no/model"]}],
     )
     with pytest.raises(SystemExit) as stopped:
@@ -259,7 +264,7 @@ def test_failures_are_recorded_and_the_sweep_goes_on(config, tmp_path, monkeypat
     assert "5 failed, 1 not run, 2 ok" in capsys.readouterr().out
     rows = lines(out)[1:]
     by_label = {(row["measurement"], row["cache"]["label"]): row for row in rows}
-    failed = by_label["perplexity", "k2v2, window 32"]
+    failed = by_label["perplexity", "k2v2, statistics 0, window 32"]
     assert (failed["status"], failed["result"]) == ("failed", None)
     assert failed["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
     absent = by_label["perplexity", "hqq 4 bits"]
@@ -277,7 +282,7 @@ def test_failures_are_recorded_and_the_sweep_goes_on(config, tmp_path, monkeypat
     _, latest = read_results([out])
     assert len(latest) == 8
     statuses = {(row["measurement"], row["cache"]["label"]): row["status"] for row in latest}
-    assert statuses["perplexity", "k2v2, window 32"] == "ok"
+    assert statuses["perplexity", "k2v2, statistics 0, window 32"] == "ok"
     assert statuses["perplexity", "hqq 4 bits"] == "ok"
     assert statuses["memory", "dynamic"] == "failed"
 
@@ -301,7 +306,7 @@ def test_a_reference_is_right_after_a_row_that_failed(config, tmp_path, monkeypa
     def figures(out) -> dict:
         return {row["cache"]["label"]: row["result"] for row in read_results([out])[1]}
 
-    path = config(caches=[{"cache": "k2v2", "residual_length": 32}, "k4v4"])
+    path = config(caches=[{"cache": "k2v2", "residual_length": 32, "statistics_length": 0}, "k4v4"])
     run(path, tmp_path / "sound")
     passes, read = [], reference.read
 
@@ -317,7 +322,7 @@ def test_a_reference_is_right_after_a_row_that_failed(config, tmp_path, monkeypa
     with pytest.raises(SystemExit):
         run(path, tmp_path / "failing")
     rows = figures(tmp_path / "failing")
-    assert rows["k2v2, window 32"] is None
+    assert rows["k2v2, statistics 0, window 32"] is None
     expected = figures(tmp_path / "sound")["k4v4"]
     for name in ("kl_mean", "baseline_perplexity"):
         assert rows["k4v4"][name] == pytest.approx(expected[name], rel=1e-3)

@@ -123,7 +123,7 @@ def test_ends_of_intervals_decide_not_figures(change, outcome) -> None:
         # 4 sinks, a window of 128 and a block of 32 are kept, at least.
         (
             {"compressed_share": 0.0, "window": 150, "warnings": ["nothing is compressed"]},
-            "of at least 370 tokens",
+            "of at least 580 tokens",
         ),
         (
             {"compressed_share": 0.0, "window": 2048, "warnings": ["no compressed layer"]},
@@ -371,10 +371,12 @@ def test_documents_take_turns_in_an_order_that_is_always_the_same(loaded) -> Non
 
 
 def test_settings_of_ones_own(loaded, capsys) -> None:
-    options = verify.VerifyOptions(cache=("k3v3:residual_length=32,exact_layers=[0, -1]", "haar"))
+    options = verify.VerifyOptions(
+        cache=("k3v3:residual_length=32,statistics_length=0,exact_layers=[0, -1]", "haar")
+    )
     specs = options.caches()
     assert [spec.label for spec in specs] == [
-        "k3v3, window 32, exact layers (0, -1)", "haar k3v3",
+        "k3v3, statistics 0, window 32, exact layers (0, -1)", "haar k3v3",
     ]  # fmt: skip
     both = verify.VerifyOptions(presets=("k3v2", "k8v8"), cache=("k8v8:num_sink_tokens=4",))
     assert [spec.label for spec in both.caches()] == ["k8v8", "k3v2"]
@@ -392,7 +394,12 @@ def test_settings_of_ones_own(loaded, capsys) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["k4v4", "k3v3:residual_length=32,exact_layers=[0, -1]", "haar:key_bits=2", "hqq:nbits=2"],
+    [
+        "k4v4",
+        "k3v3:residual_length=32,statistics_length=0,exact_layers=[0, -1]",
+        "haar:key_bits=2",
+        "hqq:nbits=2",
+    ],
 )
 def test_the_line_of_code_makes_the_cache(loaded, text) -> None:
     spec = CacheSpec.named(text)
@@ -414,12 +421,12 @@ def test_the_line_of_code_makes_the_cache(loaded, text) -> None:
 def test_verify_recommends_a_line_that_runs(capsys, model, sampled) -> None:
     main(
         ["verify", "--model", str(MODEL), "--max-tokens", "4000", "--window", "1000",
-         "--presets", "k8v8", "--cache", "k3v2:residual_length=64"]
+         "--presets", "k8v8", "--cache", "k3v2:residual_length=64,statistics_length=0"]
     )  # fmt: skip
     captured = capsys.readouterr()
     output = captured.out
     assert "| k8v8 |" in output
-    assert "| k3v2, window 64 |" in output
+    assert "| k3v2, statistics 0, window 64 |" in output
     assert "The text is this project's samples" in output
     assert re.search(r"k8v8: safe \([\d,]+ tokens, which read \d\d% of their", captured.err)
     lines = [line.strip() for line in output.splitlines() if line.startswith("    ")]
@@ -460,7 +467,7 @@ def test_verify_says_that_the_one_preset_measured_is_not_safe(capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(
             ["verify", "--model", str(MODEL), "--text", TEXT, "--max-tokens", "1600",
-             "--window", "400", "--presets", "k2v2", "--key-bias", "100", "--max-kl", "0.0005"]
+             "--window", "400", "--presets", "k2v2", "--key-bias", "100", "--max-kl", "0.0001"]
         )  # fmt: skip
     output = capsys.readouterr().out
     assert stopped.value.code == 1
@@ -483,7 +490,7 @@ def test_verify_of_a_text_too_short_says_how_much_it_takes(capsys, tmp_path, wor
     output = capsys.readouterr().out
     assert stopped.value.code == 3
     assert says in output
-    assert "740 tokens" in output
+    assert "1,160 tokens" in output
 
 
 def test_limits_under_their_old_names(capsys) -> None:

@@ -31,7 +31,8 @@ from tests.cache.test_graph import decode_eagerly, graphs  # noqa: F401 (a fixtu
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-WINDOW: dict[str, Any] = {} if GPU else {"residual_length": 16, "block_length": 8}
+WINDOW: dict[str, Any] = {"statistics_length": 0, "query_aware": False}
+WINDOW |= {} if GPU else {"residual_length": 16, "block_length": 8}
 BLOCK = RotorQuantConfig(**WINDOW).block_length
 
 

@@ -18,6 +18,7 @@ from tests.helpers.models import build
 
 HEADS, GROUP, D = 2, 3, 32
 WINDOW = {"residual_length": 8, "block_length": 4, "num_sink_tokens": 2}
+WINDOW |= {"statistics_length": 0, "query_aware": False}
 BETTER = {"center_keys": True, "key_scale": "least_squares", "equalize_values": 0.5}
 SMALL = WINDOW | BETTER | {"query_aware": True}
 AWARE = RotorQuantConfig(key_bits=3, value_bits=3, **SMALL)

@@ -19,7 +19,13 @@ from tests.helpers.models import build, prompt
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, HEADS, GROUP, D = 2, 2, 2, 32
-SMALL = {"residual_length": 8, "block_length": 4, "num_sink_tokens": 2}
+SMALL = {
+    "residual_length": 8,
+    "statistics_length": 0,
+    "query_aware": False,
+    "block_length": 4,
+    "num_sink_tokens": 2,
+}
 
 
 def layer(sliding=0, **options):
@@ -204,7 +210,12 @@ def test_gradients_do_not_go_through_the_ring():
 )
 def test_rows_are_there_before_they_are_written(residual, block, sliding, total):
     """Blocks and windows of sizes for which the rows shrink, grow and move all the time."""
-    options = {"residual_length": residual, "block_length": block}
+    options = {
+        "residual_length": residual,
+        "statistics_length": 0,
+        "query_aware": False,
+        "block_length": block,
+    }
     on_torch, on_kernels = layer(sliding, **options), layer(sliding, **options)
     sizes = [residual + block + 8] + [max(1, block // 2)] * (
         (total - residual) // max(1, block // 2)

@@ -69,7 +69,7 @@ def test_error_falls_with_bits() -> None:
     keys, values = states(200), states(200, seed=1)
     errors = []
     for bits in (2, 3, 4, 6, 8):
-        store = make_store(key_bits=bits, value_bits=bits)
+        store = make_store(key_bits=bits, value_bits=bits, equalize_values=0.0)
         store.append(keys, values)
         errors.append(float((store.get_values() - values).square().sum() / values.square().sum()))
     assert errors == sorted(errors, reverse=True)
@@ -282,7 +282,7 @@ def test_a_constant_that_rope_turns_does_no_harm(pair: int) -> None:
 def test_auto_centring_leaves_ordinary_channels_alone() -> None:
     generator = torch.Generator().manual_seed(4)
     keys = torch.randn(1, 2, 64, 64, generator=generator) + 1.0
-    store = make_store(64, 64)
+    store = make_store(64, 64, center_keys="auto")
     store.append(keys, keys)
     assert store.keys.statistics is not None
     assert store.keys.statistics.mean is not None
