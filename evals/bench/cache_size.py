@@ -3,7 +3,7 @@
     python -m evals.bench.cache_size --tokens 32768
 
 Fills one layer with random keys and values of the shape in one update, as a prompt does, shows it
-a query (the layer keeps the second moment of those), and reads `cache.memory()`. Every layer of a
+a query (of which the layer keeps a Hessian), and reads `cache.memory()`. Every layer of a
 model takes the same again; the tables are shared by all. Sizes are bytes, and bits per element of
 keys and values; "smaller" is against the uncompressed tensors.
 """
