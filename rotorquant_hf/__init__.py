@@ -6,6 +6,8 @@ model.generate(**inputs, past_key_values=RotorQuantCache())
 
 from rotorquant_hf.attention.registered import register as _register_attention
 from rotorquant_hf.cache import RotorQuantCache
+from rotorquant_hf.calibrating import calibrate
+from rotorquant_hf.calibration import Calibration
 from rotorquant_hf.config import PRESETS, RotorQuantConfig
 from rotorquant_hf.graph import DecodeGraph
 from rotorquant_hf.memory import MemoryReport
@@ -15,6 +17,7 @@ from rotorquant_hf.version import __version__
 
 __all__ = [
     "PRESETS",
+    "Calibration",
     "DecodeGraph",
     "MemoryReport",
     "RotorQuantCache",
@@ -23,6 +26,7 @@ __all__ = [
     "RotorQuantMSE",
     "RotorQuantProd",
     "__version__",
+    "calibrate",
 ]
 
 _register_attention()

@@ -13,10 +13,12 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from rotorquant_hf import serialization
+from rotorquant_hf.calibration import Calibration
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import MemoryReport, measure
+from rotorquant_hf.quant.channels import ChannelStatistics
 
 _SLIDING = ("sliding_attention", "chunked_attention")
 
@@ -38,6 +40,8 @@ class RotorQuantCache(Cache):
         settings: a preset name (see `PRESETS`), a `RotorQuantConfig`, or None for the defaults.
         config: the model's config. Needed to store sliding-window and other layers than full
             attention as such, and for negative `exact_layers`.
+        calibration: from `calibrate`, or the path of its file: channel statistics and query
+            directions from the start, instead of those of the text. Needs `config`.
         offloading: keep the layers on the CPU between their uses (CUDA only).
         offload_only_non_sliding: leave sliding layers on the GPU when offloading.
         **options: fields of `RotorQuantConfig` that replace those of `settings`;
@@ -63,6 +67,7 @@ class RotorQuantCache(Cache):
         settings: RotorQuantConfig | str | None = None,
         *,
         config: PreTrainedConfig | None = None,
+        calibration: Calibration | str | os.PathLike[str] | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = True,
         **options: Any,
@@ -75,7 +80,13 @@ class RotorQuantCache(Cache):
             )
         self._last_updated: int | None = None
         layers, make_layer = None, None
+        if calibration is not None and not isinstance(calibration, Calibration):
+            calibration = Calibration.load(calibration)
         if config is None:
+            if calibration is not None:
+                raise ValueError(
+                    "a calibration needs config=model.config, to see that it is of this model"
+                )
             negative = [i for i in self.settings.exact_layers if i < 0]
             if negative:
                 raise ValueError(
@@ -87,7 +98,9 @@ class RotorQuantCache(Cache):
             growing = _GrowingLayers(self.settings)
             make_layer = growing.make
         else:
-            layers = _layers_of_model(self.settings, config)
+            if calibration is not None:
+                calibration.check(config, self.settings)
+            layers = _layers_of_model(self.settings, config, calibration)
         super().__init__(
             layers,
             make_layer,  # type: ignore[arg-type]  # called without arguments, as a class would be
@@ -238,8 +251,11 @@ class _GrowingLayers(list[Any]):
             ) from None
 
 
-def _layers_of_model(settings: RotorQuantConfig, config: PreTrainedConfig) -> list[Any]:
+def _layers_of_model(
+    settings: RotorQuantConfig, config: PreTrainedConfig, calibration: Calibration | None
+) -> list[Any]:
     """One cache layer per layer of the model, by its type."""
+    known = {} if calibration is None else calibration.layers
     types, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
     if isinstance(kwargs, dict):  # transformers < 5.18 has one for all layers
         kwargs = [kwargs] * len(types)
@@ -248,17 +264,21 @@ def _layers_of_model(settings: RotorQuantConfig, config: PreTrainedConfig) -> li
             raise ValueError(f"exact_layers has {index}, but the model has {len(types)} layers")
     uncompressed = {index % len(types) for index in settings.exact_layers}
     return [
-        _make_layer(settings, kind, options, index in uncompressed)
+        _make_layer(settings, kind, options, index in uncompressed, known.get(index))
         for index, (kind, options) in enumerate(zip(types, kwargs, strict=True))
     ]
 
 
 def _make_layer(
-    settings: RotorQuantConfig, kind: str, options: dict[str, Any], uncompressed: bool
+    settings: RotorQuantConfig,
+    kind: str,
+    options: dict[str, Any],
+    uncompressed: bool,
+    calibration: tuple[ChannelStatistics, ChannelStatistics] | None = None,
 ) -> Any:
     """A compressed layer, or Transformers' own if it is not to be compressed or cannot be."""
     if uncompressed or kind not in ("full_attention", *_SLIDING):
         return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
     if kind in _SLIDING:
-        return RotorQuantSlidingLayer(settings, options["sliding_window"])
-    return RotorQuantLayer(settings)
+        return RotorQuantSlidingLayer(settings, options["sliding_window"], calibration)
+    return RotorQuantLayer(settings, calibration)

@@ -159,6 +159,8 @@ def _entry_of(layer: Any) -> LayerEntry:
     if layer.moment is not None:
         tensors["queries.mean"] = layer.moment.mean
         attributes["queries"] = layer.moment.count
+    if layer.store.calibrated:
+        attributes["calibrated"] = True
     tensors |= _fingerprints(layer)
     return LayerEntry(kind, attributes, tensors)
 
@@ -202,6 +204,7 @@ def _restore_packed(
     layer.store.load_state(
         {n.removeprefix(prefix): t for n, t in entry.tensors.items() if n.startswith(prefix)}
     )
+    layer.store.calibrated = entry.attributes.get("calibrated", False)
 
 
 def _plain_attributes(layer: Any) -> dict[str, Any]:

@@ -23,10 +23,10 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("attention", "store"),
     ("layers",),
-    ("memory",),
+    ("memory", "calibration"),
     ("serialization",),
     ("cache",),
-    ("graph",),
+    ("graph", "calibrating"),
     ("rotorquant_hf",),
 )
 """The storeys of `rotorquant_hf` from the ground up; the last is the package's own `__init__`.

@@ -31,6 +31,7 @@ from rotorquant_hf.attention.states import CachedStates, PlainStates
 from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.ring import RingBuffer
+from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.checks import check_finite
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
@@ -41,15 +42,21 @@ class RotorQuantLayer(CacheLayerMixin):
 
     Args:
         config: the settings.
+        calibration: channel statistics of keys and values for a batch of one row; None to take them
+            from the first block.
     """
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, config: RotorQuantConfig) -> None:
+    def __init__(
+        self,
+        config: RotorQuantConfig,
+        calibration: tuple[ChannelStatistics, ChannelStatistics] | None = None,
+    ) -> None:
         # CacheLayerMixin.__init__ is not called: it would assign `keys` and `values`, which
         # here are read from the parts.
-        self.config = config
+        self.config, self.calibration = config, calibration
         self.is_initialized = False
         self.ring: RingBuffer | None = None
         self.moment: QueryMoment | None = None
@@ -62,9 +69,23 @@ class RotorQuantLayer(CacheLayerMixin):
         self.store = RotorQuantKVCache(
             key_states.shape[-1], value_states.shape[-1], device=self.device, config=self.config
         )
+        if self.calibration is not None:
+            self._store.calibrate(
+                *map(self._of_the_batch, self.calibration, (key_states, value_states))
+            )
         self.sinks = (key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
         self.recent = (key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
         self.is_initialized = True
+
+    def _of_the_batch(self, statistics: ChannelStatistics, states: Tensor) -> ChannelStatistics:
+        batch, heads, _, d = states.shape
+        of = statistics.scale.shape[1], statistics.scale.shape[3]
+        if of not in ((heads, d), (heads, 1)):
+            raise ValueError(
+                f"the calibration is of {of[0]} heads of {of[1]} elements, this layer has {heads} "
+                f"of {d}; it is another model's"
+            )
+        return statistics.map(lambda x: x.to(self.device).repeat(batch, *(1,) * (x.dim() - 1)))
 
     @property
     def store(self) -> RotorQuantKVCache:
@@ -293,6 +314,8 @@ class RotorQuantLayer(CacheLayerMixin):
 
     def _wanted(self) -> int:
         """Full-precision tokens that there must be before any is quantised."""
+        if not self.is_initialized:
+            return 0 if self.calibration is not None else self.config.statistics_length
         return 0 if self.store.has_statistics else self.config.statistics_length
 
     def _states(
@@ -392,10 +415,7 @@ class RotorQuantLayer(CacheLayerMixin):
         """
         self.settle()
         recent = self.recent_length if self.is_initialized else 0
-        config, wanted = self.config, self.config.statistics_length
-        if self.is_initialized:
-            wanted = self._wanted()
-        due = max(config.residual_length + config.block_length, wanted)
+        due = max(self.config.residual_length + self.config.block_length, self._wanted())
         return self._sinks_to_fill() + due - recent
 
     def _sinks_to_fill(self) -> int:

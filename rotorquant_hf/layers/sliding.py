@@ -6,6 +6,7 @@ from torch import Tensor
 
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer, check_crop, join, last
+from rotorquant_hf.quant.channels import ChannelStatistics
 
 
 class RotorQuantSlidingLayer(RotorQuantLayer):
@@ -16,12 +17,18 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
     Args:
         config: the settings. Sinks do not apply: the first tokens leave the window like all.
         sliding_window: tokens that a query sees, itself included.
+        calibration: as of `RotorQuantLayer`.
     """
 
     is_sliding = True
 
-    def __init__(self, config: RotorQuantConfig, sliding_window: int) -> None:
-        super().__init__(config)
+    def __init__(
+        self,
+        config: RotorQuantConfig,
+        sliding_window: int,
+        calibration: tuple[ChannelStatistics, ChannelStatistics] | None = None,
+    ) -> None:
+        super().__init__(config, calibration)
         self.sliding_window = sliding_window
         self.cumulative_length = 0
         self.record_past = False

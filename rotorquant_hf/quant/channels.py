@@ -87,6 +87,22 @@ class ChannelStatistics:
         unit = torch.where(unit > 0, unit, torch.ones_like(unit))
         return cls(scale * unit * peak, center_point)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by the names that files give them; the scale is called "weight"."""
+        named = {
+            "weight": self.scale,
+            "mean": self.mean,
+            "hessian": None if self.hessian is None else self.hessian.factor,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @classmethod
+    def of_tensors(cls, named: dict[str, Tensor]) -> ChannelStatistics:
+        """The inverse of `tensors`."""
+        factor = named.get("hessian")
+        hessian = None if factor is None else LowRankHessian(factor)
+        return cls(named["weight"], named.get("mean"), hessian)
+
     def normalize(self, x: Tensor) -> Tensor:
         """u = (x - mean) / scale of vectors (batch, heads, tokens, d), float32."""
         x = x.float()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rotorquant_hf.backend import kernels_take, on_device
 from rotorquant_hf.config import RotorQuantConfig
+from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.checks import check_finite, check_vectors
 from rotorquant_hf.quant.quantizer import Quantizer
 from rotorquant_hf.quant.tiles import token_tiles
@@ -100,6 +101,20 @@ class RotorQuantKVCache:
     def has_statistics(self) -> bool:
         """Whether the channel statistics are fixed."""
         return self.keys.statistics is not None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the channel statistics come from elsewhere, and stay in an emptied store."""
+        return self.keys.calibrated
+
+    @calibrated.setter
+    def calibrated(self, calibrated: bool) -> None:
+        self.keys.calibrated = self.values.calibrated = calibrated
+
+    def calibrate(self, keys: ChannelStatistics, values: ChannelStatistics) -> None:
+        """Take channel statistics from elsewhere, before the first token."""
+        self.keys.statistics, self.values.statistics = keys, values
+        self.calibrated = True
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Quantise and append tokens.
@@ -278,7 +293,7 @@ class RotorQuantKVCache:
             side.buffers.drop_front(count, shrink)
 
     def reset(self) -> None:
-        """Forget everything, statistics included."""
+        """Forget everything; statistics too, unless they come from elsewhere."""
         for side in self.sides:
             side.clear()
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from rotorquant_hf.quant.channels import ChannelStatistics
-from rotorquant_hf.quant.hessian import LowRankHessian
 from rotorquant_hf.quant.packed import PackedSpan
 from rotorquant_hf.quant.quantizer import Quantizer, QuantizerSpec
 from rotorquant_hf.quant.registry import shared_quantizer
@@ -29,6 +28,7 @@ class PackedSide:
     Attributes:
         buffers: the rows (batch, heads, tokens, ...), as `Quantizer.encode` names them.
         statistics: of the first block, None before it.
+        calibrated: whether they come from elsewhere, and stay.
 
     Raises:
         ValueError: naming the value that is not possible.
@@ -48,6 +48,7 @@ class PackedSide:
         self._equalize, self._center, self._rope_layout = equalize, center, rope_layout
         self.buffers = TokenBuffers()
         self.statistics: ChannelStatistics | None = None
+        self.calibrated = False
         _ = self.quantizer  # refuse impossible settings now
 
     @property
@@ -136,9 +137,10 @@ class PackedSide:
         return self.statistics
 
     def clear(self) -> None:
-        """Forget everything, statistics included."""
+        """Forget everything, statistics that were taken from its tokens included."""
         self.buffers.clear()
-        self.statistics = None
+        if not self.calibrated:
+            self.statistics = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn` to every tensor along the batch axis (selection, repetition)."""
@@ -147,27 +149,15 @@ class PackedSide:
             self.statistics = self.statistics.map(fn)
 
     def state(self) -> dict[str, Tensor]:
-        """The rows in use and the statistics by name, for saving; empty before the first token.
-
-        The channel scales are called "weight" in files, the factor of the Hessian "hessian".
-        """
+        """The rows in use and the statistics by name, for saving; empty before there are any."""
         if self.statistics is None:
             return {}
-        state = {**self.buffers.rows(0, len(self)), "weight": self.statistics.scale}
-        if self.statistics.mean is not None:
-            state["mean"] = self.statistics.mean
-        if self.statistics.hessian is not None:
-            state["hessian"] = self.statistics.hessian.factor
-        return state
+        return {**self.buffers.rows(0, len(self)), **self.statistics.tensors()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state` (not an empty one), into an empty side."""
-        rows = dict(state)
-        factor = rows.pop("hessian", None)
-        self.statistics = ChannelStatistics(
-            rows.pop("weight"),
-            rows.pop("mean", None),
-            None if factor is None else LowRankHessian(factor),
-        )
+        self.statistics = ChannelStatistics.of_tensors(state)
+        taken = self.statistics.tensors()
+        rows = {name: tensor for name, tensor in state.items() if name not in taken}
         if rows:
             self.buffers.append(rows)

@@ -1,0 +1,91 @@
+"""`calibrate`: run a model over some text, and keep what its cache would learn of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rotorquant_hf.cache import RotorQuantCache
+from rotorquant_hf.calibration import Calibration, settings_of, shape_of
+from rotorquant_hf.config import RotorQuantConfig
+from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.quant.channels import ChannelStatistics
+from rotorquant_hf.quant.moments import QueryMoment
+from rotorquant_hf.store.kv_store import RotorQuantKVCache
+
+MIN_TOKENS = 256
+
+
+@torch.no_grad()
+def calibrate(
+    model: PreTrainedModel, ids: Tensor, settings: RotorQuantConfig | str | None = None
+) -> Calibration:
+    """Take the channel statistics and query directions of a model from some text.
+
+    Args:
+        model: with `attn_implementation` "sdpa" or "rotorquant", which show their queries.
+        ids: (windows, tokens) token ids: windows of text that are read on their own, some thousand
+            tokens in all, of the length that the cache will be used at if that is possible.
+        settings: of the caches that will use it, as `RotorQuantCache` takes them. Bits and window
+            do not matter.
+
+    Returns:
+        The calibration, for `RotorQuantCache(..., calibration=...)`.
+
+    Raises:
+        ValueError: for fewer than MIN_TOKENS tokens, or attention that hides its queries.
+    """
+    settings = RotorQuantConfig.from_options(settings)
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise ValueError(f"ids have shape {tuple(ids.shape)}, {ids.dtype}; pass (windows, tokens)")
+    if ids.numel() < MIN_TOKENS:
+        raise ValueError(
+            f"ids have {ids.numel()} tokens; statistics take {MIN_TOKENS} at least, and some "
+            "thousand are better"
+        )
+    # Nothing is quantised: the layers keep all keys and values, and the moment of the queries.
+    exact = dataclasses.replace(settings, statistics_length=ids.shape[1] + 1, exact_layers=())
+    takes = inspect.signature(model.forward).parameters
+    last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    seen: dict[int, list[RotorQuantLayer]] = {}
+    for row in ids:
+        cache = RotorQuantCache(exact, config=model.config)
+        model(row[None].to(model.device), past_key_values=cache, **last_logits)
+        for index, layer in enumerate(cache.layers):
+            if isinstance(layer, RotorQuantLayer) and layer.is_initialized:
+                seen.setdefault(index, []).append(layer)
+    layers = {index: _statistics(passes, settings) for index, passes in seen.items()}
+    return Calibration(shape_of(model.config), settings_of(settings), ids.numel(), layers)
+
+
+def _statistics(
+    passes: list[RotorQuantLayer], settings: RotorQuantConfig
+) -> tuple[ChannelStatistics, ChannelStatistics]:
+    """Those of the keys and values of a layer, whatever pass they come from."""
+    keys, values = (torch.cat([x.recent[i] for x in passes], dim=2) for i in range(2))
+    store = RotorQuantKVCache(keys.shape[3], values.shape[3], device=keys.device, config=settings)
+    moment = _moment(passes).shrunk() if settings.query_aware else None
+    store.keys.take_statistics(keys, moment)
+    store.values.take_statistics(values)
+    taken: list[Any] = [side.statistics for side in store.sides]
+    return taken[0].map(Tensor.cpu), taken[1].map(Tensor.cpu)
+
+
+def _moment(passes: list[RotorQuantLayer]) -> QueryMoment:
+    found: QueryMoment | None = None
+    for layer in passes:
+        layer.count_queries()
+        if layer.moment is None:
+            raise ValueError(
+                "this attention does not show its queries; load the model with "
+                "attn_implementation='sdpa', call model.set_attn_implementation('rotorquant'), or "
+                "calibrate with query_aware=False"
+            )
+        found = layer.moment if found is None else found.merged(layer.moment)
+    assert found is not None
+    return found

@@ -1,0 +1,154 @@
+"""Calibration: channel statistics and query directions of a model, taken once and kept in a file.
+
+A cache takes these from the first tokens of its own text (`statistics_length`). With a calibration
+it has them from the start: it quantises as soon as tokens are no longer recent, and the queries of
+its own text need not be seen, so that every attention implementation will do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from rotorquant_hf.config import RotorQuantConfig
+from rotorquant_hf.quant.channels import ChannelStatistics
+
+FORMAT = "rotorquant-calibration"
+FORMAT_VERSION = 1
+
+SETTINGS = ("equalize_keys", "equalize_values", "center_keys", "rope_layout")
+"""The settings of a cache that its channel statistics depend on."""
+
+_SHAPE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+_SIDES = ("key", "value")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of the layers of one model, from `calibrate`.
+
+    Attributes:
+        model: what tells the model from others, by the names of its config. A model fine-tuned from
+            it has the same, and may use the calibration.
+        settings: the values of `SETTINGS`.
+        tokens: how many tokens they were taken from.
+        layers: for every layer that has them, those of its keys and of its values, for a batch of
+            one row.
+    """
+
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    tokens: int
+    layers: dict[int, tuple[ChannelStatistics, ChannelStatistics]]
+
+    def check(self, config: PreTrainedConfig, settings: RotorQuantConfig) -> None:
+        """Raise ValueError unless it is of this model and fits a cache of these settings."""
+        for name, value in shape_of(config).items():
+            if self.model.get(name) != value:
+                raise ValueError(
+                    f"the calibration is of another model: its {name} is {self.model.get(name)}, "
+                    f"this model's is {value}; make one with calibrate(model, ids)"
+                )
+        for name, value in self.settings.items():
+            if getattr(settings, name) != value:
+                raise ValueError(
+                    f"{name} is {getattr(settings, name)!r}, but the calibration was made with "
+                    f"{value!r}; make one with calibrate(model, ids, settings)"
+                )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a safetensors file (atomically: an old file stays if this fails)."""
+        header = {
+            "version": FORMAT_VERSION,
+            "model": self.model,
+            "settings": self.settings,
+            "tokens": self.tokens,
+        }
+        tensors = {
+            f"{index}.{side}.{name}": tensor.contiguous()
+            for index, pair in self.layers.items()
+            for side, statistics in zip(_SIDES, pair, strict=True)
+            for name, tensor in statistics.tensors().items()
+        }
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"folder {path.parent} does not exist; make it first")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.touch()
+            ordinary = partial.stat().st_mode  # safetensors' files only the owner can read
+            save_file(tensors, partial, metadata={"format": FORMAT, "header": json.dumps(header)})
+            partial.chmod(ordinary)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: if the file does not exist.
+            ValueError: if it is damaged, of another kind or version.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"file {path} does not exist; make it with calibrate(model, ids)"
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is truncated or not a safetensors file ({error}); calibrate again"
+            ) from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a calibration; make one with calibrate(model, ids)")
+        header = json.loads(metadata["header"])
+        if header["version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format version {header['version']}, this is version "
+                f"{FORMAT_VERSION}; calibrate again"
+            )
+        return cls(header["model"], header["settings"], header["tokens"], _layers_of(tensors))
+
+
+def _layers_of(
+    tensors: dict[str, Tensor],
+) -> dict[int, tuple[ChannelStatistics, ChannelStatistics]]:
+    named: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, side, name = key.split(".")
+        named.setdefault((int(index), side), {})[name] = tensor
+    read = {key: ChannelStatistics.of_tensors(found) for key, found in named.items()}
+    return {i: (read[i, "key"], read[i, "value"]) for i in sorted({i for i, _ in read})}
+
+
+def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What tells a model from others, by the names of its config."""
+    text = config.get_text_config(decoder=True)
+    return {name: getattr(text, name) for name in _SHAPE if getattr(text, name, None) is not None}
+
+
+def settings_of(settings: RotorQuantConfig) -> dict[str, Any]:
+    """The settings that the statistics depend on."""
+    return {name: getattr(settings, name) for name in SETTINGS}

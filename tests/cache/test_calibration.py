@@ -1,0 +1,221 @@
+"""Calibrations: what a cache learns of a model, taken once and kept in a file."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rotorquant_hf import Calibration, RotorQuantCache, RotorQuantConfig, calibrate
+from rotorquant_hf.calibration import FORMAT
+from rotorquant_hf.layers import RotorQuantLayer
+from tests.helpers.models import build, same, snapshot
+
+SMALL = {"residual_length": 8, "block_length": 4}
+
+
+def text(model, windows=3, tokens=100, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, model.config.vocab_size - 1, (windows, tokens), generator=generator)
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3", "gpt2"])
+def model(request):
+    return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def calibration(model):
+    return calibrate(model, text(model))
+
+
+def cache_of(model, calibration, **options):
+    return RotorQuantCache("k3v3", config=model.config, calibration=calibration, **SMALL | options)
+
+
+def test_it_is_what_a_cache_takes_from_the_text(model):
+    """Of one window: the statistics of a cache that has read the same."""
+    ids = text(model, 1, 300)
+    made = calibrate(model, ids)
+    cache = RotorQuantCache("k3v3", config=model.config, statistics_length=290, **SMALL)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    assert made.tokens == 300
+    assert sorted(made.layers) == list(range(len(cache.layers)))
+    for index, layer in enumerate(cache.layers):
+        if layer.is_sliding:  # holds another part of the text
+            continue
+        for side, statistics in zip(layer.store.sides, made.layers[index], strict=True):
+            found = side.statistics.tensors()
+            for name, tensor in statistics.tensors().items():
+                torch.testing.assert_close(tensor, found[name], rtol=1e-2, atol=1e-2)
+        assert made.layers[index][0].hessian is not None
+        assert made.layers[index][1].hessian is None
+
+
+def test_quantising_begins_at_once(model, calibration):
+    """After the recent window, and whatever the attention shows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for attention in ("eager", "sdpa"):
+            other = copy.deepcopy(model)
+            other.set_attn_implementation(attention)
+            cache = cache_of(model, calibration)
+            assert cache.tokens_until_packing() <= 4 + 8 + 4
+            with torch.no_grad():
+                other(text(model, 2, 30), past_key_values=cache)
+            for layer in cache.layers:
+                assert len(layer.store) > 0
+                assert layer.moment is None
+                assert not layer.waits
+
+
+def test_keys_are_rounded_for_the_queries(model, calibration):
+    """The Hessian of the calibration is that of the codes: another one gives others."""
+    plain = {
+        i: (k.map(lambda x: x) if k.hessian is None else type(k)(k.scale, k.mean), v)
+        for i, (k, v) in calibration.layers.items()
+    }
+    without = Calibration(calibration.model, calibration.settings, calibration.tokens, plain)
+    codes = []
+    for known in (calibration, without):
+        cache = cache_of(model, known)
+        with torch.no_grad():
+            model(text(model, 1, 60), past_key_values=cache)
+        codes.append(cache.layers[0].store.keys.span().rows["codes"])
+    assert not torch.equal(*codes)
+
+
+def test_saved_and_loaded(model, calibration, tmp_path):
+    path = tmp_path / "calibration.safetensors"
+    calibration.save(path)
+    read = Calibration.load(path)
+    assert (read.model, read.settings, read.tokens) == (
+        calibration.model,
+        calibration.settings,
+        300,
+    )
+    ids = text(model, 2, 50)
+    rows = []
+    for given in (calibration, read, path, str(path)):
+        cache = cache_of(model, given)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        rows.append(cache)
+    assert all(same(snapshot(rows[0]), snapshot(other)) for other in rows[1:])
+    assert [p.name for p in tmp_path.iterdir()] == ["calibration.safetensors"]
+
+
+def test_a_saved_cache_goes_on(model, calibration, tmp_path):
+    """Whether it was saved before anything was packed or after."""
+    ids = text(model, 2, 80)
+    for length in (5, 40):
+        cache = cache_of(model, calibration)
+        with torch.no_grad():
+            model(ids[:, :length], past_key_values=cache)
+            cache.save(tmp_path / "cache")
+            loaded = RotorQuantCache.load(tmp_path / "cache", config=model.config)
+            logits = [model(ids[:, length:], past_key_values=x).logits for x in (cache, loaded)]
+        assert torch.equal(*logits)
+        assert same(*(snapshot([layer.store for layer in x.layers]) for x in (cache, loaded)))
+        assert all(layer.store.calibrated for layer in loaded.layers)
+
+
+def test_statistics_stay_when_the_tokens_go(model, calibration):
+    cache = cache_of(model, calibration)
+    wanted = calibration.layers[0][0]
+    with torch.no_grad():
+        model(text(model, 2, 40), past_key_values=cache)
+        for layer in cache.layers:
+            if layer.is_sliding:
+                layer.reset()
+            else:
+                layer.crop(-40)
+        assert cache.get_seq_length() == 0
+        model(text(model, 2, 40), past_key_values=cache)
+    statistics = cache.layers[0].store.keys.statistics
+    assert torch.equal(statistics.scale[:1], wanted.scale)
+    assert torch.equal(statistics.hessian.factor[:1], wanted.hessian.factor)
+
+
+def test_rows_of_a_batch(model, calibration):
+    """Every row has the statistics, also after beams were reordered."""
+    ids = text(model, 3, 40)
+    together = cache_of(model, calibration)
+    with torch.no_grad():
+        model(ids, past_key_values=together)
+    together.reorder_cache(torch.tensor([2, 0, 1]))
+    alone = cache_of(model, calibration)
+    with torch.no_grad():
+        model(ids[2:], past_key_values=alone)
+    for ours, theirs in zip(together.layers, alone.layers, strict=True):
+        torch.testing.assert_close(ours.store.get_keys()[:1], theirs.store.get_keys())
+
+
+def test_another_model_is_refused(calibration, model):
+    other = copy.deepcopy(model.config)
+    other.get_text_config().vocab_size += 1
+    with pytest.raises(ValueError, match=r"another model: its vocab_size is \d+"):
+        RotorQuantCache(config=other, calibration=calibration)
+    with pytest.raises(ValueError, match=r"pass|needs config=model\.config"):
+        RotorQuantCache(calibration=calibration)
+
+
+def test_other_settings_are_refused(calibration, model):
+    with pytest.raises(ValueError, match=r"equalize_keys is 0.25, but the calibration was made"):
+        cache_of(model, calibration, equalize_keys=0.25)
+    with pytest.raises(ValueError, match="center_keys is 'auto'"):
+        cache_of(model, calibration, center_keys="auto")
+    cache_of(model, calibration, key_bits=2, seed=7)  # these do not matter
+
+
+def test_layers_of_another_shape_are_refused():
+    llama = build("llama")
+    made = calibrate(llama, text(llama))
+    layer = RotorQuantLayer(RotorQuantConfig(**SMALL), made.layers[0])
+    with pytest.raises(ValueError, match=r"of 2 heads of 16 elements, this layer has 3 of 16"):
+        layer.update(torch.randn(1, 3, 5, 16), torch.randn(1, 3, 5, 16))
+    assert layer.get_seq_length() == 0
+    layer.update(torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16))
+
+
+def test_settings_of_the_cache_that_will_use_it():
+    llama = build("llama")
+    made = calibrate(llama, text(llama), "turboquant")
+    keys, values = made.layers[0]
+    assert keys.hessian is None
+    assert keys.mean is None
+    assert keys.scale.shape[-1] == values.scale.shape[-1] == 1
+    RotorQuantCache("turboquant", config=llama.config, calibration=made)
+
+
+def test_bad_texts_and_attention():
+    llama = build("llama")
+    with pytest.raises(ValueError, match=r"ids have 100 tokens; statistics take 256"):
+        calibrate(llama, text(llama, 1))
+    with pytest.raises(ValueError, match=r"ids have shape \(300,\)"):
+        calibrate(llama, text(llama, 1, 300)[0])
+    with pytest.raises(ValueError, match="does not show its queries"):
+        calibrate(build("llama", "eager"), text(llama))
+    calibrate(build("llama", "eager"), text(llama), RotorQuantConfig(query_aware=False))
+
+
+def test_bad_files(tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(FileNotFoundError, match="make it with calibrate"):
+        Calibration.load(path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="truncated or not a safetensors file"):
+        Calibration.load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="is not a calibration"):
+        Calibration.load(path)
+    header = json.dumps({"version": 99})
+    save_file({"x": torch.zeros(1)}, path, metadata={"format": FORMAT, "header": header})
+    with pytest.raises(ValueError, match="format version 99"):
+        Calibration.load(path)
+    llama = build("llama")
+    with pytest.raises(FileNotFoundError, match="folder"):
+        calibrate(llama, text(llama)).save(tmp_path / "none" / "file")
