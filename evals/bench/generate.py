@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, LlamaConfig, PreTrainedModel
 
 from rotorquant_hf import PRESETS, DecodeGraph
+from rotorquant_hf.attention.tensor import show_queries
 
 from ..caches.registry import BASELINE, CacheSpec
 from ..environment import Versions, device_of, on_gpu
@@ -95,7 +96,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> PreTrainedMod
 def fill(
     cache: Cache, model: PreTrainedModel, shape: GenerationShape, generator: torch.Generator
 ) -> None:
-    """Put `context` random tokens into every layer.
+    """Put `context` random tokens into every layer, read by random queries.
 
     Raises:
         RuntimeError: if a layer then says that it has more or fewer.
@@ -106,7 +107,9 @@ def fill(
         for layer in range(config.num_hidden_layers):
             for count in chunks(shape.context, size):
                 states = (shape.batch, config.num_key_value_heads, count, config.head_dim)
-                cache.update(*random_states(states, model.dtype, generator), layer)
+                seen, _ = cache.update(*random_states(states, model.dtype, generator), layer)
+                asking = (shape.batch, config.num_attention_heads, min(count, 64), config.head_dim)
+                show_queries(seen, random_states(asking, model.dtype, generator)[0])
     lengths = {int(cache.get_seq_length(layer)) for layer in range(config.num_hidden_layers)}
     if lengths != {shape.context}:
         raise RuntimeError(f"layers of {sorted(lengths)} tokens, filled with {shape.context}")
