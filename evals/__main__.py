@@ -15,6 +15,7 @@ from rotorquant_hf import PRESETS
 
 from . import commands, verify
 from .caches.registry import KINDS, CacheSpec
+from .calibrate import CalibrateOptions, make_calibration
 from .errors import InputError, NotAvailableError
 from .failures import Failure
 from .lm_eval.__main__ import main as lm_eval
@@ -137,6 +138,21 @@ def run_verify(args: argparse.Namespace) -> int:
     return verify.STATUS[verify.outcome(found)]
 
 
+def run_calibrate(args: argparse.Namespace) -> int:
+    """Take a model's channel statistics and query directions from some text, for its caches.
+
+    Python: RotorQuantCache("k3v3", config=model.config, calibration="FILE"); here:
+    --cache calibrated:preset=k3v3,file=FILE.
+    """
+    model = from_arguments(ModelOptions, args)
+    options = from_arguments(CalibrateOptions, args)
+    require_packages("calibrate", packages_of(model, options))
+    made = make_calibration(load(model), options, args.preset)
+    made.save(args.out)
+    print(f"{args.out}: {len(made.layers)} layers, from {made.tokens:,} tokens")
+    return 0
+
+
 def run_lm_eval(args: argparse.Namespace) -> int:
     """Run lm-eval's own command line with the model `rotorquant`: it has no hook for plugins."""
     lm_eval(args.arguments)
@@ -232,6 +248,12 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(
             old, dest=name, type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
+
+    p = command("calibrate", run_calibrate)
+    commands.add_model(p)
+    add_arguments(p, CalibrateOptions, "text")
+    p.add_argument("--preset", default="k4v4", choices=PRESETS, help="whose settings to calibrate")
+    p.add_argument("--out", type=Path, required=True, help="file of the calibration")
 
     p = command("lm-eval", run_lm_eval)
     p.add_argument("arguments", nargs=argparse.REMAINDER, help="see lm-eval --help")

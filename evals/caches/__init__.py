@@ -4,6 +4,7 @@ To add one: a subclass of `Kind` in a file of its own here, and its entry in `KI
 """
 
 from .base import Kind
+from .calibrated import CALIBRATED
 from .dynamic import DYNAMIC
 from .quantized import FP8, HQQ, QUANTO
 from .rotorquant import HAAR, HADAMARD, ROTORQUANT
@@ -13,6 +14,7 @@ KINDS: dict[str, Kind] = {
     for kind in (
         DYNAMIC,
         ROTORQUANT,
+        CALIBRATED,
         HAAR,
         HADAMARD,
         QUANTO,

@@ -21,7 +21,7 @@ def test_cache_sizes(capsys) -> None:
 
 
 def test_cache_sizes_count_what_queries_leave_behind(capsys, monkeypatch) -> None:
-    """Their second moment, 2 heads of 64 x 64 in float32."""
+    """Their Hessian, 2 heads of 64 x 16 in float16."""
     found, update = [], RotorQuantCache.update
 
     def observed(cache, *args, **kwargs):
@@ -35,7 +35,7 @@ def test_cache_sizes_count_what_queries_leave_behind(capsys, monkeypatch) -> Non
     seen = cache.memory().parts["statistics"]
     unseen = RotorQuantCache("k4v4")
     unseen.update(*torch.randn(2, 1, 2, 1000, 64).bfloat16(), 0)
-    assert seen - unseen.memory().parts["statistics"] == 2 * 64 * 64 * 4
+    assert seen - unseen.memory().parts["statistics"] == 2 * 64 * 16 * 2
     assert f"| {cache.memory().total_bytes:,} |" in capsys.readouterr().out
 
 

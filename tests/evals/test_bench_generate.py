@@ -56,8 +56,8 @@ def test_generation_has_a_row_for_every_cache(tmp_path, capsys, monkeypatch) -> 
             *common.random_states((2, 2, 311, 16), torch.float32, torch.Generator()), layer
         )
         cache.update(*common.random_states((2, 2, 1, 16), torch.float32, torch.Generator()), layer)
-    moment = 2 * 2 * 2 * 16 * 16 * 4  # of the queries of the step, which `cache` has not seen
-    assert found["k4v4", "eager"]["cache_bytes"] == cache.memory().total_bytes + moment
+    hessian = 2 * 2 * 2 * 16 * 16 * 2  # of queries, of which `cache` has seen none
+    assert found["k4v4", "eager"]["cache_bytes"] == cache.memory().total_bytes + hessian
 
 
 def test_caches_that_do_not_fit_together_come_one_after_the_other(tmp_path) -> None:

@@ -44,9 +44,7 @@ def test_every_kind_is_read_and_counted(model, sampled, name) -> None:
         assert quantised_tokens(cache) == (0, 0)
     else:
         assert 0.3 * held < quantised <= held
-        # The second moment of the queries: 8 layers, 2 kv heads, 64 x 64, float32.
-        moment = 8 * 2 * 64 * 64 * 32 / quantised if name == "rotorquant" else 0
-        assert 3 < counted.packed_bits_per_number - moment < 10
+        assert 3 < counted.packed_bits_per_number < 10
         first, last = quantised_tokens(cache)
         assert (last - first) * 8 * 2 * 64 * 2 == quantised
 

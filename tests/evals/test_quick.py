@@ -57,15 +57,12 @@ def test_quality_follows_bits(results) -> None:
 
 
 def test_long_texts_take_the_bits_of_their_codes(results) -> None:
-    """A 16-bit scale for 64 elements. The queries' moment, statistics, tables and spare room are
-    spread over the tokens there are: over the 608 quantised ones of a window 64 * 32 / (2 * 608)
-    bits for the moment, and little more.
-    """
+    """A 16-bit scale for 64 elements. Statistics, tables and spare room are spread over the tokens
+    there are, the 608 quantised ones of a window."""
     for label, bits in (("k8v8", 8), ("k4v4", 4), ("k3v3", 3), ("k2v2", 2)):
         found = results["perplexity", label]
         assert found["long_bits_per_number"] == pytest.approx(bits + 0.25, abs=1e-6), label
-        moment = 64 * 32 / (2 * 608)
-        assert bits + 0.25 < found["packed_bits_per_number"] - moment < bits + 0.75, label
+        assert bits + 0.25 < found["packed_bits_per_number"] < bits + 1, label
 
 
 def test_the_cache_is_read_by_every_measurement(results) -> None:

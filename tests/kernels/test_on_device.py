@@ -324,7 +324,8 @@ def test_model_against_torch(preset: str, small_model: PreTrainedModel) -> None:
         cache = RotorQuantCache(SETTINGS[preset], config=small_model.config)
         with backend(name):
             steps[name] = decode_eagerly(small_model, ids, cache, PROMPT)
-    check_steps(steps["triton"], steps["torch"], 1e-2)  # an element may be coded differently
+    # An element may be coded differently, and after it, rounded for the queries, a whole key.
+    check_steps(steps["triton"], steps["torch"], 3e-2)
 
 
 @pytest.mark.parametrize("preset", SETTINGS)
