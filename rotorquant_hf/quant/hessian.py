@@ -56,7 +56,7 @@ class LowRankHessian:
         d = hessian.shape[-1]
         rank = min(RANK, d)
         with torch.autocast(hessian.device.type, enabled=False):
-            h = hessian.double()
+            h = doubled(hessian)
             mean = h.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
             eye = torch.eye(d, dtype=h.dtype, device=h.device)
             h = h / torch.where(mean == 0, torch.ones_like(mean), mean) + RIDGE * eye
@@ -71,7 +71,8 @@ class LowRankHessian:
             rest = (d * (1 + RIDGE) - strength.sum(dim=-1, keepdim=True)) / max(d - rank, 1)
             rest = rest if rank < d else torch.full_like(rest, RIDGE)
             factor = factor * (1 - rest / strength).clamp(min=0).sqrt()
-        return cls(torch.nn.functional.pad(factor, (0, RANK - rank)).half())
+        factor = torch.nn.functional.pad(factor, (0, RANK - rank)).half()
+        return cls(factor.to(hessian.device))
 
     @property
     def level(self) -> Tensor:
@@ -94,6 +95,11 @@ class LowRankHessian:
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return self.factor.nbytes
+
+
+def doubled(x: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has no such numbers."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 @lru_cache(maxsize=32)

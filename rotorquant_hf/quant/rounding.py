@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rotorquant_hf.quant.hessian import LowRankHessian
+from rotorquant_hf.quant.hessian import LowRankHessian, doubled
 from rotorquant_hf.quant.rotations import Rotation
 
 _COLUMNS = 16
@@ -50,12 +50,12 @@ class Feedback(NamedTuple):
         level = hessian.level
         with torch.autocast(level.device.type, enabled=False):
             factor = rotation.rotate(hessian.factor.float().mT).mT
-            f = factor.double()
+            f = doubled(factor)
             outer = f.unsqueeze(-1) * f.unsqueeze(-2)  # (..., d, RANK, RANK)
             tail = outer.flip(-3).cumsum(dim=-3).flip(-3)
-            tail += level.double().unsqueeze(-1) * torch.eye(f.shape[-1], device=f.device)
+            tail += doubled(level).unsqueeze(-1) * torch.eye(f.shape[-1], device=f.device)
             gains, _ = torch.linalg.solve_ex(tail, f)
-        return cls(factor.contiguous(), gains.float(), level)
+        return cls(factor.contiguous(), gains.float().to(factor.device), level)
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """a' H b of vectors (..., n, d), (..., n, 1)."""

@@ -30,7 +30,7 @@ def sampled(x: Tensor, count: int) -> Tensor:
     tokens = x.shape[2]
     if tokens <= count:
         return x
-    i = torch.arange(count, dtype=torch.float64, device=x.device)
+    i = torch.arange(count, dtype=torch.float32, device=x.device)
     # One token of each stretch, at another place every time: texts may be periodic.
     place = (i + (i * _GOLDEN).frac()) * (tokens / count)
     return x.index_select(2, place.long().clamp(max=tokens - 1))
