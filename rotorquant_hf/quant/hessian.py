@@ -107,7 +107,8 @@ def _start(d: int, rank: int, device: torch.device) -> Tensor:
     """Where subspace iteration starts: at random, as no direction is known to matter."""
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False):
-        return torch.randn(d, rank, generator=generator, dtype=torch.float64).to(device)
+        start = torch.randn(d, rank, generator=generator, dtype=torch.float64, device="cpu")
+        return start.to(device)
 
 
 def _orthonormal(x: Tensor) -> Tensor:
