@@ -14,6 +14,7 @@ from tests.helpers.models import build
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"residual_length": 8, "statistics_length": 0, "block_length": 4, "num_sink_tokens": 2}
+SMALL |= {"query_aware": False}  # a sweep takes seconds in the interpreter
 
 
 @pytest.fixture
@@ -50,7 +51,11 @@ def assert_same_steps(found, wanted):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"key_quantizer": "prod"}], ids=["mse", "prod"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"key_quantizer": "prod"}, {"query_aware": True}],
+    ids=["mse", "prod", "query-aware"],
+)
 def test_replayed_steps_are_eager_steps(options, graphs):
     """Through several flushes of the ring, growth of the rows, and captures anew."""
     model = build("llama").to(DEVICE)

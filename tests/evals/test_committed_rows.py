@@ -31,7 +31,7 @@ def committed(request, tmp_path, monkeypatch) -> tuple[Path, dict, list[dict], P
     (header,), rows = read_results([request.param])
     for name in header["config"]["text"]:
         path = tmp_path / name if Path(name).suffix else tmp_path / name / "book.txt"
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("a book", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     config = ROOT / "configs" / f"{header['name']}.yaml"

@@ -281,6 +281,7 @@ def test_ring(case: Ring) -> None:
 
 PROMPT, STEPS = sized(250, 40), sized(80, 10)
 SETTINGS = {name: dataclasses.replace(PRESETS[name], **WINDOW) for name in ("k4v4", "k3v3")}
+SETTINGS["k3v3, query-aware"] = dataclasses.replace(SETTINGS["k3v3"], query_aware=True)
 
 
 @pytest.fixture(scope="module")
