@@ -15,7 +15,7 @@ import statistics
 from functools import partial
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..caches.registry import BASELINE, CacheSpec
 from ..environment import Versions, device_of
@@ -25,11 +25,12 @@ from .common import default_device, exit_with, new_parser
 from .generate import build_model
 
 
-def prefill(model: PreTrainedModel, ids: torch.Tensor, spec: CacheSpec) -> None:
-    """One pass over a prompt, through an empty cache."""
+def prefill(model: PreTrainedModel, ids: torch.Tensor, spec: CacheSpec) -> Cache:
+    """One pass over a prompt, through an empty cache, which it returns."""
     cache = spec.make(model.config)
     with torch.no_grad():
         model(ids, past_key_values=cache, logits_to_keep=1)
+    return cache
 
 
 def measure(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evals.bench import cache_size
+from evals.bench import cache_size, prefill
 from evals.bench import cpu as bench_cpu
 from rotorquant_hf import RotorQuantCache
 
@@ -37,6 +37,33 @@ def test_cache_sizes_count_what_queries_leave_behind(capsys, monkeypatch) -> Non
     unseen.update(*torch.randn(2, 1, 2, 1000, 64).bfloat16(), 0)
     assert seen - unseen.memory().parts["statistics"] == 2 * 64 * 16 * 2
     assert f"| {cache.memory().total_bytes:,} |" in capsys.readouterr().out
+
+
+def test_prefill(capsys, monkeypatch) -> None:
+    """A row a cache; those of ours have coded the prompt, and rounded for its queries."""
+    made, pass_over = [], prefill.prefill
+    monkeypatch.setattr(prefill, "prefill", lambda *args: made.append(pass_over(*args)))
+    shape = "--layers 1 --hidden 64 --heads 2 --kv-heads 1 --head-dim 32 --intermediate 64"
+    run = "--tokens 400 --dtype float32 --device cpu --threads 1 --repeats 2"
+    prefill.main([*shape.split(), *run.split(), "--caches", "k3v3", "k3v3:query_aware=false"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in lines[1:]] == [
+        "---",
+        "dynamic",
+        "k3v3",
+        "k3v3, query-aware off",
+    ]
+    assert all("%" in line for line in lines[3:])
+    assert len(made) == 3 * 3  # a round that does not count, and two
+    for cache, aware in zip(made[1:3], (True, False), strict=True):
+        assert cache.memory().packed_numbers > 0
+        assert (cache.layers[0].store.keys.statistics.hessian is not None) == aware
+
+
+def test_prefill_refuses_nonsense(capsys) -> None:
+    with pytest.raises(SystemExit):
+        prefill.main(["--repeats", "1"])
+    assert "--repeats from 2" in capsys.readouterr().err
 
 
 def test_bench_cpu(capsys) -> None:
