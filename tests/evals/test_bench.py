@@ -263,6 +263,7 @@ def test_tuning_compares_tilings_and_reports_those_that_fail(tmp_path, monkeypat
     monkeypatch.setattr(decode_step.Step, "attend", broken)
     path = tmp_path / "rows.jsonl"
     argv = [*TINY, "--dtype", "float16", "--bits", "3", "--limit", "4", "--repeats", "1"]
+    argv += ["--config-seconds", "60"]
     assert bench_tune.main([*argv, "--out", str(path)]) == 1
     rows = rows_of(path, "tune")
     failed = [row for row in rows if row["status"] != "ok"]
