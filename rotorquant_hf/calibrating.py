@@ -49,7 +49,7 @@ def calibrate(
             "thousand are better"
         )
     # Nothing is quantised: the layers keep all keys and values, and the moment of the queries.
-    exact = dataclasses.replace(settings, statistics_length=ids.shape[1] + 1, exact_layers=())
+    exact = dataclasses.replace(settings, residual_length=ids.shape[1], exact_layers=())
     takes = inspect.signature(model.forward).parameters
     last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     seen: dict[int, list[RotorQuantLayer]] = {}
