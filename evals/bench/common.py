@@ -6,8 +6,9 @@ import argparse
 import gc
 import multiprocessing
 import os
+import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ from ..environment import on_gpu
 from ..errors import InputError, NotAvailableError
 from ..requirements import require_packages
 from ..sweep.rows import JSONLines
+from ..timing import timed
 
 DEVICE_LOST = 75  # exit status: start the command anew, with --resume
 
@@ -108,6 +110,26 @@ def in_processes(
     """
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pool.starmap_async(work, jobs, chunksize=1).wait(seconds)
+
+
+def in_turn(
+    variants: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Milliseconds of each variant, taking turns; the first round does not count."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for round_ in range(repeats + 1):
+        for name, run in variants.items():
+            seconds, _ = timed(run, device)
+            if round_:
+                times[name].append(1e3 * seconds)
+    return times
+
+
+def middle_half(samples: Sequence[float], unit: str = "") -> str:
+    """The median, and the middle half of the samples in brackets; signed, if with a unit."""
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    sign = "+" if unit else ""
+    return f"{middle:{sign}.1f}{unit} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 def random_states(

@@ -17,8 +17,6 @@ import platform
 import re
 import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +30,7 @@ from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.states import KVStates
 from rotorquant_hf.attention.tensor import CompressedTensor
 
-from .common import new_parser
+from .common import in_turn, middle_half, new_parser
 
 _DTYPES = ["float32", "bfloat16", "float16"]
 
@@ -48,20 +46,6 @@ def cached(
     assert isinstance(packed[0], CompressedTensor)
     assert isinstance(packed[1], CompressedTensor)
     return packed[0], packed[1], keys, values
-
-
-def interleaved(
-    variants: Mapping[str, Callable[[], Tensor]], repeats: int
-) -> dict[str, list[float]]:
-    """Milliseconds of each variant, taking turns; the first round does not count."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for round_ in range(repeats + 1):
-        for name, run in variants.items():
-            start = time.perf_counter()
-            run()
-            if round_:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return times
 
 
 @torch.no_grad()
@@ -89,8 +73,8 @@ def main(argv: list[str] | None = None) -> None:
             }
             for threads in args.threads:
                 torch.set_num_threads(threads)
-                times = interleaved(variants, args.repeats)
-                packed, dequantised, plain = (_summary(times[name]) for name in variants)
+                times = in_turn(variants, args.repeats, query.device)
+                packed, dequantised, plain = (middle_half(times[name]) for name in variants)
                 ratio = statistics.median(times["dequantised"]) / statistics.median(times["packed"])
                 print(
                     f"| {dtype} | {bits} | {threads} | {packed} | {dequantised} | {ratio:.2f}x | "
@@ -133,11 +117,6 @@ def _machine() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     return f"{names[0] if names else platform.machine()}, {cores}"
-
-
-def _summary(samples: list[float]) -> str:
-    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
 
 
 if __name__ == "__main__":

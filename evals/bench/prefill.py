@@ -11,7 +11,6 @@ small vocabulary, for only the last token's logits are computed.
 from __future__ import annotations
 
 import argparse
-import statistics
 from functools import partial
 
 import torch
@@ -20,8 +19,7 @@ from transformers import Cache, PreTrainedModel
 from ..caches.registry import BASELINE, CacheSpec
 from ..environment import Versions, device_of
 from ..subjects.models import DTYPES, ModelOptions, load
-from ..timing import synchronize, timed
-from .common import default_device, exit_with, new_parser
+from .common import default_device, exit_with, in_turn, middle_half, new_parser
 from .generate import build_model
 
 
@@ -33,29 +31,14 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, spec: CacheSpec) -> Cache
     return cache
 
 
-def measure(
-    model: PreTrainedModel, ids: torch.Tensor, specs: list[CacheSpec], repeats: int
-) -> dict[str, list[float]]:
-    """Milliseconds of every pass, by the label of the cache; the first round does not count."""
-    times: dict[str, list[float]] = {spec.label: [] for spec in specs}
-    for round_ in range(repeats + 1):
-        for spec in specs:
-            seconds, _ = timed(partial(prefill, model, ids, spec), model.device)
-            if round_:
-                times[spec.label].append(1e3 * seconds)
-    return times
-
-
 def rows(times: dict[str, list[float]]) -> list[str]:
     """Rows of a Markdown table; the first cache is what the others are compared with."""
     baseline = next(iter(times.values()))
     lines = []
     for label, samples in times.items():
-        low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
         extra = [100 * (x / y - 1) for x, y in zip(samples, baseline, strict=True)]
-        low_x, middle_x, high_x = statistics.quantiles(extra, n=4, method="inclusive")
-        compared = "" if samples is baseline else f"{middle_x:+.1f}% [{low_x:+.1f}, {high_x:+.1f}]"
-        lines.append(f"| {label} | {middle:.1f} [{low:.1f}, {high:.1f}] | {compared} |")
+        compared = "" if samples is baseline else middle_half(extra, "%")
+        lines.append(f"| {label} | {middle_half(samples)} | {compared} |")
     return lines
 
 
@@ -73,10 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     generator = torch.Generator().manual_seed(0)
     size = (args.batch, args.tokens)
     ids = torch.randint(1, model.config.vocab_size - 1, size, generator=generator).to(device)
-    synchronize(device)
     print(f"{Versions.of(device, 'evals.bench.prefill', argv)}\n")
     print("| cache | ms a pass | beside DynamicCache |\n| --- | ---: | ---: |")
-    print("\n".join(rows(measure(model, ids, specs, args.repeats))))
+    passes = {spec.label: partial(prefill, model, ids, spec) for spec in specs}
+    print("\n".join(rows(in_turn(passes, args.repeats, device))))
     return 0
 
 
