@@ -75,7 +75,7 @@ def append_block(bounds: Tensor, max_count: int, keys: AppendPart, values: Appen
     tiles = launched = pieces(max_count, arguments["TOKENS"])
     scratch = None
     if keys.feedback is not None:
-        elements = batch * heads * arguments["TOKENS"] * _columns(arguments["KEYS"])
+        elements = batch * heads * arguments["TOKENS"] * arguments["KEYS"].columns
         launched = min(tiles, max(1, _SCRATCH_ELEMENTS // elements))
         scratch = keys.feedback.factor.new_empty(launched * elements)
     with torch.cuda.device_of(bounds):  # Triton launches on the current device
@@ -111,7 +111,7 @@ class _Shape(NamedTuple):
         d, bits, rule: of stage 1. projections: m, or 0 without a stage 2.
         rank: of the Hessian, 0 without.
         width: of the narrowest plane. slot: its bytes; 8 / width slots of as many elements make d.
-        pad: columns of a slot, a power of two.
+        pad: columns of a slot, a power of two. columns: of all slots.
     """
 
     d: int
@@ -122,6 +122,7 @@ class _Shape(NamedTuple):
     width: int
     slot: int
     pad: int
+    columns: int
 
 
 def _shape(part: AppendPart) -> _Shape:
@@ -130,11 +131,8 @@ def _shape(part: AppendPart) -> _Shape:
     slot = plane_bytes(d, width)
     pad = max(triton.next_power_of_2(slot), 2 * width)  # 16 columns at least
     rank = 0 if part.feedback is None else part.feedback.factor.shape[-1]
-    return _Shape(d, mse.bits, mse.scale, part.quantizer.num_signs, rank, width, slot, pad)
-
-
-def _columns(shape: _Shape) -> int:
-    return 8 // shape.width * shape.pad
+    signs = part.quantizer.num_signs
+    return _Shape(d, mse.bits, mse.scale, signs, rank, width, slot, pad, 8 // width * pad)
 
 
 def _arguments(part: AppendPart) -> dict[str, Any]:
@@ -221,7 +219,7 @@ def append_kernel(
     if i_z % 2 == 0:
         if KEYS.rank > 0:
             i_program = (i_b * tl.num_programs(1) + i_h) * tl.num_programs(0) + tl.program_id(0)
-            scratch = p_scratch + i_program * (TOKENS * (8 // KEYS.width * KEYS.pad))
+            scratch = p_scratch + i_program * (TOKENS * KEYS.columns)
         _append(
             scratch,
             k_x,
@@ -309,7 +307,7 @@ def _append(
 def _rotate(x, channel_scale, mean, rotation, i_b, i_h, o_x, m_i, SHAPE: tl.constexpr):
     """T((x - mean) / channel_scale) of the slots `o_x`: (tokens, columns)."""
     D: tl.constexpr = SHAPE.d
-    o_n = tl.arange(0, 8 // SHAPE.width * SHAPE.pad)
+    o_n = tl.arange(0, SHAPE.columns)
     m_n = o_n % SHAPE.pad < SHAPE.slot
     p_x = head(x, i_b, i_h) + o_x[:, None] * x[3]
     p_w = head(channel_scale, i_b, i_h)
