@@ -7,22 +7,24 @@ its own text need not be seen, so that every attention implementation will do.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from rotorquant_hf.config import RotorQuantConfig
+from rotorquant_hf.files import FileKind
 from rotorquant_hf.quant.channels import ChannelStatistics
 
-FORMAT = "rotorquant-calibration"
-FORMAT_VERSION = 1
+CALIBRATION_FILE = FileKind(
+    name="rotorquant-calibration",
+    version=1,
+    missing="make it with calibrate(model, ids)",
+    foreign="is not a calibration; make one with calibrate(model, ids)",
+    again="calibrate again",
+)
 
 SETTINGS = ("equalize_keys", "equalize_values", "center_keys", "rope_layout")
 """The settings of a cache that its channel statistics depend on."""
@@ -76,30 +78,14 @@ class Calibration:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a safetensors file (atomically: an old file stays if this fails)."""
-        header = {
-            "version": FORMAT_VERSION,
-            "model": self.model,
-            "settings": self.settings,
-            "tokens": self.tokens,
-        }
+        header = {"model": self.model, "settings": self.settings, "tokens": self.tokens}
         tensors = {
-            f"{index}.{side}.{name}": tensor.contiguous()
+            f"{index}.{side}.{name}": tensor
             for index, pair in self.layers.items()
             for side, statistics in zip(_SIDES, pair, strict=True)
             for name, tensor in statistics.tensors().items()
         }
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"folder {path.parent} does not exist; make it first")
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.touch()
-            ordinary = partial.stat().st_mode  # safetensors' files only the owner can read
-            save_file(tensors, partial, metadata={"format": FORMAT, "header": json.dumps(header)})
-            partial.chmod(ordinary)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        CALIBRATION_FILE.write(path, header, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -107,29 +93,11 @@ class Calibration:
 
         Raises:
             FileNotFoundError: if the file does not exist.
-            ValueError: if it is damaged, of another kind or version.
+            ValueError: if it is damaged, or of another kind or version.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"file {path} does not exist; make it with calibrate(model, ids)"
-            )
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is truncated or not a safetensors file ({error}); calibrate again"
-            ) from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a calibration; make one with calibrate(model, ids)")
-        header = json.loads(metadata["header"])
-        if header["version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format version {header['version']}, this is version "
-                f"{FORMAT_VERSION}; calibrate again"
-            )
-        return cls(header["model"], header["settings"], header["tokens"], _layers_of(tensors))
+        with CALIBRATION_FILE.read(path) as (header, tensors):
+            layers = _layers_of(tensors)
+            return cls(header["model"], header["settings"], header["tokens"], layers)
 
 
 def _layers_of(

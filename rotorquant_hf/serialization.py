@@ -7,27 +7,28 @@ are, so that a torch that draws differently is noticed and not decoded wrongly.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rotorquant_hf.config import RotorQuantConfig
+from rotorquant_hf.files import FileKind
 from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import tensors_of
 from rotorquant_hf.quant.moments import QueryMoment
-from rotorquant_hf.version import __version__
 
-FORMAT = "rotorquant-cache"
-FORMAT_VERSION = 2
+CACHE_FILE = FileKind(
+    name="rotorquant-cache",
+    version=2,
+    missing="pass the path that save() was given",
+    foreign="was not written by RotorQuantCache.save",
+    again="save the cache again",
+)
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,6 @@ def save(path: str | os.PathLike[str], settings: RotorQuantConfig, layers: Seque
         raise ValueError("the cache is empty; run the model with it before saving")
     entries = [_entry_of(layer) for layer in layers]
     header = {
-        "version": FORMAT_VERSION,
-        "rotorquant_hf": __version__,
         "settings": settings.to_dict(),
         "layers": [
             {"type": e.type, "attributes": e.attributes, "tensors": sorted(e.tensors)}
@@ -59,56 +58,24 @@ def save(path: str | os.PathLike[str], settings: RotorQuantConfig, layers: Seque
         ],
     }
     tensors = {
-        f"{index}.{name}": tensor.contiguous()
+        f"{index}.{name}": tensor
         for index, entry in enumerate(entries)
         for name, tensor in entry.tensors.items()
     }
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"folder {path.parent} does not exist; make it first")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.touch()
-        ordinary = partial.stat().st_mode  # safetensors makes files that only the owner can read
-        save_file(tensors, partial, metadata={"format": FORMAT, "header": json.dumps(header)})
-        partial.chmod(ordinary)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    CACHE_FILE.write(path, header, tensors)
 
 
 def read(
     path: str | os.PathLike[str], device: torch.device | str
 ) -> tuple[RotorQuantConfig, list[LayerEntry]]:
     """Read settings and layers of a file, its tensors on `device`. See `RotorQuantCache.load`."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"file {path} does not exist; pass the path that save() was given")
-    try:
-        with safe_open(path, framework="pt", device=str(torch.device(device))) as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}); save the cache again"
-        ) from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by RotorQuantCache.save")
-    try:
-        return _parse(path, json.loads(metadata["header"]), tensors)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} has an invalid header ({error!r}); save the cache again"
-        ) from error
+    with CACHE_FILE.read(path, device) as (header, tensors):
+        return _parse(path, header, tensors)
 
 
 def _parse(
     path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[RotorQuantConfig, list[LayerEntry]]:
-    if header["version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {header['version']} (rotorquant_hf "
-            f"{header['rotorquant_hf']}), this is version {FORMAT_VERSION}; save the cache again"
-        )
     settings = header["settings"] | {"exact_layers": tuple(header["settings"]["exact_layers"])}
     entries = []
     for index, entry in enumerate(header["layers"]):

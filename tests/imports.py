@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 STOREYS: tuple[tuple[str, ...], ...] = (
     ("version", "quant"),
-    ("config", "backend"),
+    ("config", "backend", "files"),
     ("kernels",),
     ("attention", "store"),
     ("layers",),

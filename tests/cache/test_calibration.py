@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from rotorquant_hf import Calibration, RotorQuantCache, RotorQuantConfig, calibrate
-from rotorquant_hf.calibration import FORMAT
+from rotorquant_hf.calibration import CALIBRATION_FILE
 from rotorquant_hf.layers import RotorQuantLayer
 from tests.helpers.models import build, same, snapshot
 
@@ -191,6 +191,17 @@ def test_settings_of_the_cache_that_will_use_it():
     RotorQuantCache("turboquant", config=llama.config, calibration=made)
 
 
+def test_windows_longer_than_a_sliding_layer_s():
+    """Such a layer has the last tokens of every window, and all of its queries."""
+    gemma = build("gemma3")  # its sliding window has 24 tokens
+    settings = RotorQuantConfig(residual_length=8, block_length=4)
+    made = calibrate(gemma, text(gemma), settings)
+    cache = RotorQuantCache(settings, config=gemma.config)
+    assert any(layer.is_sliding for layer in cache.layers)
+    assert sorted(made.layers) == list(range(len(cache.layers)))
+    assert all(keys.hessian is not None for keys, _ in made.layers.values())
+
+
 def test_bad_texts_and_attention():
     llama = build("llama")
     with pytest.raises(ValueError, match=r"ids have 100 tokens; statistics take 256"):
@@ -213,9 +224,14 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match="is not a calibration"):
         Calibration.load(path)
     header = json.dumps({"version": 99})
-    save_file({"x": torch.zeros(1)}, path, metadata={"format": FORMAT, "header": header})
+    ours = {"format": CALIBRATION_FILE.name}
+    save_file({"x": torch.zeros(1)}, path, metadata=ours | {"header": header})
     with pytest.raises(ValueError, match="format version 99"):
         Calibration.load(path)
+    for damaged in ("{", "[]", json.dumps({"version": CALIBRATION_FILE.version})):
+        save_file({"0.key.weight": torch.zeros(1)}, path, metadata=ours | {"header": damaged})
+        with pytest.raises(ValueError, match=r"invalid header .*; calibrate again"):
+            Calibration.load(path)
     llama = build("llama")
     with pytest.raises(FileNotFoundError, match="folder"):
         calibrate(llama, text(llama)).save(tmp_path / "none" / "file")

@@ -193,12 +193,12 @@ def test_failed_save_keeps_the_old_file(saved, monkeypatch) -> None:
     before = saved.read_bytes()
     with pytest.raises(ValueError, match="empty"):
         RotorQuantCache().save(saved)
-    import rotorquant_hf.serialization as serialization
+    from rotorquant_hf import files
 
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(serialization, "save_file", fail)
+    monkeypatch.setattr(files, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         RotorQuantCache.load(saved).save(saved)
     assert saved.read_bytes() == before
