@@ -191,6 +191,24 @@ def test_settings_of_the_cache_that_will_use_it():
     RotorQuantCache("turboquant", config=llama.config, calibration=made)
 
 
+def test_every_window_counts():
+    llama = build("llama")
+    ids = text(llama, 2, 256)
+    both, turned = calibrate(llama, ids), calibrate(llama, ids.flip(0))
+    apart = [calibrate(llama, row[None]) for row in ids]
+    for index, (keys, values) in both.layers.items():
+        means = torch.stack([made.layers[index][0].mean for made in apart])
+        sinks = 1e-5 * means.abs().max()
+        torch.testing.assert_close(keys.mean, means.mean(dim=0), rtol=1e-3, atol=float(sinks))
+        torch.testing.assert_close(values.scale, turned.layers[index][1].scale)
+        hessian = keys.hessian.matrix()
+        torch.testing.assert_close(
+            hessian, turned.layers[index][0].hessian.matrix(), rtol=1e-2, atol=1e-2
+        )
+        for made in apart:
+            assert (hessian - made.layers[index][0].hessian.matrix()).abs().max() > 0.1
+
+
 def test_windows_longer_than_a_sliding_layer_s():
     """Such a layer has the last tokens of every window, and all of its queries."""
     gemma = build("gemma3")  # its sliding window has 24 tokens

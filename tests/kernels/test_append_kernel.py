@@ -256,6 +256,33 @@ def test_query_aware_hostile_vectors(name: str) -> None:
     assert (keys.out["scale"][:, :, 3] == 0).all()
 
 
+def test_query_aware_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so many programs as scratch memory has room for, each with a place of its own there."""
+    x, made = states(24, batch=2), []
+    quantizer = make_quantizer(24, 3)
+    once, pieces = (make_part(x, quantizer, moment=query_moment(24, 2)) for _ in range(2))
+    plain = make_part(x, quantizer)
+    append(once, plain, begin=0, count=SLOTS, row=0)
+
+    new_empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        out = new_empty(self, *args, **kwargs)
+        if out.dtype == torch.float32 and out.numel():  # the interpreter makes empty ones
+            made.append(out.fill_(torch.nan))
+        return out
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    append(pieces, plain, begin=0, count=SLOTS, row=0)
+    (scratch,) = made
+    assert not scratch.isnan().any()
+    monkeypatch.setattr("rotorquant_hf.kernels.append._SCRATCH_ELEMENTS", 1)
+    append(pieces, plain, begin=0, count=SLOTS, row=0)
+    assert made[1].numel() == scratch.numel() // 2  # of two tiles
+    for name in once.out:
+        assert torch.equal(once.out[name], pieces.out[name])
+
+
 def test_query_aware_is_nearest_where_no_direction_is_preferred() -> None:
     moment = torch.eye(64, device=DEVICE).expand(1, HEADS, 64, 64)
     plain = make_part(states(64), make_quantizer(64, 3), power=0.0)

@@ -199,6 +199,27 @@ def test_vectors_that_cannot_be_coded_are_taken_out_again(kind, history):
     by_sdpa(queries(20, seed=2), *layer.update(*states(20, seed=2)))
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_queries_of_a_pass_that_failed_do_not_count(kind):
+    """It is fed again, and they with it."""
+    layer = LAYERS[kind](AWARE)
+    by_sdpa(queries(6), *layer.update(*states(6)))  # nothing is packed yet
+    layer.count_queries()
+    before = layer.moment
+    seen = layer.update(*states(20, seed=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer._store, "append_unchecked", _refuse)
+        with pytest.raises(ValueError, match="too large"):
+            by_sdpa(queries(20, seed=1), *seen)
+    assert layer.get_seq_length() == 6
+    assert layer.moment is before
+    assert layer._queries == []
+
+
+def _refuse(*args):
+    raise ValueError("x has a vector too large")
+
+
 def test_rows_do_not_depend_on_each_other():
     keys, values = states(80)
     both, alone = RotorQuantLayer(AWARE), RotorQuantLayer(AWARE)
