@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rotorquant_hf.quant.checks import check_finite, check_hessian, check_vectors
 from rotorquant_hf.quant.hessian import LowRankHessian
-from rotorquant_hf.quant.lloyd_max import LloydMaxCodebook
+from rotorquant_hf.quant.lloyd_max import LloydMaxCodebook, nearest
 from rotorquant_hf.quant.lookup import CodeTable
 from rotorquant_hf.quant.packing import pack, packed_bytes, unpack
 from rotorquant_hf.quant.quantizer import Quantizer, QuantizerSpec, Term
@@ -147,13 +147,14 @@ class RotorQuantMSE(Quantizer):
         x, peak = peak_and_rest(x)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         unit = self.rotation.rotate(x / norm.clamp(min=1))  # |x| >= 1 unless x = 0
-        index = torch.bucketize(unit, self.boundaries, out_int32=True)
-        feedback = None if hessian is None else Feedback.of(hessian, self.rotation)
+        index = nearest(unit, self.boundaries)
+        c = self.centroids[index]
         with torch.autocast(x.device.type, enabled=False):
-            if feedback is not None:
-                index = self._round_for_queries(unit, index, feedback)
-            c = self.centroids[index]
-            scale = norm * self._scale_of_unit(unit, c, feedback) * peak
+            if hessian is None:
+                scale = self._scale_of_unit(unit, c)
+            else:
+                index, c, scale = self._round_for_queries(unit, index, c, hessian)
+            scale = norm * scale * peak
         max_scale = torch.finfo(self.scale_dtype).max
         # Asked the other way round, NaN would pass: finite x may overflow on its way here.
         if x.device.type == "cpu" and not bool((scale <= max_scale).all()):
@@ -166,30 +167,44 @@ class RotorQuantMSE(Quantizer):
         codes: MSECodes = {"codes": pack(index, self.bits), "scale": scale.squeeze(-1)}
         return c * scale.float(), codes
 
-    def _round_for_queries(self, unit: Tensor, nearest: Tensor, feedback: Feedback) -> Tensor:
-        """Indices for rotated unit vectors: of the sweep, or the nearest where these do better."""
-        aware = round_with_feedback(unit, self.centroids, self.boundaries, feedback)
-        errors = []
-        for index in (aware, nearest):
-            c = self.centroids[index]
-            e = unit - self._scale_of_unit(unit, c, feedback) * c
-            errors.append(feedback.dot(e, e))
-        return torch.where(errors[0] < errors[1], aware, nearest)
+    def _round_for_queries(
+        self, unit: Tensor, index: Tensor, c: Tensor, hessian: LowRankHessian
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices, centroids and scales for rotated unit vectors.
 
-    def _scale_of_unit(self, y: Tensor, c: Tensor, feedback: Feedback | None = None) -> Tensor:
-        """The scale (..., 1) for rotated unit vectors `y` and their centroids `c`, (..., d).
-
-        Args:
-            feedback: the Hessian that weights least squares.
+        They are those of the sweep, or the given ones, of nearest rounding, where these do better.
         """
+        feedback = Feedback.of(hessian, self.rotation)
+        aware = round_with_feedback(unit, self.centroids, self.boundaries, feedback)
+        unit_along = feedback.along(unit)
+        errors, scales = [], []
+        for chosen, along in (
+            (aware.centroids, unit_along - aware.lost),
+            (c, feedback.along(c)),
+        ):
+            if self.scale == "least_squares":
+                # Of the sweep's centroids it may be negative, for a vector that few queries see.
+                energy = feedback.dot(chosen, chosen, along, along)
+                scale = (feedback.dot(chosen, unit, along, unit_along) / energy).clamp(min=0)
+            else:
+                scale = self._scale_of_unit(unit, chosen)
+            e, e_along = unit - scale * chosen, unit_along - scale * along
+            errors.append(feedback.dot(e, e, e_along, e_along))
+            scales.append(scale)
+        better = errors[0] < errors[1]
+        return (
+            torch.where(better, aware.indices, index),
+            torch.where(better, aware.centroids, c),
+            torch.where(better, scales[0], scales[1]),
+        )
+
+    def _scale_of_unit(self, y: Tensor, c: Tensor) -> Tensor:
+        """The scale (..., 1) for rotated unit vectors `y` and their centroids `c`, (..., d)."""
         if self.scale == "norm":
             return torch.ones_like(y[..., :1])
         if self.scale == "matched":
             return 1 / torch.linalg.vector_norm(c, dim=-1, keepdim=True)
         dot = (y * c).sum(dim=-1, keepdim=True)
-        if self.scale == "least_squares" and feedback is not None:
-            # Of the sweep's centroids it may be negative, for a vector that few queries see.
-            return (feedback.dot(c, y) / feedback.dot(c, c)).clamp(min=0)
         if self.scale == "least_squares":
             return dot / c.square().sum(dim=-1, keepdim=True)
         # y and its nearest centroids agree in sign everywhere, so the product is positive; 0 only

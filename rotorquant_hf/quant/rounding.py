@@ -57,37 +57,64 @@ class Feedback(NamedTuple):
             gains, _ = torch.linalg.solve_ex(tail, f)
         return cls(factor.contiguous(), gains.float().to(factor.device), level)
 
-    def dot(self, a: Tensor, b: Tensor) -> Tensor:
-        """a' H b of vectors (..., n, d), (..., n, 1)."""
-        along = ((a @ self.factor) * (b @ self.factor)).sum(dim=-1, keepdim=True)
+    def along(self, x: Tensor) -> Tensor:
+        """F' x of vectors (..., n, d): (..., n, RANK)."""
+        return x @ self.factor
+
+    def dot(
+        self, a: Tensor, b: Tensor, a_along: Tensor | None = None, b_along: Tensor | None = None
+    ) -> Tensor:
+        """a' H b of vectors (..., n, d), as (..., n, 1); F' a and F' b where these are known."""
+        a_along = self.along(a) if a_along is None else a_along
+        b_along = self.along(b) if b_along is None else b_along
+        along = (a_along * b_along).sum(dim=-1, keepdim=True)
         return self.level * (a * b).sum(dim=-1, keepdim=True) + along
+
+
+class Rounded(NamedTuple):
+    """Vectors y and what they are rounded to.
+
+    Attributes:
+        indices: (..., n, d) int32. centroids: c, those of these indices.
+        lost: s = F' (y - c), (..., n, RANK).
+    """
+
+    indices: Tensor
+    centroids: Tensor
+    lost: Tensor
 
 
 def round_with_feedback(
     y: Tensor, centroids: Tensor, boundaries: Tensor, feedback: Feedback
-) -> Tensor:
-    """Indices of centroids for vectors, int32 in the shape of `y`.
+) -> Rounded:
+    """Centroids for vectors.
 
     Args:
         y: (..., n, d) float32, in the unit of the centroids.
         centroids: (levels,) ascending. boundaries: (levels - 1,), the midpoints.
         feedback: leading axes as those of `y`, or fewer.
     """
-    d = y.shape[-1]
-    index = torch.empty(y.shape, dtype=torch.int32, device=y.device)
-    s = y.new_zeros(*y.shape[:-1], feedback.factor.shape[-1])
+    # Coordinates first: what is worked on at a time, one coordinate of all vectors, lies together.
+    y = y.mT.contiguous()
+    indices = torch.empty(y.shape, dtype=torch.int32, device=y.device)
+    c = torch.empty_like(y)
+    s = y.new_zeros(*y.shape[:-2], feedback.factor.shape[-1], y.shape[-1])
+    d = y.shape[-2]
     for begin in range(0, d, _COLUMNS):
         block = slice(begin, min(begin + _COLUMNS, d))
         f, p = feedback.factor[..., block, :], feedback.gains[..., block, :]
-        wanted = y[..., block] + s @ p.mT
-        within = f @ p.mT  # what the error of a coordinate adds to the others of the block
+        wanted = y[..., block, :] + p @ s
+        within = p @ f.mT  # what the error of a coordinate adds to the others of the block
         errors = torch.empty_like(wanted)
-        for i in range(wanted.shape[-1]):
-            column = wanted[..., i].contiguous()
-            chosen = torch.bucketize(column, boundaries, out_int32=True)
-            index[..., begin + i] = chosen
-            errors[..., i] = y[..., begin + i] - centroids[chosen]
-            # [..., n, 1] x [..., 1, later columns of the block]
-            wanted[..., i + 1 :] += errors[..., i : i + 1] * within[..., i : i + 1, i + 1 :]
-        s += errors @ f
-    return index
+        for i in range(wanted.shape[-2]):
+            at = begin + i
+            chosen = torch.bucketize(wanted[..., i, :].contiguous(), boundaries, out_int32=True)
+            indices[..., at, :] = chosen
+            c[..., at, :] = centroids[chosen]
+            errors[..., i, :] = y[..., at, :] - c[..., at, :]
+            # [..., later coordinates of the block, 1] x [..., 1, n]
+            wanted[..., i + 1 :, :].addcmul_(
+                within[..., i + 1 :, i : i + 1], errors[..., i : i + 1, :]
+            )
+        s += f.mT @ errors
+    return Rounded(indices.mT.contiguous(), c.mT.contiguous(), s.mT.contiguous())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.integrate import quad
 
-from rotorquant_hf.quant.lloyd_max import LloydMaxCodebook
+from rotorquant_hf.quant.lloyd_max import LloydMaxCodebook, nearest
 
 ALL_BITS = range(1, 9)
 
@@ -104,3 +104,20 @@ def test_impossible_bits_are_refused(bits):
     unit(2)  # an equal number that is already solved does not let 2.0 through
     with pytest.raises(ValueError, match=f"bits is {bits!r}"):
         LloydMaxCodebook.for_dimension(128, bits)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("shape", [(7,), (3, 40_000)], ids=["few", "many"])
+def test_the_nearest_centroid(bits, shape):
+    """By comparing with all of them; in the middle between two, the lower one."""
+    codebook = LloydMaxCodebook.for_dimension(64, bits)
+    centroids, boundaries = codebook.centroids.float(), codebook.boundaries.float()
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(bits)) / 8
+    x.flatten()[: min(7, len(boundaries))] = boundaries[:7]
+    found = nearest(x, boundaries)
+    assert found.dtype == torch.int32
+    distance = (x.double().unsqueeze(-1) - centroids.double()).abs()
+    torch.testing.assert_close(
+        (x - centroids[found]).abs().double(), distance.amin(dim=-1), rtol=0, atol=1e-7
+    )
+    assert torch.equal(found, torch.bucketize(x, boundaries, out_int32=True))

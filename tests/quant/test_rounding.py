@@ -64,9 +64,10 @@ def test_it_is_the_sweep_of_the_papers(d: int, bits: int) -> None:
     centroids, boundaries = tables(d, bits)
     low_rank = LowRankHessian.of(hessian(d))
     w = vectors(60, d)
-    codes = round_with_feedback(
-        w, centroids, boundaries, Feedback.of(low_rank, Rotation(torch.eye(d)))
-    )
+    found = Feedback.of(low_rank, Rotation(torch.eye(d)))
+    codes, chosen, lost = round_with_feedback(w, centroids, boundaries, found)
+    assert torch.equal(chosen, centroids[codes])
+    torch.testing.assert_close(lost, found.along(w - chosen), rtol=1e-4, atol=1e-4)
     same = (codes == spelt_out(w, centroids, low_rank.matrix().double())).all(dim=-1)
     assert same.float().mean() > 0.95
 
@@ -77,7 +78,7 @@ def test_the_error_along_the_queries_falls(bits: int) -> None:
     centroids, boundaries = tables(d, bits)
     h, w = hessian(d), vectors(500, d)
     nearest = centroids[torch.bucketize(w, boundaries)]
-    rounded = centroids[round_with_feedback(w, centroids, boundaries, feedback(h))]
+    rounded = round_with_feedback(w, centroids, boundaries, feedback(h)).centroids
     assert error(w, rounded, h).mean() < 0.25 * error(w, nearest, h).mean()
     # The error is moved, not removed: without preference nearest rounding is the best there is.
     assert (w - rounded).square().sum() > (w - nearest).square().sum()
@@ -92,7 +93,7 @@ def test_rotated_vectors() -> None:
     w = vectors(30, d)
     turned = turn.double() @ low_rank.matrix().double() @ turn.double().mT
     assert torch.equal(
-        round_with_feedback(w, *tables(d, 3), found), spelt_out(w, tables(d, 3)[0], turned)
+        round_with_feedback(w, *tables(d, 3), found).indices, spelt_out(w, tables(d, 3)[0], turned)
     )
     e = vectors(7, d, seed=4)
     expected = ((e.double() @ turned) * e.double()).sum(dim=-1, keepdim=True)
@@ -103,7 +104,7 @@ def test_no_preference_is_nearest_rounding() -> None:
     centroids, boundaries = tables(64, 3)
     w = vectors(100, 64)
     for h in (torch.eye(64), 1e30 * torch.eye(64), torch.zeros(64, 64)):
-        codes = round_with_feedback(w, centroids, boundaries, feedback(h))
+        codes = round_with_feedback(w, centroids, boundaries, feedback(h)).indices
         assert torch.equal(codes, torch.bucketize(w, boundaries, out_int32=True))
 
 
@@ -111,10 +112,11 @@ def test_heads_have_hessians_of_their_own() -> None:
     d = 32
     h = torch.stack([hessian(d, seed=seed) for seed in range(6)]).view(2, 3, d, d)
     w = vectors(6 * 10, d).view(2, 3, 10, d)
-    codes = round_with_feedback(w, *tables(d, 3), feedback(h))
+    codes = round_with_feedback(w, *tables(d, 3), feedback(h)).indices
     for row in range(2):
         for head in range(3):
-            alone = round_with_feedback(w[row, head], *tables(d, 3), feedback(h[row, head]))
+            own = feedback(h[row, head])
+            alone = round_with_feedback(w[row, head], *tables(d, 3), own).indices
             assert torch.equal(codes[row, head], alone)
 
 
