@@ -18,7 +18,9 @@ from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import MemoryReport, measure
+from rotorquant_hf.model_rope import rope_of
 from rotorquant_hf.quant.channels import ChannelStatistics
+from rotorquant_hf.quant.rope import Rope
 
 _SLIDING = ("sliding_attention", "chunked_attention")
 
@@ -38,8 +40,9 @@ class RotorQuantCache(Cache):
 
     Args:
         settings: a preset name (see `PRESETS`), a `RotorQuantConfig`, or None for the defaults.
-        config: the model's config. Needed to store sliding-window and other layers than full
-            attention as such, and for negative `exact_layers`.
+        config: the model's config. Pass it wherever you have it: it tells how RoPE turns the keys,
+            without which quality falls as the text goes on. Needed to store sliding-window and
+            other layers than full attention as such, and for negative `exact_layers`.
         calibration: from `calibrate`, or the path of its file: channel statistics and query
             directions from the start, instead of those of the text. Needs `config`.
         offloading: keep the layers on the CPU between their uses (CUDA only).
@@ -264,7 +267,14 @@ def _layers_of_model(
             raise ValueError(f"exact_layers has {index}, but the model has {len(types)} layers")
     uncompressed = {index % len(types) for index in settings.exact_layers}
     return [
-        _make_layer(settings, kind, options, index in uncompressed, known.get(index))
+        _make_layer(
+            settings,
+            kind,
+            options,
+            index in uncompressed,
+            known.get(index),
+            rope_of(config, index, kind, settings.rope_layout),
+        )
         for index, (kind, options) in enumerate(zip(types, kwargs, strict=True))
     ]
 
@@ -275,10 +285,11 @@ def _make_layer(
     options: dict[str, Any],
     uncompressed: bool,
     calibration: tuple[ChannelStatistics, ChannelStatistics] | None = None,
+    rope: Rope | None = None,
 ) -> Any:
     """A compressed layer, or Transformers' own if it is not to be compressed or cannot be."""
     if uncompressed or kind not in ("full_attention", *_SLIDING):
         return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
     if kind in _SLIDING:
-        return RotorQuantSlidingLayer(settings, options["sliding_window"], calibration)
-    return RotorQuantLayer(settings, calibration)
+        return RotorQuantSlidingLayer(settings, options["sliding_window"], calibration, rope)
+    return RotorQuantLayer(settings, calibration, rope)

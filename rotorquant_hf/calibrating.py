@@ -68,9 +68,13 @@ def _statistics(
 ) -> tuple[ChannelStatistics, ChannelStatistics]:
     """Those of the keys and values of a layer, whatever pass they come from."""
     keys, values = (torch.cat([x.recent[i] for x in passes], dim=2) for i in range(2))
-    store = RotorQuantKVCache(keys.shape[3], values.shape[3], device=keys.device, config=settings)
-    moment = _moment(passes).shrunk() if settings.query_aware else None
-    store.keys.take_statistics(keys, moment)
+    # The recent tokens are those after the sinks, of a sliding layer its last ones.
+    ends = [(layer.get_seq_length(), layer.recent_length) for layer in passes]
+    positions = [torch.arange(end - n, end, device=keys.device) for end, n in ends]
+    d_key, d_value, rope = keys.shape[3], values.shape[3], passes[0].rope
+    store = RotorQuantKVCache(d_key, d_value, device=keys.device, config=settings, rope=rope)
+    queries = _moment(passes) if settings.query_aware else None
+    store.keys.take_statistics(keys, torch.cat(positions), queries)
     store.values.take_statistics(values)
     taken: list[Any] = [side.statistics for side in store.sides]
     return taken[0].map(Tensor.cpu), taken[1].map(Tensor.cpu)

@@ -20,7 +20,7 @@ from rotorquant_hf.quant.channels import ChannelStatistics
 
 CALIBRATION_FILE = FileKind(
     name="rotorquant-calibration",
-    version=1,
+    version=2,
     missing="make it with calibrate(model, ids)",
     foreign="is not a calibration; make one with calibrate(model, ids)",
     again="calibrate again",
@@ -96,18 +96,19 @@ class Calibration:
             ValueError: if it is damaged, or of another kind or version.
         """
         with CALIBRATION_FILE.read(path) as (header, tensors):
-            layers = _layers_of(tensors)
+            layers = _layers_of(tensors, header["settings"]["rope_layout"])
             return cls(header["model"], header["settings"], header["tokens"], layers)
 
 
 def _layers_of(
     tensors: dict[str, Tensor],
+    rope_layout: str,
 ) -> dict[int, tuple[ChannelStatistics, ChannelStatistics]]:
     named: dict[tuple[int, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, side, name = key.split(".")
         named.setdefault((int(index), side), {})[name] = tensor
-    read = {key: ChannelStatistics.of_tensors(found) for key, found in named.items()}
+    read = {key: ChannelStatistics.of_tensors(found, rope_layout) for key, found in named.items()}
     return {i: (read[i, "key"], read[i, "value"]) for i in sorted({i for i, _ in read})}
 
 

@@ -131,6 +131,8 @@ class DecodeGraph:
         graph = torch.cuda.CUDAGraph()
         before = [x.ring.snapshot() for x in self._layers if x.ring is not None]
         length = self.cache.get_seq_length()
+        for layer in self._layers:
+            layer.prepare_step(1)
         try:
             with single_tokens_without_masks(), torch.cuda.graph(graph):
                 self._logits = self._step(self._input_ids, self._position_ids)

@@ -24,7 +24,7 @@ from rotorquant_hf.quant.moments import QueryMoment
 
 CACHE_FILE = FileKind(
     name="rotorquant-cache",
-    version=2,
+    version=3,
     missing="pass the path that save() was given",
     foreign="was not written by RotorQuantCache.save",
     again="save the cache again",
@@ -125,6 +125,8 @@ def _entry_of(layer: Any) -> LayerEntry:
     layer.count_queries()
     if layer.moment is not None:
         tensors["queries.mean"] = layer.moment.mean
+        if layer.moment.pre_rope is not None:
+            tensors["queries.pre_rope"] = layer.moment.pre_rope
         attributes["queries"] = layer.moment.count
     if layer.store.calibrated:
         attributes["calibrated"] = True
@@ -166,7 +168,11 @@ def _restore_packed(
                 f"{torch.__version__} draws from seed {layer.config.seed}; load it with that torch"
             )
     if "queries.mean" in entry.tensors:
-        layer.moment = QueryMoment(entry.tensors["queries.mean"], entry.attributes["queries"])
+        layer.moment = QueryMoment(
+            entry.tensors["queries.mean"],
+            entry.attributes["queries"],
+            entry.tensors.get("queries.pre_rope"),
+        )
     prefix = "store."
     layer.store.load_state(
         {n.removeprefix(prefix): t for n, t in entry.tensors.items() if n.startswith(prefix)}

@@ -23,7 +23,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("attention", "store"),
     ("layers",),
-    ("memory", "calibration"),
+    ("memory", "calibration", "model_rope"),
     ("serialization",),
     ("cache",),
     ("graph", "calibrating"),

@@ -34,6 +34,7 @@ from rotorquant_hf.layers.ring import RingBuffer
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.checks import check_finite
 from rotorquant_hf.quant.moments import QueryMoment
+from rotorquant_hf.quant.rope import Rope
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
 
 
@@ -44,6 +45,7 @@ class RotorQuantLayer(CacheLayerMixin):
         config: the settings.
         calibration: channel statistics of keys and values for a batch of one row; None to take them
             from the first block.
+        rope: how RoPE turns the keys, (1, 1, 1, r); None if that is not known.
     """
 
     is_sliding = False
@@ -53,21 +55,26 @@ class RotorQuantLayer(CacheLayerMixin):
         self,
         config: RotorQuantConfig,
         calibration: tuple[ChannelStatistics, ChannelStatistics] | None = None,
+        rope: Rope | None = None,
     ) -> None:
         # CacheLayerMixin.__init__ is not called: it would assign `keys` and `values`, which
         # here are read from the parts.
-        self.config, self.calibration = config, calibration
+        self.config, self.calibration, self.rope = config, calibration, rope
         self.is_initialized = False
         self.ring: RingBuffer | None = None
         self.moment: QueryMoment | None = None
-        self._queries: list[Tensor] = []  # of single tokens, not yet in the moment
+        # Of single tokens, not yet in the moment, and where in the text these are.
+        self._queries: list[tuple[int, Tensor]] = []
         self._before: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device, batch, heads and head dims from the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        d_key, d_value = key_states.shape[-1], value_states.shape[-1]
+        if self.rope is not None:
+            self.rope = self.rope.map(lambda x: x.to(self.device))
         self.store = RotorQuantKVCache(
-            key_states.shape[-1], value_states.shape[-1], device=self.device, config=self.config
+            d_key, d_value, device=self.device, config=self.config, rope=self.rope
         )
         if self.calibration is not None:
             self._store.calibrate(
@@ -197,9 +204,9 @@ class RotorQuantLayer(CacheLayerMixin):
             return
         before = self.moment, list(self._queries)
         try:
-            if self._queries and self._queries[-1].shape[:2] != query.shape[:2]:
+            if self._queries and self._queries[-1][1].shape[:2] != query.shape[:2]:
                 self.count_queries()  # of another layer that shares the keys
-            self._queries.append(query.detach())
+            self._queries.append((self.get_seq_length() - query.shape[2], query.detach()))
             if query.shape[2] > 1:
                 self.count_queries()
             self.settle()
@@ -213,7 +220,13 @@ class RotorQuantLayer(CacheLayerMixin):
         if not queries:
             return
         with torch.inference_mode(False), torch.no_grad():
-            seen = QueryMoment.of(torch.cat(queries, dim=2), self._sinks[0].shape[1])
+            positions = [torch.arange(i, i + q.shape[2], device=q.device) for i, q in queries]
+            seen = QueryMoment.of(
+                torch.cat([query for _, query in queries], dim=2),
+                self._sinks[0].shape[1],
+                self.rope,
+                torch.cat(positions),
+            )
             self.moment = seen if self.moment is None else self.moment.merged(seen)
 
     def settle(self) -> None:
@@ -243,7 +256,12 @@ class RotorQuantLayer(CacheLayerMixin):
             return False
         if self.ring is None:
             self.ring = RingBuffer(
-                self.store, self.sinks, self._recent, self.config, self._seen_by_a_query()
+                self.store,
+                self.sinks,
+                self._recent,
+                self.config,
+                position=self.get_seq_length() - self.recent_length,
+                sliding_window=self._seen_by_a_query(),
             )
             # The ring holds the tokens from here on; a second copy would count twice.
             self._recent = (keys[:, :, :0], values[:, :, :0])
@@ -270,9 +288,14 @@ class RotorQuantLayer(CacheLayerMixin):
         return 0
 
     def follow_replay(self, n: int) -> None:
-        """Count a step of n tokens that a CUDA graph took on the device alone."""
+        """Count a step of n tokens that a CUDA graph is about to take on the device alone."""
         assert self.ring is not None
         self.ring.replayed(n)
+
+    def prepare_step(self, n: int) -> None:
+        """Do what a step of n tokens needs that a CUDA graph of it must not do."""
+        assert self.ring is not None
+        self.ring.turn_for(n)
 
     def forget_step(self, n: int, before: tuple[int, ...]) -> None:
         """Undo on the host a step of n tokens that the device never took."""
@@ -288,7 +311,8 @@ class RotorQuantLayer(CacheLayerMixin):
         """Divide full-precision tokens among the sinks, the store and the recent tokens."""
         # 0 once tokens are packed: sinks are filled first.
         filled = min(self._sinks_to_fill(), keys.shape[2])
-        kept = filled + self._pack(keys[:, :, filled:], values[:, :, filled:])
+        packed = keys[:, :, filled:], values[:, :, filled:]
+        kept = filled + self._pack(*packed, self._sinks[0].shape[2] + len(self._store) + filled)
         if filled:
             self.sinks = (
                 torch.cat((self.sinks[0], keys[:, :, :filled]), dim=2),
@@ -297,8 +321,11 @@ class RotorQuantLayer(CacheLayerMixin):
         # Copies: a slice would keep the states of the whole prompt alive.
         self.recent = (keys[:, :, kept:].clone(), values[:, :, kept:].clone())
 
-    def _pack(self, keys: Tensor, values: Tensor) -> int:
-        """Quantise the oldest of these tokens that are due into the store; how many these were."""
+    def _pack(self, keys: Tensor, values: Tensor, position: int) -> int:
+        """Quantise the oldest of these tokens that are due into the store; how many these were.
+
+        The first of them is at `position` in the text.
+        """
         count = self.config.num_to_quantise(keys.shape[2], self._wanted())
         if not count:
             return 0
@@ -306,8 +333,9 @@ class RotorQuantLayer(CacheLayerMixin):
         self.store.append_unchecked(
             keys[:, :, :count],
             values[:, :, :count],
+            position,
             (keys, values) if self.config.statistics_length else None,
-            None if self.moment is None else self.moment.shrunk(),
+            self.moment,
         )
         self.moment = None
         return count
@@ -460,7 +488,7 @@ class RotorQuantLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         self.store.map(fn)
-        self._queries = [fn(query) for query in self._queries]
+        self._queries = [(position, fn(query)) for position, query in self._queries]
         if self.moment is not None:
             self.moment = self.moment.map(fn)
         self.sinks = (fn(self.sinks[0]), fn(self.sinks[1]))
@@ -506,6 +534,8 @@ class RotorQuantLayer(CacheLayerMixin):
         parts = {"sinks": sinks, "window": recent} | self.store.nbytes()
         if self.moment is not None:
             parts["statistics"] += self.moment.nbytes
+        if self.rope is not None and self.get_seq_length():
+            parts["statistics"] += self.rope.frequencies.nbytes
         return parts
 
     def numbers(self) -> tuple[int, int]:

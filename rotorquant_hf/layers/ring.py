@@ -24,6 +24,7 @@ from torch import Tensor
 from rotorquant_hf.attention.states import Clock, RingStates, read_ring
 from rotorquant_hf.backend import on_device
 from rotorquant_hf.config import RotorQuantConfig
+from rotorquant_hf.quant.channels import SEGMENT
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
 
 
@@ -35,6 +36,7 @@ class RingBuffer:
         sinks: keys and values (batch, heads, n, d), complete.
         recent: keys and values (batch, heads, m, d), the tokens after the packed ones.
         config: the layer's settings.
+        position: where in the text the first of `recent` is.
         sliding_window: tokens that a query sees, 0 for all.
     """
 
@@ -44,6 +46,7 @@ class RingBuffer:
         sinks: tuple[Tensor, Tensor],
         recent: tuple[Tensor, Tensor],
         config: RotorQuantConfig,
+        position: int,
         sliding_window: int = 0,
     ) -> None:
         from rotorquant_hf.kernels.push import STATE
@@ -53,11 +56,12 @@ class RingBuffer:
         self.sliding_window = sliding_window
         # A step adds up to a block before a block leaves, so two blocks of slots are needed.
         slots = config.residual_length + 2 * config.block_length
-        self.begin, self.count = 0, recent[0].shape[2]
+        self.begin, self.count, self.position = 0, recent[0].shape[2], position
         with torch.inference_mode(False), torch.no_grad():  # also written to outside of it
             self.rings = (_ring(recent[0], slots), _ring(recent[1], slots))
             self.lengths = torch.zeros(STATE, dtype=torch.int32, device=recent[0].device)
-            self._feedback = store.keys.feedback()
+            self._feedback = store.keys.feedback(position)
+        self._segment = position // SEGMENT
         self._on_device: tuple[int, ...] | None = None  # lengths there; None: not known
         self.clock = Clock()
         self.captured = False
@@ -71,6 +75,7 @@ class RingBuffer:
         if config.num_to_quantise(self.count + n):
             with torch.inference_mode(False):
                 store.reserve(config.block_length)
+        self.turn_for(n)
         self._upload()
         before = self.snapshot()
         self._on_device = None  # until all is done
@@ -102,22 +107,41 @@ class RingBuffer:
             raise
         return seen
 
+    def turn_for(self, n: int) -> None:
+        """Turn the Hessian to where the block is that leaves in a step of n tokens, if one does.
+
+        A graph reads it from the same memory, so this comes before its replay.
+        """
+        segment = self.position // SEGMENT
+        if segment == self._segment or not self.config.num_to_quantise(self.count + n):
+            return
+        self._segment = segment
+        statistics = self.store.keys.statistics
+        if self._feedback is None or statistics is None or not statistics.turns:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            turned = self.store.keys.feedback(self.position)
+            assert turned is not None
+            for held, new in zip(self._feedback, turned, strict=True):
+                held.copy_(new)
+
     def snapshot(self) -> tuple[int, ...]:
         """The lengths on the host, for `restore`."""
-        return self.begin, self.count, *self.store.rows_in_use()
+        return self.begin, self.count, self.position, *self.store.rows_in_use()
 
     def restore(self, snapshot: tuple[int, ...]) -> None:
         """Undo steps on the host; the device is told before the next one.
 
         The tokens themselves need no undoing: a step writes only free slots and free rows.
         """
-        self.begin, self.count, start, end = snapshot
+        self.begin, self.count, self.position, start, end = snapshot
         self.store.use_rows(start, end)
         self.clock.tick()
         self._on_device = None
 
     def replayed(self, n: int) -> None:
-        """Follow a step of n tokens that ran on the device alone."""
+        """Follow a step of n tokens that is about to run on the device alone."""
+        self.turn_for(n)
         self._push(n)
         self._flush()
 
@@ -134,6 +158,7 @@ class RingBuffer:
         self.store.extend(quantised)
         self.begin = (self.begin + quantised) % self.rings[0].shape[2]
         self.count -= quantised
+        self.position += quantised
         self._on_device = self._lengths()
 
     def _num_outside_window(self) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer, check_crop, join, last
 from rotorquant_hf.quant.channels import ChannelStatistics
+from rotorquant_hf.quant.rope import Rope
 
 
 class RotorQuantSlidingLayer(RotorQuantLayer):
@@ -17,7 +18,7 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
     Args:
         config: the settings. Sinks do not apply: the first tokens leave the window like all.
         sliding_window: tokens that a query sees, itself included.
-        calibration: as of `RotorQuantLayer`.
+        calibration, rope: as of `RotorQuantLayer`.
     """
 
     is_sliding = True
@@ -27,8 +28,9 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
         config: RotorQuantConfig,
         sliding_window: int,
         calibration: tuple[ChannelStatistics, ChannelStatistics] | None = None,
+        rope: Rope | None = None,
     ) -> None:
-        super().__init__(config, calibration)
+        super().__init__(config, calibration, rope)
         self.sliding_window = sliding_window
         self.cumulative_length = 0
         self.record_past = False
@@ -70,9 +72,12 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
         )
         n = key_states.shape[2]
         recent = join(past[0], key_states), join(past[1], value_states)
-        visible = self._take_in(recent, past, n, visible)
         self.cumulative_length += n
-        return visible
+        try:
+            return self._take_in(recent, past, n, visible)
+        except BaseException:
+            self.cumulative_length -= n
+            raise
 
     def settle(self) -> None:
         """As in `RotorQuantLayer`."""
@@ -91,7 +96,7 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
             # Tokens that no later query will see are not quantised at all.
             keys, values = (last(x, self.sliding_window - 1) for x in (keys, values))
             past = len(self.store)
-        packed = self._pack(keys, values)
+        packed = self._pack(keys, values, self.cumulative_length - keys.shape[2])
         self.store.drop_front(past)
         self.recent = (keys[:, :, packed:].clone(), values[:, :, packed:].clone())
         if not self.record_past:

@@ -22,15 +22,27 @@ def token_tiles(tokens: int, elements_per_token: int) -> Iterator[slice]:
         yield slice(start, min(start + size, tokens))
 
 
+def segments(position: int, tokens: int, length: int) -> Iterator[slice]:
+    """Slices that cover the tokens [0, tokens) of a text that goes on at `position`.
+
+    None reaches over a multiple of `length` in the text.
+    """
+    start = 0
+    while start < tokens:
+        end = min(tokens, start + length - (position + start) % length)
+        yield slice(start, end)
+        start = end
+
+
 def sampled(x: Tensor, count: int) -> Tensor:
-    """Vectors (batch, heads, tokens, d) to take statistics from: `count` tokens, spread, of more.
+    """Vectors (..., tokens, d) to take statistics from: `count` tokens, spread, of more.
 
     A mean of thousands is as good, and a long prompt costs no more than a short one.
     """
-    tokens = x.shape[2]
+    tokens = x.shape[-2]
     if tokens <= count:
         return x
     i = torch.arange(count, dtype=torch.float32, device=x.device)
     # One token of each stretch, at another place every time: texts may be periodic.
     place = (i + (i * _GOLDEN).frac()) * (tokens / count)
-    return x.index_select(2, place.long().clamp(max=tokens - 1))
+    return x.index_select(-2, place.long().clamp(max=tokens - 1))

@@ -11,7 +11,9 @@ from rotorquant_hf.backend import kernels_take, on_device
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.checks import check_finite, check_vectors
+from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.quantizer import Quantizer
+from rotorquant_hf.quant.rope import Rope
 from rotorquant_hf.quant.tiles import token_tiles
 from rotorquant_hf.store.side import PackedSide
 
@@ -28,6 +30,7 @@ class RotorQuantKVCache:
         seed: seed of the rotations, unless `config` is given.
         device: where the store lies.
         config: all settings; its window settings do not matter here.
+        rope: how RoPE turns the keys, (1, 1, 1, r) on the device; None if that is not known.
 
     Attributes:
         keys, values: the two sides.
@@ -42,6 +45,7 @@ class RotorQuantKVCache:
         device: torch.device | str = "cpu",
         *,
         config: RotorQuantConfig | None = None,
+        rope: Rope | None = None,
     ) -> None:
         if config is None:
             config = RotorQuantConfig(key_bits=bits, value_bits=bits, seed=seed)
@@ -54,6 +58,7 @@ class RotorQuantKVCache:
             equalize=config.equalize_keys,
             center=config.center_keys,
             rope_layout=config.rope_layout,
+            rope=rope,
         )
         self.values = PackedSide(
             config.value_spec, d_value, device, equalize=config.equalize_values
@@ -133,23 +138,24 @@ class RotorQuantKVCache:
                 f"keys of shape {tuple(keys.shape)} and values of shape {tuple(values.shape)} "
                 "differ in batch, heads or tokens"
             )
-        self.append_unchecked(keys, values)
+        self.append_unchecked(keys, values, len(self))
 
     def append_unchecked(
         self,
         keys: Tensor,
         values: Tensor,
+        position: int,
         sample: tuple[Tensor, Tensor] | None = None,
-        moment: Tensor | None = None,
+        queries: QueryMoment | None = None,
     ) -> None:
         """`append` for a caller that has made its checks, as a layer has.
 
         Args:
             keys, values: as in `append`.
+            position: where in the text the first of them is.
             sample: keys and values that the channel statistics are taken from, if they are not
-                yet; None for those appended.
-            moment: (batch, heads, d_key, d_key), the second moment of queries that read the keys,
-                likewise; None if nothing is known of them.
+                yet, from the same position on; None for those appended.
+            queries: of the queries that read the keys, likewise; None if nothing is known of them.
 
         Raises:
             ValueError: on the CPU, for vectors too large for their scales. The store is then as
@@ -161,43 +167,55 @@ class RotorQuantKVCache:
         try:
             # Buffers made in inference mode could not be written to outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                self._append(keys, values, sample or (keys, values), moment)
+                self._take_statistics(position, sample or (keys, values), queries)
+                self._append(keys, values, position)
         except BaseException:
             for side, (count, statistics) in zip(self.sides, before, strict=True):
                 side.buffers.crop(len(side) - count)
                 side.statistics = statistics
             raise
 
-    def _append(
-        self, keys: Tensor, values: Tensor, sample: tuple[Tensor, Tensor], moment: Tensor | None
+    def _take_statistics(
+        self, position: int, sample: tuple[Tensor, Tensor], queries: QueryMoment | None
     ) -> None:
-        self.keys.take_statistics(sample[0], moment)
-        self.values.take_statistics(sample[1])
+        if self.has_statistics:
+            return
+        keys, values = sample
+        positions = torch.arange(position, position + keys.shape[2], device=keys.device)
+        self.keys.take_statistics(keys, positions, queries)
+        self.values.take_statistics(values)
+
+    def _append(self, keys: Tensor, values: Tensor, position: int) -> None:
         if self.kernels_take(keys.dtype):
-            self._append_by_kernel(keys, values)
+            self._append_by_kernel(keys, values, position)
             return
         batch, heads, tokens, _ = keys.shape
-        for tile in token_tiles(tokens, batch * heads * max(self.d_key, self.d_value)):
-            self.keys.append(keys[:, :, tile], tokens - tile.start)
-            self.values.append(values[:, :, tile], tokens - tile.start)
+        for segment in self.keys.segments(position, tokens):
+            k, v, at = keys[:, :, segment], values[:, :, segment], position + segment.start
+            for tile in token_tiles(k.shape[2], batch * heads * max(self.d_key, self.d_value)):
+                left = tokens - segment.start - tile.start
+                self.keys.append(k[:, :, tile], at, left)
+                self.values.append(v[:, :, tile], at, left)
 
     def kernels_take(self, dtype: torch.dtype) -> bool:
         """Whether the Triton kernels read and write this store, for states of a dtype."""
         return kernels_take(self.device, dtype, self.keys.quantizer, self.values.quantizer)
 
-    def _append_by_kernel(self, keys: Tensor, values: Tensor) -> None:
+    def _append_by_kernel(self, keys: Tensor, values: Tensor, position: int) -> None:
         from rotorquant_hf.kernels.append import AppendPart, append_block
 
-        tokens = keys.shape[2]
-        self.reserve(tokens, keys.shape[0], keys.shape[1])
-        bounds = on_device([0, tokens, self.keys.buffers.end], self.device)
-        append_block(
-            bounds,
-            tokens,
-            AppendPart(keys, *self.keys.coding(), self.keys.feedback()),
-            AppendPart(values, *self.values.coding()),
-        )
-        self.extend(tokens)
+        batch, heads, tokens, _ = keys.shape
+        self.reserve(tokens, batch, heads)
+        for segment, feedback in self.keys.feedbacks(position, tokens):
+            k, v = keys[:, :, segment], values[:, :, segment]
+            bounds = on_device([0, k.shape[2], self.keys.buffers.end], self.device)
+            append_block(
+                bounds,
+                k.shape[2],
+                AppendPart(k, *self.keys.coding(), feedback),
+                AppendPart(v, *self.values.coding()),
+            )
+            self.extend(k.shape[2])
 
     def reserve(self, count: int, batch: int = 0, heads: int = 0) -> None:
         """Make room for `count` more tokens, to be written into the rows and then counted by

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from rotorquant_hf.quant.channels import ChannelStatistics
+from rotorquant_hf.quant.channels import SEGMENT, ChannelStatistics
+from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.packed import PackedSpan
 from rotorquant_hf.quant.quantizer import Quantizer, QuantizerSpec
 from rotorquant_hf.quant.registry import shared_quantizer
+from rotorquant_hf.quant.rope import Rope
 from rotorquant_hf.quant.rounding import Feedback
+from rotorquant_hf.quant.tiles import segments
 from rotorquant_hf.store.buffers import TokenBuffers
+
+# Rows of F made into feedback at a time: some 256 MiB of scratch memory.
+_FEEDBACK_ELEMENTS = 1 << 17
 
 
 class PackedSide:
@@ -22,7 +28,7 @@ class PackedSide:
         spec: the quantiser.
         d: head dim.
         device: where the rows lie. It changes when a layer is offloaded.
-        equalize, center, rope_layout: of the channel statistics; see
+        equalize, center, rope_layout, rope: of the channel statistics; see
             `ChannelStatistics.of_block`, where `equalize` is `power`.
 
     Attributes:
@@ -43,9 +49,11 @@ class PackedSide:
         equalize: float,
         center: bool | str = False,
         rope_layout: str = "none",
+        rope: Rope | None = None,
     ) -> None:
         self.spec, self.d, self.device = spec, d, device
-        self._equalize, self._center, self._rope_layout = equalize, center, rope_layout
+        self._equalize, self._center = equalize, center
+        self._rope_layout, self._rope = rope_layout, rope
         self.buffers = TokenBuffers()
         self.statistics: ChannelStatistics | None = None
         self.calibrated = False
@@ -64,37 +72,63 @@ class PackedSide:
         """Tokens stored."""
         return len(self.buffers)
 
-    def take_statistics(self, block: Tensor, moment: Tensor | None = None) -> None:
+    def take_statistics(
+        self, block: Tensor, positions: Tensor | None = None, queries: QueryMoment | None = None
+    ) -> None:
         """Fix the channel statistics, unless they are.
 
         Args:
             block: the vectors that they are taken from, (batch, heads, tokens, d).
-            moment: (batch, heads, d, d), the second moment of the queries that read such vectors.
+            positions: (tokens,), where in the text these are; needed if RoPE turns them.
+            queries: of the queries that read such vectors.
         """
         if self.statistics is not None:
             return
         statistics = ChannelStatistics.of_block(
-            block, self._equalize, self._center, self._rope_layout
+            block, self._equalize, self._center, self._rope_layout, self._rope, positions
         )
-        self.statistics = statistics if moment is None else statistics.read_by(moment)
+        self.statistics = statistics if queries is None else statistics.read_by(queries)
 
-    def append(self, x: Tensor, expected: int = 0) -> None:
+    def append(self, x: Tensor, position: int, expected: int = 0) -> None:
         """Quantise vectors in torch and append their rows; the statistics must be taken.
 
         Args:
-            x: (batch, heads, tokens, d).
+            x: (batch, heads, tokens, d), of one segment of the text.
+            position: where in the text it begins.
             expected: as in `TokenBuffers.append`.
         """
         quantizer, statistics, _ = self.coding()
-        rows = quantizer.encode(statistics.normalize(x), statistics.hessian)
+        rows = quantizer.encode(statistics.normalize(x), statistics.hessian_at(position))
         self.buffers.append(rows, expected)
 
-    def feedback(self) -> Feedback | None:
-        """What the append kernel reads of the Hessian, made anew; None without one."""
+    def feedback(self, position: int) -> Feedback | None:
+        """What the append kernel reads of the Hessian at a position; None without one."""
         statistics, mse = self._taken_statistics(), self.quantizer.stage_one
-        if statistics.hessian is None:
-            return None
-        return Feedback.of(statistics.hessian, mse.rotation)
+        hessian = statistics.hessian_at(position)
+        return None if hessian is None else Feedback.of(hessian, mse.rotation)
+
+    def feedbacks(self, position: int, tokens: int) -> Iterator[tuple[slice, Feedback | None]]:
+        """`feedback` of every segment of the tokens that begin at a position.
+
+        Each takes a GPU some dozens of small kernels, so those of a long text are made together.
+        """
+        statistics, mse = self._taken_statistics(), self.quantizer.stage_one
+        parts = list(self.segments(position, tokens))
+        if not statistics.turns:
+            yield parts[0], self.feedback(position)
+            return
+        together = max(1, _FEEDBACK_ELEMENTS // (statistics.scale[..., 0].numel() * self.d))
+        for first in range(0, len(parts), together):
+            some = parts[first : first + together]
+            hessians = statistics.hessians_from(position + some[0].start, len(some))
+            made = Feedback.of(hessians, mse.rotation)
+            for index, part in enumerate(some):
+                yield part, Feedback(*(x[index] for x in made))
+
+    def segments(self, position: int, tokens: int) -> Iterator[slice]:
+        """The parts of the tokens that begin at a position that have one Hessian each."""
+        turns = self._taken_statistics().turns
+        return segments(position, tokens, SEGMENT if turns else max(1, position + tokens))
 
     def coding(self) -> tuple[Quantizer, ChannelStatistics, dict[str, Tensor]]:
         """What coding takes: quantiser, statistics, and the tensors for the rows."""
@@ -156,7 +190,7 @@ class PackedSide:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state` (not an empty one), into an empty side."""
-        self.statistics = ChannelStatistics.of_tensors(state)
+        self.statistics = ChannelStatistics.of_tensors(state, self._rope_layout)
         taken = self.statistics.tensors()
         rows = {name: tensor for name, tensor in state.items() if name not in taken}
         if rows:

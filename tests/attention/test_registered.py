@@ -150,7 +150,7 @@ def test_over_packed_tokens_logits_are_those_of_eager(name, tokens, padded, dequ
             ).logits
         count[attention] = len(dequantised)
     for attention, found in logits.items():
-        torch.testing.assert_close(found, logits["eager"], rtol=0, atol=1e-5, msg=attention)
+        torch.testing.assert_close(found, logits["eager"], rtol=0, atol=3e-5, msg=attention)
     assert count["eager"] > 0
     if name not in LATENT:
         assert count["rotorquant"] == 0

@@ -206,7 +206,7 @@ def test_every_window_counts():
             hessian, turned.layers[index][0].hessian.matrix(), rtol=1e-2, atol=1e-2
         )
         for made in apart:
-            assert (hessian - made.layers[index][0].hessian.matrix()).abs().max() > 0.1
+            assert (hessian - made.layers[index][0].hessian.matrix()).abs().max() > 0.03
 
 
 def test_windows_longer_than_a_sliding_layer_s():

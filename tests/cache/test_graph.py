@@ -56,13 +56,16 @@ def assert_same_steps(found, wanted):
     [{}, {"key_quantizer": "prod"}, {"query_aware": True}],
     ids=["mse", "prod", "query-aware"],
 )
-def test_replayed_steps_are_eager_steps(options, graphs):
-    """Through several flushes of the ring, growth of the rows, and captures anew."""
+def test_replayed_steps_are_eager_steps(options, graphs, monkeypatch):
+    """Through several flushes of the ring, growth of the rows, turns, and captures anew."""
+    for module in ("quant.channels", "store.side", "layers.ring"):
+        monkeypatch.setattr(f"rotorquant_hf.{module}.SEGMENT", 8)
     model = build("llama").to(DEVICE)
     ids = prompt(model, 1, 46)
     settings = SMALL | options
-    wanted = decode_eagerly(model, ids, RotorQuantCache(**settings), 30)
-    cache = RotorQuantCache(**settings)
+    eager = RotorQuantCache(**settings, config=model.config)
+    wanted = decode_eagerly(model, ids, eager, 30)
+    cache = RotorQuantCache(**settings, config=model.config)
     with torch.no_grad():
         model(ids[:, :30], past_key_values=cache)
     graph = graphs(model, cache, room=6)
@@ -71,6 +74,8 @@ def test_replayed_steps_are_eager_steps(options, graphs):
     assert cache.get_seq_length() == 46
     if DEVICE == "cpu":
         assert cuda_graph.EmulatedGraph.captures >= 2  # room for 6 tokens at a time
+    for ours, theirs in zip(cache.layers, eager.layers, strict=True):
+        assert torch.equal(ours.store.state()["key_codes"], theirs.store.state()["key_codes"])
 
 
 def test_sliding_layers(graphs):

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
-from rotorquant_hf.quant.channels import ChannelStatistics
+from rotorquant_hf.quant.channels import SEGMENT, ChannelStatistics
+from rotorquant_hf.quant.hessian import RIDGE
+from rotorquant_hf.quant.moments import QueryMoment
+from rotorquant_hf.quant.rope import Rope
 from tests.helpers.vectors import log_normal_channels
 
 LEAST_SHARE = 0.02
@@ -257,7 +260,152 @@ def test_magnitudes_far_from_one_change_only_the_unit(power, layout, center, mag
     torch.testing.assert_close(back / magnitude, x, rtol=1e-4, atol=1e-4)
 
 
+# --- RoPE ---
+
+FREQUENCIES = 5000.0 ** (-torch.arange(6) / 6)
+
+
+def rope(layout="half"):
+    return Rope(FREQUENCIES.view(1, 1, 1, -1), layout)
+
+
+def turned(tokens=300, first=0, layout="half", seed=0):
+    """Keys with a mean before RoPE, as they are at positions from `first` on; and the mean."""
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.randn(2, 3, 1, 12, generator=generator)
+    x = mean + 0.3 * torch.randn(2, 3, tokens, 12, generator=generator)
+    return rope(layout).turn(x, torch.arange(first, first + tokens)), mean
+
+
+def taken(x, first=0, layout="half", center=True):
+    positions = torch.arange(first, first + x.shape[2])
+    return ChannelStatistics.of_block(x, 0.5, center, layout, rope(layout), positions)
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("first", [0, 5000])
+def test_the_mean_is_that_of_the_positions_to_come(layout, first):
+    """It fits keys of the next thousands of tokens, which that of the block does not."""
+    x, mean = turned(first=first, layout=layout)
+    statistics = taken(x, first, layout)
+    assert statistics.rope.turns.flatten().tolist() == [True, True]
+    horizon = max(2048, first + 299)
+    torch.testing.assert_close(
+        statistics.mean, rope(layout).spread(mean, (horizon,)), rtol=0, atol=0.1
+    )
+    later = rope(layout).turn(mean.expand(2, 3, 400, 12), torch.arange(0, 2000, 5))
+    distance = [(later - m).square().mean() for m in (statistics.mean, taken_as_is(x).mean)]
+    assert distance[0] < (0.9 if first == 0 else 1.01) * distance[1]
+
+
+def taken_as_is(x):
+    return ChannelStatistics.of_block(x, 0.5, True)
+
+
+def test_scales_do_not_depend_on_it():
+    x, _ = turned()
+    assert torch.equal(taken(x).scale, ChannelStatistics.of_block(x, 0.5, True, "half").scale)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_keys_that_do_not_turn_as_the_config_says(center):
+    """Row by row: those with other pairs of channels, or without RoPE, are left as they are."""
+    right, _ = turned()
+    pairs, _ = turned(layout="interleaved")
+    constant = block(tokens=300)
+    for wrong in (pairs, constant):
+        x = torch.cat((right[:1], wrong[1:]))
+        statistics = taken(x, center=center)
+        assert statistics.rope.turns.flatten().tolist() == [True, False]
+        if center:
+            assert torch.equal(statistics.mean[1:], taken_as_is(wrong).mean[1:])
+            assert torch.equal(statistics.mean[:1], taken(right).mean[:1])
+
+
+def test_offset_channels_are_those_of_the_block():
+    """With center="auto" the mean is taken as it is, whatever turns."""
+    x, _ = turned()
+    plain = ChannelStatistics.of_block(x, 0.5, "auto", "half")
+    assert torch.equal(taken(x, center="auto").mean, plain.mean)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_the_hessian_turns_with_the_keys(power):
+    """What errors cost at a position, against queries that were turned there one by one."""
+    x, _ = turned()
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(2, 3, 400, 12, generator=generator) * torch.logspace(0, -1.5, 12)
+    seen = QueryMoment.of(
+        rope().turn(query, torch.arange(400)), 3, rope(), positions=torch.arange(400)
+    )
+    statistics = ChannelStatistics.of_block(
+        x, power, True, "none" if power else "half", rope(), torch.arange(300)
+    ).read_by(seen)
+    scale = statistics.scale.expand(2, 3, 1, 12)
+    for position in (0, 1023, 70_000):
+        middle = position // SEGMENT * SEGMENT + SEGMENT // 2
+        later = [
+            rope().turn(query, torch.tensor([middle + length * (i + 0.5) / 400]))
+            for length in (512, 2048)
+            for i in range(400)
+        ]
+        moment = torch.stack([q.mT @ q / 400 for q in later]).mean(dim=0)
+        wanted = unit_mean(scale.mT * QueryMoment(moment, 400).shrunk().mean * scale)
+        wanted = unit_mean(wanted + RIDGE * torch.eye(12))
+        found = unit_mean(statistics.hessian_at(position).matrix())
+        elsewhere = unit_mean(statistics.hessian_at(position + SEGMENT).matrix())
+        distance = torch.linalg.matrix_norm(found - wanted)
+        assert (distance < 0.02 * torch.linalg.matrix_norm(wanted)).all()
+        assert (distance < 0.4 * torch.linalg.matrix_norm(elsewhere - wanted)).all()
+
+
+def unit_mean(x):
+    """x with a mean diagonal of 1."""
+    return x / x.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+
+
+def test_a_segment_has_one_hessian():
+    x, _ = turned()
+    seen = QueryMoment.of(x, 3, rope(), torch.arange(300))
+    statistics = taken(x).read_by(seen)
+    at = [statistics.hessian_at(p).factor for p in (0, SEGMENT - 1, SEGMENT)]
+    assert torch.equal(at[0], at[1])
+    assert not torch.allclose(at[1], at[2], atol=0.1)
+
+
+def test_nothing_turns_where_rope_is_not_known():
+    x, _ = turned()
+    statistics = ChannelStatistics.of_block(x, 0.5, True, "half").read_by(QueryMoment.of(x, 3))
+    assert statistics.rope is None
+    assert statistics.hessian_at(70_000) is statistics.hessian
+
+
+def test_names_of_tensors_and_back():
+    x, _ = turned()
+    for statistics in (
+        taken(x).read_by(QueryMoment.of(x, 3, rope(), torch.arange(300))),
+        taken(x, layout="interleaved"),
+        ChannelStatistics.of_block(x, 0.5),
+    ):
+        named = statistics.tensors()
+        layout = "half" if statistics.rope is None else statistics.rope.layout
+        again = ChannelStatistics.of_tensors(named, layout)
+        assert (again.rope is None) == (statistics.rope is None)
+        assert again.rope is None or again.rope.layout == layout
+        assert again.tensors().keys() == named.keys()
+        assert all(torch.equal(again.tensors()[name], named[name]) for name in named)
+        assert again.nbytes == sum(t.nbytes for t in named.values())
+
+
 # --- moving ---
+
+
+def test_map_reaches_what_turns():
+    x, _ = turned()
+    statistics = taken(x).read_by(QueryMoment.of(x, 3, rope(), torch.arange(300)))
+    second = statistics.map(lambda t: t[1:])
+    for name, tensor in second.tensors().items():
+        assert torch.equal(tensor, statistics.tensors()[name][1:])
 
 
 @centering

@@ -6,6 +6,7 @@ import torch
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.hessian import RIDGE
 from rotorquant_hf.quant.moments import QueryMoment
+from rotorquant_hf.quant.rope import Rope
 
 
 def queries(batch=2, heads=6, n=50, d=16, seed=0):
@@ -45,18 +46,42 @@ def test_half_precision_and_no_queries():
     none = QueryMoment.of(query[:, :, :0], 2)
     assert none.count == 0
     assert not none.merged(none).mean.any()
-    assert torch.isfinite(none.shrunk()).all()
+    assert torch.isfinite(none.shrunk().mean).all()
 
 
 def test_few_queries_prefer_no_direction():
     """One query says little of where others look; a thousand say much."""
 
     def spread(n):
-        values = torch.linalg.eigvalsh(QueryMoment.of(queries(1, 1, n), 1).shrunk()[0, 0])
+        values = torch.linalg.eigvalsh(QueryMoment.of(queries(1, 1, n), 1).shrunk().mean[0, 0])
         return float(values.max() / values.min())
 
     assert spread(1) < 20
     assert spread(1000) > 50 * spread(1)
+
+
+def test_queries_before_rope():
+    """Turned back by their positions, whatever parts they come in; a sample of many."""
+    rope = Rope(10.0 ** -torch.arange(4.0).view(1, 1, 1, -1), "half")
+    plain, positions = queries(2, 6, 30), torch.arange(100, 130)
+    turned = rope.turn(plain, positions)
+    whole = QueryMoment.of(turned, 3, rope, positions)
+    torch.testing.assert_close(whole.pre_rope, QueryMoment.of(plain, 3).mean, rtol=0, atol=1e-4)
+    assert torch.equal(whole.mean, QueryMoment.of(turned, 3).mean)
+    parts = [
+        QueryMoment.of(turned[:, :, part], 3, rope, positions[part])
+        for part in (slice(0, 7), slice(7, 30))
+    ]
+    merged = parts[0].merged(parts[1])
+    torch.testing.assert_close(merged.pre_rope, whole.pre_rope, rtol=1e-5, atol=1e-5)
+    assert merged.merged(QueryMoment.of(turned, 3)).pre_rope is None  # of these it is not known
+    assert whole.nbytes == 2 * whole.mean.nbytes
+    assert torch.equal(whole.map(lambda x: x[1:]).pre_rope, whole.pre_rope[1:])
+    added = whole.shrunk().mean - whole.mean
+    torch.testing.assert_close(whole.shrunk().pre_rope - whole.pre_rope, added)
+    many, positions = queries(1, 1, 5000), torch.arange(5000)
+    found = QueryMoment.of(rope.turn(many, positions), 1, rope, positions)
+    torch.testing.assert_close(found.pre_rope, QueryMoment.of(many, 1).mean, rtol=0, atol=1e-3)
 
 
 def test_hessian_of_coded_vectors():
@@ -68,7 +93,9 @@ def test_hessian_of_coded_vectors():
         error = torch.randn_like(u)
         factor = torch.randn(2, 3, 16, 4, generator=torch.Generator().manual_seed(7))
         moment = factor @ factor.mT  # of few directions: nothing is lost
-        found = statistics.read_by(moment).hessian.matrix() - RIDGE * torch.eye(16)
+        found = statistics.read_by(QueryMoment(moment, 10**9)).hessian.matrix() - RIDGE * torch.eye(
+            16
+        )
         unit = statistics.scale.mT * moment * statistics.scale
         unit = unit.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None]
         e = statistics.denormalize(u + error) - x

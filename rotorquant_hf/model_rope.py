@@ -1,0 +1,53 @@
+"""How a model turns its keys and queries: RoPE's frequencies from its config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from rotorquant_hf.quant.rope import LAYOUTS, Rope
+
+# Their frequencies depend on the length of the text.
+_CHANGING = ("dynamic", "longrope")
+
+
+def rope_of(config: PreTrainedConfig, layer: int, layer_type: str, layout: str) -> Rope | None:
+    """The turning of the keys of a layer, (1, 1, 1, r) on the CPU.
+
+    None where there is none, or it is not the same for all texts, or the config does not tell. A
+    cache looks whether its keys bear it out, and does without where they do not.
+
+    Args:
+        config: the model's.
+        layer: its index.
+        layer_type: "full_attention", "sliding_attention", ...
+        layout: which channels are a pair; see `Rope`.
+    """
+    text: Any = config.get_text_config(decoder=True)
+    if not getattr(text, "rope_parameters", None):
+        return None
+    text = text.per_layer_config[layer]
+    parameters = text.rope_parameters
+    # Latent attention turns a part of the key that is stored after the rest.
+    if layout not in LAYOUTS or not parameters or hasattr(text, "qk_rope_head_dim"):
+        return None
+    by_type = layer_type in parameters
+    own = parameters[layer_type] if by_type else parameters
+    if not own or own.get("rope_theta") is None or own.get("rope_type") in _CHANGING:
+        return None
+    frequencies = _frequencies(text, own, {"layer_type": layer_type} if by_type else {})
+    return Rope(frequencies.view(1, 1, 1, -1), layout)
+
+
+def _frequencies(text: Any, parameters: dict[str, Any], of: dict[str, str]) -> Tensor:
+    kind = parameters.get("rope_type", "default")
+    if kind != "default":
+        return ROPE_INIT_FUNCTIONS[kind](text, torch.device("cpu"), **of)[0].float()
+    heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    turned = int(heads * parameters.get("partial_rotary_factor", 1.0))
+    exponents = torch.arange(0, turned, 2, dtype=torch.int64).float() / turned
+    return parameters["rope_theta"] ** -exponents
