@@ -146,6 +146,7 @@ class RotorQuantCache(Cache):
             return
         layer = self.layers[last]
         if isinstance(layer, RotorQuantLayer) and layer.waits:
+            layer.count_queries()
             if layer.moment is None:
                 warnings.warn(
                     "query_aware: this attention does not show its queries to the cache, so keys "

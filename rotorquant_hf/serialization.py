@@ -177,7 +177,12 @@ def _restore_packed(
     layer.store.load_state(
         {n.removeprefix(prefix): t for n, t in entry.tensors.items() if n.startswith(prefix)}
     )
-    layer.store.calibrated = entry.attributes.get("calibrated", False)
+    if entry.attributes.get("calibrated", False):
+        layer.store.calibrated = True
+        # For after a reset. All rows have the same.
+        taken = [side.statistics for side in layer.store.sides]
+        keys, values = (s.map(lambda x: x[:1].clone()) for s in taken if s is not None)
+        layer.calibration = keys, values
 
 
 def _plain_attributes(layer: Any) -> dict[str, Any]:

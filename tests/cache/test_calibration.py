@@ -121,6 +121,12 @@ def test_a_saved_cache_goes_on(model, calibration, tmp_path):
         assert torch.equal(*logits)
         assert same(*(snapshot([layer.store for layer in x.layers]) for x in (cache, loaded)))
         assert all(layer.store.calibrated for layer in loaded.layers)
+        loaded.reset()
+        anew = cache_of(model, calibration)
+        with torch.no_grad():
+            logits = [model(ids[:1, :50], past_key_values=x).logits for x in (loaded, anew)]
+        assert torch.equal(*logits)
+        assert all(layer.store.calibrated and len(layer.store) for layer in loaded.layers)
 
 
 def test_statistics_stay_when_the_tokens_go(model, calibration):

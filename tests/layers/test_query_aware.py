@@ -289,6 +289,21 @@ def test_no_layer_waits_after_its_attention(name):
     assert torch.equal(logits, exact)
 
 
+def test_queries_of_earlier_tokens_are_enough():
+    """Seen one by one and not yet counted, they need no warning if those of the block are hidden."""
+    cache = RotorQuantCache(**SMALL)
+    keys, values = states(15)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(15):
+            for layer in range(2):
+                part = keys[:, :, i : i + 1], values[:, :, i : i + 1]
+                seen = cache.update(*part, layer)
+                if i < 13:
+                    by_sdpa(queries(1, seed=i), *seen)
+    assert cache.layers[0].store.keys.statistics.hessian is not None
+
+
 def test_attention_that_hides_its_queries_is_told_once():
     model = build("llama", "eager")
     cache = RotorQuantCache(config=model.config, **SMALL)
