@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from rotorquant_hf import Calibration, RotorQuantCache, RotorQuantConfig, calibrate
 from rotorquant_hf.calibration import CALIBRATION_FILE
 from rotorquant_hf.layers import RotorQuantLayer
+from rotorquant_hf.store.side import PackedSide
 from tests.helpers.models import build, same, snapshot
 
 SMALL = {"residual_length": 8, "block_length": 4}
@@ -215,15 +216,27 @@ def test_every_window_counts():
             assert (hessian - made.layers[index][0].hessian.matrix()).abs().max() > 0.03
 
 
-def test_windows_longer_than_a_sliding_layer_s():
+def test_windows_longer_than_a_sliding_layer_s(monkeypatch):
     """Such a layer has the last tokens of every window, and all of its queries."""
     gemma = build("gemma3")  # its sliding window has 24 tokens
     settings = RotorQuantConfig(residual_length=8, block_length=4)
-    made = calibrate(gemma, text(gemma), settings)
+    positions, take = [], PackedSide.take_statistics
+
+    def noting(self, block, at=None, queries=None):
+        positions.append(at)
+        take(self, block, at, queries)
+
+    monkeypatch.setattr(PackedSide, "take_statistics", noting)
+    ids = text(gemma)
+    made = calibrate(gemma, ids, settings)
     cache = RotorQuantCache(settings, config=gemma.config)
     assert any(layer.is_sliding for layer in cache.layers)
     assert sorted(made.layers) == list(range(len(cache.layers)))
     assert all(keys.hessian is not None for keys, _ in made.layers.values())
+    windows, tokens = ids.shape
+    for layer, at in zip(cache.layers, positions[::2], strict=True):  # of keys; values need none
+        first = tokens - 23 if layer.is_sliding else settings.num_sink_tokens
+        assert at.tolist() == list(range(first, tokens)) * windows
 
 
 def test_bad_texts_and_attention():

@@ -290,7 +290,7 @@ def test_no_layer_waits_after_its_attention(name):
 
 
 def test_queries_of_earlier_tokens_are_enough():
-    """Seen one by one and not yet counted, they need no warning if those of the block are hidden."""
+    """Seen one by one, not yet counted: no warning if those of the block itself are hidden."""
     cache = RotorQuantCache(**SMALL)
     keys, values = states(15)
     with warnings.catch_warnings():

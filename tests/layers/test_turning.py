@@ -10,6 +10,7 @@ from rotorquant_hf import RotorQuantCache, RotorQuantConfig
 from rotorquant_hf.backend import backend
 from rotorquant_hf.layers import RotorQuantLayer, RotorQuantSlidingLayer
 from rotorquant_hf.quant import channels
+from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.rope import Rope
 from tests.helpers.models import build
 
@@ -90,6 +91,22 @@ def last_packed(one, other, count):
         assert packed.shape[2] >= count
         codes.append(packed[:, :, packed.shape[2] - count :])
     return codes
+
+
+@pytest.mark.parametrize("sliding", [0, 60])
+def test_queries_are_turned_back_from_where_they_are(sliding):
+    keys_and_values = states(30)
+    whole = QueryMoment.of(queries(0, 30), HEADS, ROPE, torch.arange(30))
+    for sizes in ([1] * 30, [7, 1, 1, 20, 1]):
+        layer = RotorQuantSlidingLayer(CONFIG, sliding, rope=ROPE) if sliding else None
+        layer = layer or RotorQuantLayer(CONFIG, rope=ROPE)
+        start = 0
+        for n in sizes:
+            part = [x[:, :, start : start + n] for x in keys_and_values]
+            sdpa(queries(0, 30)[:, :, start : start + n], *layer.update(*part), enable_gqa=True)
+            start += n
+        layer.count_queries()
+        torch.testing.assert_close(layer.moment.pre_rope, whole.pre_rope, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("sliding", [0, 60])

@@ -357,6 +357,11 @@ def test_the_hessian_turns_with_the_keys(power):
         distance = torch.linalg.matrix_norm(found - wanted)
         assert (distance < 0.02 * torch.linalg.matrix_norm(wanted)).all()
         assert (distance < 0.4 * torch.linalg.matrix_norm(elsewhere - wanted)).all()
+        strength = [
+            h.factor.float().square().sum(dim=(-2, -1))
+            for h in (statistics.hessian_at(position), statistics.hessian)
+        ]
+        torch.testing.assert_close(*strength, rtol=2e-3, atol=0)
 
 
 def unit_mean(x):
