@@ -182,9 +182,11 @@ def test_keys_and_values_are_both_read_from_the_packed_store(name, part):
 
 
 @pytest.mark.parametrize("name", UNIFORM)
-def test_the_config_makes_no_difference_where_all_layers_have_full_attention(name):
+def test_only_rope_needs_the_config_where_all_layers_have_full_attention(name):
     model, ids, chunks = build(name), prompt(2, 60), (30, 1, 12, 1, 5)
-    with_config, without = RotorQuantCache(config=model.config, **SMALL), RotorQuantCache(**SMALL)
+    settings = SMALL | {"rope_layout": "none"}
+    with_config = RotorQuantCache(config=model.config, **settings)
+    without = RotorQuantCache(**settings)
     logits = feed(model, with_config, ids, chunks)
     assert torch.equal(logits, feed(model, without, ids, chunks))
     assert same(snapshot(with_config.layers), snapshot(without.layers))
