@@ -25,6 +25,7 @@ from rotorquant_hf.kernels.append import (
 )
 from rotorquant_hf.quant import SCALES, RotorQuantMSE, RotorQuantProd
 from rotorquant_hf.quant.channels import ChannelStatistics
+from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.packing import pack, unpack
 from rotorquant_hf.quant.quantizer import Quantizer
 from rotorquant_hf.quant.rounding import Feedback
@@ -75,7 +76,7 @@ def make_part(
         statistics = ChannelStatistics.of_block(x.float(), power, center)
     feedback = None
     if moment is not None:
-        statistics = statistics.read_by(moment)
+        statistics = statistics.read_by(QueryMoment(moment, 1 << 40))  # of many: not shrunk
         feedback = Feedback.of(statistics.hessian, quantizer.stage_one.rotation)
     return AppendPart(x, quantizer, statistics, poisoned_rows(quantizer, x.shape[0]), feedback)
 
