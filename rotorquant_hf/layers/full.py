@@ -71,6 +71,8 @@ class RotorQuantLayer(CacheLayerMixin):
         """Take dtype, device, batch, heads and head dims from the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
         d_key, d_value = key_states.shape[-1], value_states.shape[-1]
+        if self.rope is not None and self.rope.channels > d_key:
+            self.rope = None  # of other heads than these
         if self.rope is not None:
             self.rope = self.rope.map(lambda x: x.to(self.device))
         self.store = RotorQuantKVCache(

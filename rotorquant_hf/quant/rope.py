@@ -35,6 +35,11 @@ class Rope:
     frequencies: Tensor
     layout: str
 
+    @property
+    def channels(self) -> int:
+        """How many channels turn: 2 r."""
+        return 2 * self.frequencies.shape[-1]
+
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """R(p) x, float32.
 
@@ -63,7 +68,7 @@ class Rope:
             lengths: as in `spread`.
         """
         w = self.frequencies
-        still = w.new_zeros(*w.shape[:-1], moment.shape[-1] - 2 * w.shape[-1])
+        still = w.new_zeros(*w.shape[:-1], moment.shape[-1] - self.channels)
         w = torch.cat((w, -w, still), dim=-1)
         c = self._diagonal(self._diagonal(moment.float()).conj().mT).mT
         c = c * _mean_turn(w.mT - w, lengths)

@@ -193,6 +193,18 @@ def test_keys_without_rope_are_left_alone():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-3)
 
 
+def test_frequencies_of_larger_heads_are_not_used():
+    keys, values = states(60)
+    small = keys[..., :24], values
+    layers = RotorQuantLayer(CONFIG, rope=ROPE), RotorQuantLayer(CONFIG)
+    for layer in layers:
+        for start, end in ((0, 40), (40, 60)):
+            layer.update(*(x[:, :, start:end] for x in small))
+    found, wanted = (x.store.state() for x in layers)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_the_config_tells(tmp_path):
     """From the model's config to the layers, and through a file, also without the config."""
     llama = build("llama")
