@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
 """Coding a block of tokens into the store's rows, in one launch for keys and values.
 
-The plain-torch reference is `quantizer.encode(statistics.normalize(x), statistics.hessian)`. One
-program codes 32 tokens of one head (16 of more than 256 channels):
+The plain-torch reference is `quantizer.encode(statistics.normalize(x), hessian)`. One program codes
+32 tokens of one head (16 of more than 256 channels):
 
     u = (x - mean) / channel scale        y = T u                   in chunks of the channels
     index_j = #{boundaries < y_j / |y|}        s = |y| rule(y / |y|, centroid[index])

@@ -110,14 +110,14 @@ class RingBuffer:
     def turn_for(self, n: int) -> None:
         """Turn the Hessian to where the block is that leaves in a step of n tokens, if one does.
 
+        To the segment that it begins in, even if it ends in the next.
         A graph reads it from the same memory, so this comes before its replay.
         """
         segment = self.position // SEGMENT
         if segment == self._segment or not self.config.num_to_quantise(self.count + n):
             return
         self._segment = segment
-        statistics = self.store.keys.statistics
-        if self._feedback is None or statistics is None or not statistics.turns:
+        if self._feedback is None:
             return
         with torch.inference_mode(False), torch.no_grad():
             turned = self.store.keys.feedback(self.position)

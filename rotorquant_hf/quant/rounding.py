@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from rotorquant_hf.quant.hessian import LowRankHessian, doubled
+from rotorquant_hf.quant.lloyd_max import nearest
 from rotorquant_hf.quant.rotations import Rotation
 
 _COLUMNS = 16
@@ -108,7 +109,7 @@ def round_with_feedback(
         errors = torch.empty_like(wanted)
         for i in range(wanted.shape[-2]):
             at = begin + i
-            chosen = torch.bucketize(wanted[..., i, :].contiguous(), boundaries, out_int32=True)
+            chosen = nearest(wanted[..., i, :].contiguous(), boundaries)
             indices[..., at, :] = chosen
             c[..., at, :] = centroids[chosen]
             errors[..., i, :] = y[..., at, :] - c[..., at, :]
