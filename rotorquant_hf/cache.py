@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,6 +16,7 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from rotorquant_hf import serialization
+from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.calibration import Calibration
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
@@ -81,7 +85,7 @@ class RotorQuantCache(Cache):
                 f"config is of type {type(config).__name__}; pass the model's config, model.config "
                 "(settings and preset names go first, without a keyword)"
             )
-        self._last_updated: int | None = None
+        self._last_update: tuple[int | None, int] = (None, 0)  # layer, and tokens that it got
         layers, make_layer = None, None
         if calibration is not None and not isinstance(calibration, Calibration):
             calibration = Calibration.load(calibration)
@@ -129,19 +133,40 @@ class RotorQuantCache(Cache):
 
         Raises:
             TypeError, ValueError: as there. The n tokens are then taken out again of the layers
-                before this one, so that the forward pass can be repeated.
+                before this one, so that the forward pass can be repeated. The same if they are
+                quantised, and refused, only when attention shows its queries.
         """
-        self._settle_others(layer_idx)
+        self._settle_others(layer_idx, key_states.shape[-2])
+        with self._taking_back(layer_idx, key_states.shape[-2]):
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(keys, CompressedTensor) and keys.on_query is not None:
+            keys.on_query = partial(self._see_queries, layer_idx, key_states.shape[-2])
+        return keys, values
+
+    def _see_queries(self, layer_idx: int, tokens: int, query: Tensor) -> None:
+        """Show a layer queries (batch, query heads, n, key dim) that read its keys.
+
+        `tokens` is how many the pass has brought.
+        """
+        with self._taking_back(layer_idx, tokens):
+            self.layers[layer_idx].see_queries(query)
+
+    @contextmanager
+    def _taking_back(self, layer_idx: int, tokens: int) -> Iterator[None]:
+        """Take the newest tokens out of the layers before this one if it refuses them."""
         try:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            yield
         except (TypeError, ValueError) as error:
-            if not self._undo(layer_idx, key_states.shape[-2]):
+            if not self._undo(layer_idx, tokens):
                 error.add_note("Earlier layers hold the new tokens already: use cache.reset().")
             raise
 
-    def _settle_others(self, layer_idx: int) -> None:
-        """Store what still waits for queries that no attention has shown, one layer's at most."""
-        last, self._last_updated = self._last_updated, layer_idx
+    def _settle_others(self, layer_idx: int, tokens: int) -> None:
+        """Store what still waits for queries that no attention has shown, one layer's at most.
+
+        The layer `layer_idx` is about to get `tokens`.
+        """
+        (last, held), self._last_update = self._last_update, (layer_idx, tokens)
         if last in (None, layer_idx) or last >= len(self.layers):
             return
         layer = self.layers[last]
@@ -155,7 +180,8 @@ class RotorQuantCache(Cache):
                     "model.set_attn_implementation('rotorquant')",
                     stacklevel=2,
                 )
-            layer.settle()
+            with self._taking_back(last, held):
+                layer.settle()
 
     def _undo(self, failed: int, tokens: int) -> bool:
         """Take the newest tokens out of the layers before `failed`; False if that is impossible."""

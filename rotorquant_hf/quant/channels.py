@@ -101,7 +101,7 @@ class ChannelStatistics:
             positions: (tokens,), where in the text they are; needed for `rope`.
         """
         if rope is not None and positions is not None:
-            positions = sampled(positions[:, None], _SAMPLE)[:, 0]
+            positions = sampled(positions, _SAMPLE, axis=0)
         x = sampled(x, _SAMPLE)
         # The largest entry is taken out first: squares of 1e-30 or 1e30 leave float32.
         peak = torch.linalg.vector_norm(x, ord=math.inf, dim=(2, 3), keepdim=True).float()
@@ -167,6 +167,7 @@ class ChannelStatistics:
             later = self.rope.spread_moment(queries.pre_rope, _READ_AFTER)
             moment = torch.where(self.rope.turns, later, moment)
         scale = self._channel_scales(moment.shape[-1])
+        scale = scale / scale.amax(dim=-1, keepdim=True)  # its square may leave float32
         return replace(self, hessian=LowRankHessian.of(scale.mT * moment * scale))
 
     @property

@@ -46,7 +46,7 @@ class QueryMoment:
         count = query.shape[2] * (query.shape[1] // heads)
         if rope is None or positions is None:
             return cls(mean, count)
-        before = rope.turn(query, -sampled(positions[:, None], _SAMPLE)[:, 0])
+        before = rope.turn(query, -sampled(positions, _SAMPLE, axis=0))
         return cls(mean, count, _moment(before, heads))
 
     def merged(self, other: QueryMoment) -> QueryMoment:

@@ -34,15 +34,15 @@ def segments(position: int, tokens: int, length: int) -> Iterator[slice]:
         start = end
 
 
-def sampled(x: Tensor, count: int) -> Tensor:
-    """Vectors (..., tokens, d) to take statistics from: `count` tokens, spread, of more.
+def sampled(x: Tensor, count: int, axis: int = -2) -> Tensor:
+    """Of more than `count` tokens along an axis, so many to take statistics from, spread.
 
     A mean of thousands is as good, and a long prompt costs no more than a short one.
     """
-    tokens = x.shape[-2]
+    tokens = x.shape[axis]
     if tokens <= count:
         return x
     i = torch.arange(count, dtype=torch.float32, device=x.device)
     # One token of each stretch, at another place every time: texts may be periodic.
     place = (i + (i * _GOLDEN).frac()) * (tokens / count)
-    return x.index_select(-2, place.long().clamp(max=tokens - 1))
+    return x.index_select(axis, place.long().clamp(max=tokens - 1))

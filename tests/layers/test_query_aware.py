@@ -199,6 +199,16 @@ def test_vectors_that_cannot_be_coded_are_taken_out_again(kind, history):
     by_sdpa(queries(20, seed=2), *layer.update(*states(20, seed=2)))
 
 
+@pytest.mark.parametrize("unit", [1e-30, 1e30])
+def test_the_unit_of_keys_does_not_matter(unit):
+    """Squares of it leave float32."""
+    keys, values = states(30)
+    layers = RotorQuantLayer(AWARE), RotorQuantLayer(AWARE)
+    for layer, factor in zip(layers, (1, unit), strict=True):
+        by_sdpa(queries(30), *layer.update(keys * factor, values))
+    torch.testing.assert_close(layers[1].store.get_keys() / unit, layers[0].store.get_keys())
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_queries_of_a_pass_that_failed_do_not_count(kind):
     """It is fed again, and they with it."""
@@ -274,9 +284,9 @@ def test_no_layer_waits_after_its_attention(name):
     waiting = []
     settle = RotorQuantCache._settle_others
 
-    def counted(self, index):
+    def counted(self, index, tokens):
         waiting.extend(x.waits for x in self.layers[:index])
-        settle(self, index)
+        settle(self, index, tokens)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(RotorQuantCache, "_settle_others", counted)
@@ -287,6 +297,28 @@ def test_no_layer_waits_after_its_attention(name):
     assert not any(layer.waits for layer in cache.layers)
     assert all(x.store.keys.statistics.hessian is not None for x in cache.layers)
     assert torch.equal(logits, exact)
+
+
+@pytest.mark.parametrize("shown", [True, False], ids=["shown", "hidden"])
+def test_a_pass_that_a_layer_refuses_when_it_quantises_is_taken_back(shown):
+    """Out of the layers before it too: when its queries are shown, or when the next is updated."""
+    cache = RotorQuantCache(**SMALL)
+
+    def feed(tokens, seed):
+        for layer in range(4):
+            seen = cache.update(*states(tokens, seed), layer)
+            if shown:
+                by_sdpa(queries(tokens, seed), *seen)
+
+    feed(6, 0)  # nothing is packed yet
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache.layers[2]._store, "append_unchecked", _refuse)
+        with pytest.raises(ValueError, match="too large") as caught:
+            feed(20, 1)
+    assert not hasattr(caught.value, "__notes__")
+    assert [layer.get_seq_length() for layer in cache.layers] == [6] * 4
+    feed(20, 1)
+    assert [layer.get_seq_length() for layer in cache.layers] == [26] * 4
 
 
 def test_queries_of_earlier_tokens_are_enough():
