@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -140,16 +140,15 @@ class RotorQuantCache(Cache):
         with self._taking_back(layer_idx, key_states.shape[-2]):
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(keys, CompressedTensor) and keys.on_query is not None:
-            keys.on_query = partial(self._see_queries, layer_idx, key_states.shape[-2])
+            keys.on_query = partial(self._show, keys.on_query, layer_idx, key_states.shape[-2])
         return keys, values
 
-    def _see_queries(self, layer_idx: int, tokens: int, query: Tensor) -> None:
-        """Show a layer queries (batch, query heads, n, key dim) that read its keys.
-
-        `tokens` is how many the pass has brought.
-        """
+    def _show(
+        self, see: Callable[[Tensor], None], layer_idx: int, tokens: int, query: Tensor
+    ) -> None:
+        """Show a layer the queries (batch, query heads, n, key dim) of a pass over so many tokens."""
         with self._taking_back(layer_idx, tokens):
-            self.layers[layer_idx].see_queries(query)
+            see(query)
 
     @contextmanager
     def _taking_back(self, layer_idx: int, tokens: int) -> Iterator[None]:
