@@ -146,7 +146,7 @@ class RotorQuantCache(Cache):
     def _show(
         self, see: Callable[[Tensor], None], layer_idx: int, tokens: int, query: Tensor
     ) -> None:
-        """Show a layer the queries (batch, query heads, n, key dim) of a pass over so many tokens."""
+        """Show a layer queries (batch, query heads, n, key dim) of a pass over so many tokens."""
         with self._taking_back(layer_idx, tokens):
             see(query)
 
