@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 _LEAVES = (str, bytes, int, float, complex, type, torch.dtype, torch.device, torch.Generator)
 
 
-def tensors_in(root: Any, modules: bool = True) -> Iterator[Tensor]:
+def tensors_in(root: Any, modules: bool = True, wrappers: bool = False) -> Iterator[Tensor]:
     """Every plain tensor that can be reached from an object through its attributes.
 
     Wrapper tensors, such as quanto's, are opened. Functions and classes are not entered.
@@ -20,6 +20,7 @@ def tensors_in(root: Any, modules: bool = True) -> Iterator[Tensor]:
     Args:
         root: the object.
         modules: enter `nn.Module`s too: the tables of quantisers, which caches share.
+        wrappers: give wrapper tensors themselves, instead of what is in them.
     """
     seen: set[int] = set()
     found: list[Any] = [root]
@@ -33,7 +34,7 @@ def tensors_in(root: Any, modules: bool = True) -> Iterator[Tensor]:
         if isinstance(x, torch.nn.Module) and not modules:
             continue
         if isinstance(x, Tensor):
-            if is_traceable_wrapper_subclass(x):
+            if is_traceable_wrapper_subclass(x) and not wrappers:
                 names, _ = x.__tensor_flatten__()
                 found += [getattr(x, name) for name in names]
             else:

@@ -20,6 +20,7 @@ no queries are looked at any more, and nothing waits.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +86,16 @@ class RotorQuantLayer(CacheLayerMixin):
         self.sinks = (key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
         self.recent = (key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
         self.is_initialized = True
+
+    def __copy__(self) -> RotorQuantLayer:
+        """A fork of the layer: it goes its own way, as one of a DynamicCache does."""
+        fork = object.__new__(type(self))
+        fork.__dict__.update(self.__dict__)
+        if self.is_initialized:
+            # The ring is written in place, the store when its rows are not shared any more.
+            fork._recent, fork.ring = self.recent, None
+            fork._store, fork._queries = copy.copy(self.store), list(self._queries)
+        return fork
 
     def _of_the_batch(self, statistics: ChannelStatistics, states: Tensor) -> ChannelStatistics:
         batch, heads, _, d = states.shape

@@ -15,13 +15,15 @@ _GRANULE = 32
 class TokenBuffers:
     """Named tensors (batch, heads, capacity, ...) of which the rows [start, end) are in use.
 
-    Slices handed out by `rows` stay valid until `crop` gives up their rows, which later appends
-    then write again.
+    Slices handed out by `rows` stay valid: rows given up at the end are not written again, the
+    tensors are copied instead. Likewise a `copy.copy` shares the tensors until either is appended
+    to.
     """
 
     start: int
     end: int
     tensors: dict[str, Tensor]
+    _written: int  # rows of the tensors that somebody may look at: at least `end`
 
     def __init__(self) -> None:
         self.pinned = False  # True: memory stays where it is, as a CUDA graph remembers it
@@ -58,8 +60,19 @@ class TokenBuffers:
                 self.tensors[name] = tensor.clone()
 
     def has_room(self, count: int) -> bool:
-        """Whether `count` more rows fit."""
-        return bool(self.tensors) and self.end + count <= self.capacity
+        """Whether `count` more rows fit behind the last, where nobody has been before."""
+        return bool(self.tensors) and count <= self.room
+
+    @property
+    def room(self) -> int:
+        """Rows that can be taken without new memory."""
+        return self.capacity - self.end if self.end == self._written else 0
+
+    def __copy__(self) -> TokenBuffers:
+        fork = TokenBuffers()
+        fork.tensors, fork.start, fork.end = dict(self.tensors), self.start, self.end
+        self._written = fork._written = self.capacity + 1  # both copy before they append
+        return fork
 
     def grown(self, like: dict[str, Tensor], count: int) -> dict[str, Tensor]:
         """Copies with the rows in use at the front and room for `count` more; see `adopt`."""
@@ -71,10 +84,12 @@ class TokenBuffers:
         """Take the copies that `grown` made in the place of the tensors."""
         self.tensors = tensors
         self.start, self.end = 0, len(self)
+        self._written = self.end
 
     def extend(self, count: int) -> None:
         """Count `count` rows, written behind the last one, among those in use."""
         self.end += count
+        self._written = max(self._written, self.end)
 
     def _copies(self, like: dict[str, Tensor], capacity: int) -> dict[str, Tensor]:
         copies = {}
@@ -119,7 +134,7 @@ class TokenBuffers:
     def clear(self) -> None:
         """Give up everything."""
         self.tensors = {}
-        self.start = self.end = 0
+        self.start = self.end = self._written = 0
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by `fn` of it (a batch selection, a move to a device)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -63,6 +64,13 @@ class RotorQuantKVCache:
         self.values = PackedSide(
             config.value_spec, d_value, device, equalize=config.equalize_values
         )
+
+    def __copy__(self) -> RotorQuantKVCache:
+        """One that goes its own way; rows are shared until either appends."""
+        fork = object.__new__(type(self))
+        sides = {"keys": copy.copy(self.keys), "values": copy.copy(self.values)}
+        fork.__dict__.update(self.__dict__, **sides)
+        return fork
 
     @property
     def sides(self) -> tuple[PackedSide, PackedSide]:
@@ -252,7 +260,7 @@ class RotorQuantKVCache:
     @property
     def room(self) -> int:
         """Tokens that can be taken without new memory."""
-        return self.keys.buffers.capacity - self.keys.buffers.end
+        return self.keys.buffers.room
 
     def _check(self, name: str, x: Tensor, side: PackedSide) -> None:
         check_vectors(name, x, side.d)

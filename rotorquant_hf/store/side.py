@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -58,6 +59,12 @@ class PackedSide:
         self.statistics: ChannelStatistics | None = None
         self.calibrated = False
         _ = self.quantizer  # refuse impossible settings now
+
+    def __copy__(self) -> PackedSide:
+        """One that goes its own way; rows are shared until either appends."""
+        fork = object.__new__(type(self))
+        fork.__dict__.update(self.__dict__, buffers=copy.copy(self.buffers))
+        return fork
 
     @property
     def quantizer(self) -> Quantizer:

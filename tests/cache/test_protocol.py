@@ -658,6 +658,73 @@ def test_copies_are_independent(copy_of, with_config):
     assert twin.memory().parts == cache.memory().parts
 
 
+def forked(cache):
+    """A cache by a shallow copy of every layer, as prefixes are shared by hand."""
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    return fork
+
+
+@pytest.mark.parametrize("aware", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_forks_go_their_own_ways(name, aware):
+    """As those of a DynamicCache, with the codes of the shared prefix in memory once."""
+    model, ids = build(name), prompt(2, 90)
+    cache = RotorQuantCache(config=model.config, **SMALL | {"query_aware": aware})
+    feed(model, cache, ids, (30, 1))
+    forks = [forked(cache), forked(cache)]
+    twin = copy.deepcopy(cache)
+    codes = [x.store.keys.buffers.tensors["codes"].data_ptr() for x in cache.layers]
+    for fork in forks:
+        assert same(snapshot(fork.layers), snapshot(cache.layers))
+        assert [x.store.keys.buffers.tensors["codes"].data_ptr() for x in fork.layers] == codes
+    before = snapshot(twin.layers)
+    other = feed(model, forks[0], ids[:, 50:], (11, 1, 1, 9, 1))
+    assert same(snapshot(cache.layers), before)
+    logits = feed(model, cache, ids[:, 31:], (6, 1, 1, 4, 1))
+    assert torch.equal(feed(model, twin, ids[:, 31:], (6, 1, 1, 4, 1)), logits)
+    assert same(snapshot(forks[1].layers), before)
+    assert torch.equal(feed(model, forks[1], ids[:, 31:], (6, 1, 1, 4, 1)), logits)
+    assert torch.equal(
+        feed(model, forked(twin), ids[:, 50:], (1,)), feed(model, twin, ids[:, 50:], (1,))
+    )
+    assert not torch.equal(other, logits)
+
+
+def test_a_fork_of_a_layer_that_is_cropped_is_not():
+    layer, source = RotorQuantLayer(RotorQuantConfig(**TINY)), Source()
+    layer.update(*source(20))
+    fork, before = copy.copy(layer), plain(layer.keys).clone()
+    layer.crop(-12)
+    layer.update(*source(12))
+    assert torch.equal(plain(fork.keys), before)
+    fork.crop(-3)
+    fork.update(*source(9))
+    assert torch.equal(plain(fork.keys)[:, :, :14], before[:, :, :14])
+    assert not torch.equal(plain(layer.keys)[:, :, 8:14], before[:, :, 8:14])
+
+
+@pytest.mark.parametrize("kind", ["full", "sliding"])
+def test_states_that_are_held_stay_as_they_were(kind):
+    """Attention reads what it was handed, whatever has been done to the layer since."""
+    config, source = RotorQuantConfig(**TINY), Source()
+    layer = RotorQuantLayer(config) if kind == "full" else RotorQuantSlidingLayer(config, 50)
+    layer.update(*source(20))
+    held = [*layer.update(*source(9)), layer.keys, layer.values]
+    before = [plain(x).clone() for x in held]
+    assert len(layer.store) > 16
+    for change in (
+        lambda: layer.crop(-19),
+        lambda: layer.update(*source(12)),
+        lambda: layer.crop(-2),
+        lambda: layer.update(*source(1)),
+        lambda: layer.reset(),
+        lambda: layer.update(*source(40)),
+    ):
+        change()
+        assert all(torch.equal(plain(x), y) for x, y in zip(held, before, strict=True))
+
+
 # --- memory that is not kept ---
 
 

@@ -240,14 +240,20 @@ def test_what_another_layer_keeps_does_not_pass_for_codes(model, sampled) -> Non
 
 @pytest.mark.parametrize("name", ["rotorquant", "hqq", "quanto"])
 def test_the_cache_that_is_measured_stays_as_it_is(model, sampled, name) -> None:
-    """Bit by bit, and all that can be reached from it."""
+    """Bit by bit, and all that can be reached from it; and the text is not fed again for copies."""
     wait = {"statistics_length": 0} if name == "rotorquant" else {}
     spec = CacheSpec.of(name, {"residual_length": 32} | wait)
     cache = spec.make(model.config)
     feed(model, sampled[:, :292], cache, 64)
     before = [x.clone() for x in tensors_in(cache)]  # spare capacity may hold NaN
-    make = functools.partial(spec.make, model.config)
+    made = []
+
+    def make():
+        made.append(spec.make(model.config))
+        return made[-1]
+
     assert warnings_of_filled(model, sampled[:, :300], 292, cache, make, 64) == []
+    assert not made
     after = list(tensors_in(cache))
     assert len(after) == len(before) > 8
     for x, y in zip(after, before, strict=True):

@@ -180,6 +180,26 @@ def test_copies_are_independent():
         assert twin.get_seq_length() == 43
 
 
+def test_a_fork_goes_its_own_way():
+    states, twin_states = tokens(80), tokens(80, seed=1)
+    target = layer()
+    for _ in feed(target, states, (40, 1, 1), "triton"):
+        pass
+    fork, before = copy.copy(target), dense(target.keys).clone()
+    with backend("triton"):
+        for i in range(42, 60):
+            fork.update(*twin_states[:, :, :, i : i + 1])
+        assert torch.equal(dense(target.keys), before)
+        alone = copy.deepcopy(target)
+        for i in range(42, 60):
+            target.update(*states[:, :, :, i : i + 1])
+            alone.update(*states[:, :, :, i : i + 1])
+    assert torch.equal(dense(target.keys), dense(alone.keys))
+    same = target.sinks[0].shape[2] + 8  # of what was packed in both
+    assert torch.equal(dense(fork.keys)[:, :, :same], before[:, :, :same])
+    assert not torch.equal(dense(fork.keys), dense(target.keys))
+
+
 def test_the_ring_is_counted():
     states = tokens(60)
     target = layer()
