@@ -67,6 +67,7 @@ class RotorQuantLayer(CacheLayerMixin):
         # Of single tokens, not yet in the moment, and where in the text these are.
         self._queries: list[tuple[int, Tensor]] = []
         self._before: tuple[Tensor, Tensor] | None = None
+        self._gradient_cut = False  # some packed tokens were recorded by autograd
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device, batch, heads and head dims from the first states."""
@@ -166,6 +167,9 @@ class RotorQuantLayer(CacheLayerMixin):
                 entries. The layer is then as it was.
         """
         self._check(key_states, value_states)
+        if not torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            # Leaves, which would ask for a gradient in a later pass.
+            key_states, value_states = key_states.detach(), value_states.detach()
         fresh = not self.is_initialized
         self.settle()
         try:
@@ -289,8 +293,8 @@ class RotorQuantLayer(CacheLayerMixin):
             return False
         if not store.kernels_take(keys.dtype):
             return False
-        recorded = (keys, values, *self._recent)
-        return not (torch.is_grad_enabled() and any(x.requires_grad for x in recorded))
+        recorded = any(x.requires_grad for x in (keys, values, *self._recent))
+        return not (torch.is_grad_enabled() and (recorded or self._gradient_cut))
 
     def _seen_by_a_query(self) -> int:
         """Tokens that a query sees, 0 for all."""
@@ -351,6 +355,7 @@ class RotorQuantLayer(CacheLayerMixin):
             self.moment,
         )
         self.moment = None
+        self._gradient_cut |= keys.requires_grad or values.requires_grad
         return count
 
     def _wanted(self) -> int:
@@ -365,6 +370,8 @@ class RotorQuantLayer(CacheLayerMixin):
         """Keys and values as attention receives them, without the first `skip` packed tokens."""
         if len(self.store) <= skip:
             return join(sinks[0], recent[0]), join(sinks[1], recent[1])
+        if self._gradient_cut and torch.is_grad_enabled():
+            sinks, recent = _refusing_gradients(sinks), _refusing_gradients(recent)
         return (
             CompressedTensor(CachedStates(sinks[0], self.store.keys.span(skip), recent[0])),
             CompressedTensor(CachedStates(sinks[1], self.store.values.span(skip), recent[1])),
@@ -493,6 +500,7 @@ class RotorQuantLayer(CacheLayerMixin):
         for name in ("_store", "_sinks", "_recent", "dtype", "device"):
             self.__dict__.pop(name, None)
         self.ring = self.moment = self._before = None
+        self._gradient_cut = False
         self._queries = []
         self.is_initialized = False
 
@@ -559,6 +567,23 @@ class RotorQuantLayer(CacheLayerMixin):
         per_token = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
         packed = len(self.store)
         return (keys.shape[2] + packed + self.recent_length) * per_token, packed * per_token
+
+
+def _refusing_gradients(states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values through which no gradient goes: it would lack that of packed tokens."""
+    keys, values = (
+        x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in states
+    )
+    for x in (keys, values):
+        x.register_hook(_refuse_gradient)
+    return keys, values
+
+
+def _refuse_gradient(_: Tensor) -> None:
+    raise RuntimeError(
+        "no gradient goes through tokens that this cache has quantised in an earlier pass; run "
+        "that pass under torch.no_grad() if it needs none, or train with a DynamicCache"
+    )
 
 
 def join(old: Tensor, new: Tensor) -> Tensor:

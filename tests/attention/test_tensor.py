@@ -405,19 +405,38 @@ def test_every_materialisation_is_a_tensor_of_its_own(keys):
     assert equal(keys.materialize(), second)
 
 
-def test_gradients_flow_to_the_exact_tail_only():
-    config = RotorQuantConfig(
-        residual_length=4, statistics_length=0, block_length=2, num_sink_tokens=0
-    )
+def by_passes(first: torch.Tensor, second: torch.Tensor, recorded: bool, **window):
+    """The sum of what a query reads of keys and values from two passes."""
+    config = RotorQuantConfig(**{**FEW, **window})
     layer = RotorQuantLayer(config)
-    old = [torch.randn(1, 1, 20, D, requires_grad=True) for _ in range(2)]
-    layer.update(*old)
-    new = [torch.randn(1, 1, 1, D, requires_grad=True) for _ in range(2)]
-    keys, values = layer.update(*new)
-    query = torch.randn(1, 1, 1, D)
-    F.scaled_dot_product_attention(query, keys, values).sum().backward()
-    for x in new:
-        assert bool((x.grad != 0).any())
-    for x in old:
-        assert not bool((x.grad[:, :, :16] != 0).any())
-        assert bool((x.grad[:, :, 16:] != 0).any())
+    with torch.set_grad_enabled(recorded):
+        layer.update(first, first)
+    query = torch.randn(1, 1, 1, D, generator=torch.Generator().manual_seed(0))
+    return F.scaled_dot_product_attention(query, *layer.update(second, second)).sum()
+
+
+FEW = {"residual_length": 4, "statistics_length": 0, "block_length": 2, "num_sink_tokens": 0}
+
+
+def test_gradients_flow_to_new_tokens():
+    old = torch.randn(1, 1, 20, D)
+    new = torch.randn(1, 1, 3, D, requires_grad=True)
+    by_passes(old, new, True).backward()
+    assert bool((new.grad != 0).all())
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_gradients_that_quantised_tokens_would_lack_are_refused(recorded):
+    """Not so where they were not wanted: a pass without them, or nothing quantised."""
+    old, new = (torch.randn(1, 1, n, D, requires_grad=True) for n in (20, 3))
+    if recorded:
+        for window in ({}, {"residual_length": 0}):
+            for then in (new, new.detach()):
+                read = by_passes(old, then, True, **window)
+                with pytest.raises(RuntimeError, match="quantised in an earlier pass"):
+                    read.backward()
+        assert old.grad is None
+        by_passes(old, new, True, residual_length=40).backward()
+        assert bool((old.grad != 0).all())
+    by_passes(old.detach() if recorded else old, new, recorded).backward()
+    assert bool((new.grad != 0).any())
