@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,10 @@ from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.rope import Rope
 
 _SLIDING = ("sliding_attention", "chunked_attention")
+_OTHER_SEQUENCES = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+"""What the modules of Transformers call the sequence that cross-attention reads."""
+
+_MAX_FRAMES = 8  # from `update` to the attention that calls it, torch's wrappers between them
 
 
 class RotorQuantCache(Cache):
@@ -136,6 +141,14 @@ class RotorQuantCache(Cache):
                 before this one, so that the forward pass can be repeated. The same if they are
                 quantised, and refused, only when attention shows its queries.
         """
+        if layer_idx == self._last_update[0] and _is_called_by_cross_attention():
+            with self._taking_back(layer_idx + 1, self._last_update[1]):
+                raise ValueError(
+                    "this cache was handed to an encoder-decoder model, whose self- and "
+                    "cross-attention would write into the same layers; pass past_key_values="
+                    "EncoderDecoderCache(RotorQuantCache(config=model.config), "
+                    "DynamicCache(config=model.config))"
+                )
         self._settle_others(layer_idx, key_states.shape[-2])
         with self._taking_back(layer_idx, key_states.shape[-2]):
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -256,6 +269,21 @@ class RotorQuantCache(Cache):
         tokens = self.get_seq_length() if self.layers else 0
         bits = f"{self.settings.key_bits}/{self.settings.value_bits}"
         return f"RotorQuantCache(key/value bits {bits}, layers={len(self.layers)}, tokens={tokens})"
+
+
+def _is_called_by_cross_attention() -> bool:
+    """Whether `update` is called by a module's attention over another sequence than its own.
+
+    Nothing but the caller tells: the states look alike, and Transformers does not name them.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(_MAX_FRAMES):
+        if frame is None:
+            break
+        if isinstance(frame.f_locals.get("self"), torch.nn.Module):
+            return any(frame.f_locals.get(name) is not None for name in _OTHER_SEQUENCES)
+        frame = frame.f_back
+    return False
 
 
 class _GrowingLayers(list[Any]):
