@@ -141,6 +141,7 @@ class RotorQuantCache(Cache):
                 before this one, so that the forward pass can be repeated. The same if they are
                 quantised, and refused, only when attention shows its queries.
         """
+        self._check_arguments(key_states, value_states, layer_idx)
         if layer_idx == self._last_update[0] and _is_called_by_cross_attention():
             with self._taking_back(layer_idx + 1, self._last_update[1]):
                 raise ValueError(
@@ -155,6 +156,20 @@ class RotorQuantCache(Cache):
         if isinstance(keys, CompressedTensor) and keys.on_query is not None:
             keys.on_query = partial(self._show, keys.on_query, layer_idx, key_states.shape[-2])
         return keys, values
+
+    def _check_arguments(self, key_states: Any, value_states: Any, layer_idx: Any) -> None:
+        for name, x in (("key_states", key_states), ("value_states", value_states)):
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"{name} is of type {type(x).__name__}; pass a torch.Tensor (batch, kv heads, "
+                    "tokens, head dim)"
+                )
+        if not isinstance(layer_idx, int) or isinstance(layer_idx, bool):
+            raise TypeError(f"layer_idx is {layer_idx!r}; pass the layer's number, from 0 on")
+        count = None if self.layer_class_to_replicate is not None else len(self.layers)
+        if layer_idx < 0 or (count is not None and layer_idx >= count):
+            last = " on" if count is None else f" to {count - 1}, as the model's config has them"
+            raise ValueError(f"layer_idx is {layer_idx}; pass the layer's number, from 0{last}")
 
     def _show(
         self, see: Callable[[Tensor], None], layer_idx: int, tokens: int, query: Tensor
@@ -217,6 +232,11 @@ class RotorQuantCache(Cache):
         if not self.layers:
             layers = [RotorQuantLayer(self.settings)]
         return min((layer.tokens_until_packing() for layer in layers), default=sys.maxsize)
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
+        """Keys and values of every layer, and None, as a `DynamicCache` gives them."""
+        for layer in self.layers:
+            yield getattr(layer, "keys", None), getattr(layer, "values", None), None
 
     def memory(self) -> MemoryReport:
         """The bytes that this cache takes, by part, measured on its tensors."""

@@ -175,11 +175,27 @@ class RotorQuantLayer(CacheLayerMixin):
         try:
             if fresh:
                 self.lazy_initialization(key_states, value_states)
-            return self._advance(key_states, value_states)
+            return self._advance(*self._of_one_dtype(key_states, value_states))
         except BaseException:
             if fresh:
                 self.reset()
             raise
+
+    def _of_one_dtype(self, *new: Tensor) -> tuple[Tensor, Tensor]:
+        """New keys and values in the dtype of the layer: the wider of both, as `torch.cat` has it.
+
+        A prompt may be read under autocast, and generation go on without.
+        """
+        held = self._sinks[0].dtype, self._sinks[1].dtype
+        wider = [torch.promote_types(x.dtype, y) for x, y in zip(new, held, strict=True)]
+        if tuple(wider) != held:
+            self.sinks, self.recent = (
+                (keys.to(wider[0]), values.to(wider[1]))
+                for keys, values in (self.sinks, self.recent)
+            )
+            self.dtype = wider[0]
+        keys, values = (x.to(dtype) for x, dtype in zip(new, wider, strict=True))
+        return keys, values
 
     def _advance(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new tokens and return what their attention reads; an error stores none."""
@@ -421,7 +437,6 @@ class RotorQuantLayer(CacheLayerMixin):
             ("batch size", x.shape[0], held.shape[0]),
             ("number of heads", x.shape[1], held.shape[1]),
             ("head dim", x.shape[3], held.shape[3]),
-            ("dtype", x.dtype, held.dtype),
             ("device", x.device, held.device),
         ):
             if new != old:
@@ -524,9 +539,12 @@ class RotorQuantLayer(CacheLayerMixin):
         """Repeat every batch row `repeats` times."""
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the batch rows `indices` (integers or a boolean mask)."""
-        self._map(lambda x: x[torch.as_tensor(indices, device=x.device)])
+    def batch_select_indices(self, indices: Tensor | slice) -> None:
+        """Keep the batch rows `indices` (integers, a boolean mask, or a slice)."""
+        if isinstance(indices, slice):
+            self._map(lambda x: x[indices].clone())
+        else:
+            self._map(lambda x: x[torch.as_tensor(indices, device=x.device)])
 
     def offload(self) -> None:
         """Move the layer's data to the CPU."""

@@ -149,11 +149,6 @@ BAD_ALONE: dict[str, tuple[Callable[[], Pair], type[Exception], tuple[str, ...]]
     ),
 }
 BAD_AFTERWARDS: dict[str, tuple[Callable[[], Pair], type[Exception], tuple[str, ...]]] = {
-    "bfloat16 into float32": (
-        lambda: tuple(x.bfloat16() for x in states()),
-        ValueError,
-        ("dtype torch.bfloat16", "dtype torch.float32", "use a new cache, or cache.reset()"),
-    ),
     "more rows": (
         lambda: states(rows=4),
         ValueError,
@@ -564,6 +559,40 @@ def test_finite_entries_are_looked_for_once(kind, quantizer, monkeypatch):
     looked.clear()
     store.key_quantizer.quantize(keys)
     assert looked == [keys.shape]
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+@pytest.mark.parametrize(
+    ("change", "error", "parts"),
+    [
+        ({"layer_idx": -1}, ValueError, ("layer_idx is -1", "from 0 ")),
+        ({"layer_idx": "0"}, TypeError, ("layer_idx is '0'", "from 0 on")),
+        ({"layer_idx": True}, TypeError, ("layer_idx is True",)),
+        ({"key_states": [[1.0]]}, TypeError, ("key_states is of type list", "torch.Tensor")),
+        (
+            {"value_states": torch.zeros(2, 2, 5, 16).numpy()},
+            TypeError,
+            ("value_states is of type ndarray", "(batch, kv heads, tokens, head dim)"),
+        ),
+    ],
+    ids=["negative layer", "layer in words", "layer that is a truth", "list", "numpy"],
+)
+def test_arguments_of_update_in_the_wrong_place(change, error, parts, with_config):
+    cache = RotorQuantCache(config=build("llama").config if with_config else None)
+    right = {"key_states": torch.zeros(2, 2, 5, 16), "value_states": torch.zeros(2, 2, 5, 16)}
+    message = message_of(error, lambda: cache.update(**{**right, "layer_idx": 0, **change}))
+    assert [part for part in parts if part not in message] == [], message
+    assert cache.get_seq_length() == 0
+    cache.update(**right, layer_idx=0)
+
+
+def test_a_layer_that_the_model_does_not_have():
+    config = build("llama").config
+    cache = RotorQuantCache(config=config)
+    count = config.num_hidden_layers
+    states = torch.zeros(2, 2, 5, 16)
+    message = message_of(ValueError, lambda: cache.update(states, states, count))
+    assert f"layer_idx is {count}; pass the layer's number, from 0 to {count - 1}" in message
 
 
 def test_entries_that_overflow_on_the_way_are_refused():

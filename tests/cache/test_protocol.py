@@ -725,6 +725,63 @@ def test_states_that_are_held_stay_as_they_were(kind):
         assert all(torch.equal(plain(x), y) for x, y in zip(held, before, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["full", "sliding"])
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "float16")], ids="-".join)
+def test_states_of_another_dtype_later(kind, dtypes):
+    """A prompt under autocast: as `torch.cat` has it, the wider of both."""
+    config, source = RotorQuantConfig(**TINY), Source()
+    first, then = (getattr(torch, name) for name in dtypes)
+    mixed, even = (
+        RotorQuantLayer(config) if kind == "full" else RotorQuantSlidingLayer(config, 50)
+        for _ in range(2)
+    )
+    prompted, new = source(20), source(3)
+    mixed.update(*(x.to(first) for x in prompted))
+    even.update(*(x.to(first).float() for x in prompted))
+    seen = mixed.update(*(x.to(then) for x in new))
+    wanted = even.update(*(x.to(then).float() for x in new))
+    assert len(mixed.store) == 18 if kind == "full" else 20
+    for x, y in zip(seen, wanted, strict=True):
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(plain(x), plain(y))
+
+
+def test_a_prompt_under_autocast():
+    model, ids = build("llama"), prompt(2, 60)
+    logits = []
+    for cache in (DynamicCache(), RotorQuantCache(residual_length=100), RotorQuantCache(**SMALL)):
+        with torch.no_grad():
+            with torch.autocast("cpu", torch.bfloat16):
+                model(ids[:, :50], past_key_values=cache)
+            logits.append(model(ids[:, 50:], past_key_values=cache).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert (logits[0] - logits[2]).abs().max() < 0.3 * logits[0].abs().max()
+
+
+def test_iterating_gives_keys_and_values():
+    model, ids = build("llama"), prompt(2, 30)
+    cache = RotorQuantCache(config=model.config, **SMALL)
+    exact = DynamicCache(config=model.config)
+    feed(model, cache, ids, (30,))
+    feed(model, exact, ids, (30,))
+    for (keys, values, _), (exact_keys, exact_values, _) in zip(cache, exact, strict=True):
+        assert keys.shape == exact_keys.shape
+        assert (plain(values) - exact_values).square().mean() < 0.02 * exact_values.square().mean()
+    with_states = RotorQuantCache(config=build("qwen3_next").config)
+    assert next(iter(with_states)) == (None, None, None)  # no attention over keys and values
+
+
+def test_rows_by_a_slice():
+    model, ids = build("llama"), prompt(4, 40)
+    by_slice, by_numbers = (RotorQuantCache(config=model.config, **SMALL) for _ in range(2))
+    for cache in (by_slice, by_numbers):
+        feed(model, cache, ids, (30,))
+    by_slice.batch_select_indices(slice(1, 3))
+    by_numbers.batch_select_indices(torch.tensor([1, 2]))
+    assert same(snapshot(by_slice.layers), snapshot(by_numbers.layers))
+    assert torch.equal(*(feed(model, x, ids[1:3, 30:], (5, 1)) for x in (by_slice, by_numbers)))
+
+
 # --- memory that is not kept ---
 
 
@@ -891,7 +948,8 @@ def test_early_initialization(name):
 @pytest.mark.parametrize("kind", LAYERS)
 def test_keys_and_values_may_require_gradients(kind):
     layer, source = LAYERS[kind](), Source()
-    layer.update(*(x.requires_grad_() for x in source(12)))
+    with torch.no_grad():
+        layer.update(*(x.requires_grad_() for x in source(12)))
     new = [x.requires_grad_() for x in source(3)]
     keys, values = layer.update(*new)
     assert isinstance(keys, CompressedTensor)
