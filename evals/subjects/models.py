@@ -168,9 +168,15 @@ def load_model(
 
 
 def _read_model(name: str, **options: Any) -> PreTrainedModel:
+    attention = options.get("attn_implementation")
     try:
         return AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if attention is not None and not isinstance(error, OSError) and "ttention" in str(error):
+            raise InputError(
+                f"attention {attention!r} cannot be used here: choose sdpa, rotorquant or eager "
+                f"({first_line(error)})"
+            ) from error
         raise InputError(
             f"could not load model {name}: name a folder with a model, or a model on the Hub when "
             f"online ({first_line(error)})"

@@ -137,10 +137,29 @@ def read_plan(path: Path, replaced: Mapping[str, Any] | None = None) -> Plan:
     path = Path(shipped(str(path)))
     require(path.is_file(), f"no file {path}" + (": it is a folder" * path.is_dir()))
     try:
-        spec = yaml.safe_load(path.read_text(encoding="utf-8"))
+        spec = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {error}") from error
     return plan_of(spec, str(path), path.stem, replaced or {})
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which takes the last of two equal keys without a word; here they are refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node.
+
+        Raises:
+            yaml.YAMLError: if a key occurs twice.
+        """
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"the key {key.value!r} occurs again in line {line}")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def plan_of(spec: Any, where: str, name: str, replaced: Mapping[str, Any]) -> Plan:
@@ -178,6 +197,12 @@ def _weights_digest(model: str) -> str | None:
     elif path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors"))
     else:
+        require(
+            not path.is_absolute()
+            and path.parts[:1] not in (("..",), ("~",))
+            and model[:2] != "./",
+            f"no model in {model}: name a folder with a model, a GGUF file, or a name on the Hub",
+        )
         return None
     found = hashlib.sha256()
     for path in files:

@@ -214,6 +214,10 @@ def _entries(content: str, path: Path) -> list[dict[str, Any]]:
         try:
             entries.append(json.loads(line))
         except json.JSONDecodeError as error:
+            if number == 1 and not line.startswith("{"):
+                raise InputError(
+                    f"{path} is not a results file of a sweep: name another"
+                ) from error
             raise InputError(f"{path} is damaged in line {number} ({error}): remove it") from error
     return entries
 

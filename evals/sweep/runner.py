@@ -29,7 +29,7 @@ from ..failures import Failure, failure_of
 from ..measurements.base import Run
 from ..measurements.registry import MEASUREMENTS
 from ..places import called
-from ..progress import task
+from ..progress import say, task
 from ..requirements import missing, packages_of, require_packages
 from ..subjects.models import LoadedModel, ModelOptions, load, pick_device
 from .plan import Job, Plan, Row, digest
@@ -165,6 +165,9 @@ class _Runner:
         seconds = (time.perf_counter() - begin) / len(job.rows)
         for row, result in zip(job.rows, results, strict=True):
             self.file.append(self._row(row, result, seconds))
+            if isinstance(result, Failure):
+                what = f"{row.measure} of {row.cache.label} on {row.model.label}"
+                say(f"{what}: {result.status}: {result.reason}")
         failures = [result for result in results if isinstance(result, Failure)]
         if any(failure.fatal for failure in failures):
             raise NotAvailableError(

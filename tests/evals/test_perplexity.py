@@ -391,6 +391,7 @@ def test_command_without_json_prints_names_and_values(capsys) -> None:
     [
         (["--text", "absent.txt"], "absent.txt does not exist"),
         (["--text", TEXT, "--model", "no/such/model"], "could not load tokenizer no/such/model"),
+        (["--text", TEXT, "--attention", "none"], "attention 'none' cannot be used here: choose"),
         (
             ["--text", TEXT, "--cache", "dynamics"],
             "dynamics: unknown cache; choose",

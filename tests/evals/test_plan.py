@@ -125,6 +125,9 @@ def test_models_and_text_can_be_replaced(tmp_path) -> None:
         ({"models": None}, "perplexity: models is missing"),
         ({"models": "examples/books-7m"}, "models is 'examples/books-7m'; give a list"),
         ({"models": [3]}, "3 is not a model"),
+        ({"models": ["/nowhere/model"]}, "no model in /nowhere/model: name a folder with a model"),
+        ({"models": ["../nowhere"]}, "no model in ../nowhere"),
+        ({"models": ["./nowhere"]}, "no model in ./nowhere"),
         ({"models": [{"model": "a", "dtyp": "x"}]}, "unknown key 'dtyp'"),
         ({"models": [{"model": "a", "dtype": "int8"}]}, "dtype is 'int8'; choose one of auto"),
         ({"caches": []}, "caches is []; give a list"),
@@ -171,6 +174,8 @@ def test_files_that_are_no_plans_are_refused(tmp_path) -> None:
         ("a: [", "is not YAML"),
         ("[1, 2]", "is not a mapping"),
         ("", "not a mapping"),
+        ("name: a\ncaches: [k3v3]\ncaches: [k4v4]", "the key 'caches' occurs again in line 3"),
+        ("caches:\n  - {cache: k3v3, seed: 1, seed: 2}", "the key 'seed' occurs again in line 2"),
     ):
         path.write_text(content)
         with pytest.raises(InputError, match=says):

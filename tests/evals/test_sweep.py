@@ -235,6 +235,9 @@ def test_damaged_files_are_named(tmp_path) -> None:
         read_results([path])
     with pytest.raises(InputError, match="no results in"):
         read_results([tmp_path / "absent"])
+    path.write_text("# A page\n")
+    with pytest.raises(InputError, match=r"rows\.jsonl is not a results file of a sweep: name an"):
+        read_results([path])
 
 
 def test_failures_are_recorded_and_the_sweep_goes_on(config, tmp_path, monkeypatch, capsys) -> None:
@@ -261,7 +264,11 @@ def test_failures_are_recorded_and_the_sweep_goes_on(config, tmp_path, monkeypat
     with pytest.raises(SystemExit) as stopped:
         run(path, out)
     assert stopped.value.code == 1
-    assert "5 failed, 1 not run, 2 ok" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "5 failed, 1 not run, 2 ok" in said.out
+    assert "perplexity of hqq 4 bits on books-7m: not run: " in said.err
+    assert "memory of k4v4 on model: failed: " in said.err
+    assert "failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB" in said.err
     rows = lines(out)[1:]
     by_label = {(row["measurement"], row["cache"]["label"]): row for row in rows}
     failed = by_label["perplexity", "k2v2, statistics 0, window 32"]
