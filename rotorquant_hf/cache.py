@@ -18,7 +18,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types
 
 from rotorquant_hf import serialization
 from rotorquant_hf.attention.tensor import CompressedTensor
-from rotorquant_hf.calibration import Calibration
+from rotorquant_hf.calibration import Calibration, shape_of
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
@@ -90,6 +90,7 @@ class RotorQuantCache(Cache):
                 f"config is of type {type(config).__name__}; pass the model's config, model.config "
                 "(settings and preset names go first, without a keyword)"
             )
+        self._model = None if config is None else shape_of(config)
         self._last_update: tuple[int | None, int] = (None, 0)  # layer, and tokens that it got
         layers, make_layer = None, None
         if calibration is not None and not isinstance(calibration, Calibration):
@@ -250,7 +251,7 @@ class RotorQuantCache(Cache):
         Raises:
             ValueError: if the cache is empty.
         """
-        serialization.save(path, self.settings, self.layers)
+        serialization.save(path, self.settings, self.layers, self._model)
 
     @classmethod
     def load(
@@ -268,10 +269,11 @@ class RotorQuantCache(Cache):
 
         Raises:
             FileNotFoundError: if the file does not exist.
-            ValueError: if the file is truncated, was not written by `save`, or is of another
-                model or version.
+            ValueError: if the file is damaged, was not written by `save`, or is of another model
+                or version; or if the device cannot be used here.
         """
-        settings, layers = serialization.read(path, device)
+        model = None if config is None else shape_of(config)
+        settings, layers = serialization.read(path, device, model)
         cache = cls(settings, config=config)
         if config is None:
             foreign = [entry.type for entry in layers if entry.needs_config]

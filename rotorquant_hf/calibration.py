@@ -20,7 +20,7 @@ from rotorquant_hf.quant.channels import ChannelStatistics
 
 CALIBRATION_FILE = FileKind(
     name="rotorquant-calibration",
-    version=2,
+    version=3,
     missing="make it with calibrate(model, ids)",
     foreign="is not a calibration; make one with calibrate(model, ids)",
     again="calibrate again",

@@ -1,12 +1,14 @@
 """Safetensors files with a kind and a version: written whole or not at all, refused if not ours.
 
-The metadata names the kind and has a JSON header, whose "version" says how to read the rest.
+The metadata names the kind and has a JSON header, whose "version" says how to read the rest. A
+checksum in it, over every byte of the file, tells a damaged one.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,10 @@ from torch import Tensor
 from rotorquant_hf.version import __version__
 
 Pathlike = str | os.PathLike[str]
+
+_CHECKSUM = b'"crc32":"'
+_UNSEALED = "0" * 8
+_CHUNK = 1 << 24  # bytes
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,9 @@ class FileKind:
             partial.touch()
             ordinary = partial.stat().st_mode  # safetensors' files only the owner can read
             named = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(named, partial, {"format": self.name, "header": json.dumps(header)})
+            metadata = {"format": self.name, "header": json.dumps(header), "crc32": _UNSEALED}
+            save_file(named, partial, metadata)
+            seal(partial)
             partial.chmod(ordinary)
             os.replace(partial, path)
         finally:
@@ -75,6 +83,7 @@ class FileKind:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"file {path} does not exist; {self.missing}")
+        _check_device(device)
         try:
             with safe_open(path, framework="pt", device=str(torch.device(device))) as file:
                 metadata = file.metadata() or {}
@@ -93,6 +102,41 @@ class FileKind:
                     f"{header.get('rotorquant_hf', 'unknown')}), this is version {self.version}; "
                     f"{self.again}"
                 )
+            if metadata["crc32"] != _checksum(Path(path))[1]:
+                raise ValueError(f"{path} is damaged: its checksum is not right; {self.again}")
             yield header, tensors
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} has an invalid header ({error!r}); {self.again}") from error
+
+
+def seal(path: Path) -> None:
+    """Write the checksum of a file into it, in the place that its metadata have for it."""
+    place, checksum = _checksum(path)
+    assert place is not None
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(checksum.encode())
+
+
+def _checksum(path: Path) -> tuple[int | None, str]:
+    """Where a file has its checksum, and what it should be: that of the file with zeros there."""
+    with path.open("rb") as file:
+        size = file.read(8)
+        header = file.read(int.from_bytes(size, "little"))
+        at = header.find(_CHECKSUM)
+        begin = at + len(_CHECKSUM)
+        end = begin + len(_UNSEALED)
+        found = zlib.crc32(size + header[:begin] + _UNSEALED.encode() + header[end:])
+        while chunk := file.read(_CHUNK):
+            found = zlib.crc32(chunk, found)
+    return None if at < 0 else len(size) + begin, f"{found:08x}"
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device {str(device)!r} cannot be used here ({reason}); load on 'cpu'"
+        ) from error

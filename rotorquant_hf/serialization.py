@@ -24,7 +24,7 @@ from rotorquant_hf.quant.moments import QueryMoment
 
 CACHE_FILE = FileKind(
     name="rotorquant-cache",
-    version=3,
+    version=4,
     missing="pass the path that save() was given",
     foreign="was not written by RotorQuantCache.save",
     again="save the cache again",
@@ -45,12 +45,23 @@ class LayerEntry:
         return self.type not in (RotorQuantLayer.__name__, "DynamicLayer")
 
 
-def save(path: str | os.PathLike[str], settings: RotorQuantConfig, layers: Sequence[Any]) -> None:
-    """Write the layers to `path`. See `RotorQuantCache.save`."""
+def save(
+    path: str | os.PathLike[str],
+    settings: RotorQuantConfig,
+    layers: Sequence[Any],
+    model: dict[str, Any] | None = None,
+) -> None:
+    """Write the layers to `path`. See `RotorQuantCache.save`.
+
+    Args:
+        path, settings, layers: of the file.
+        model: what tells their model from others, as `shape_of` its config; None if not known.
+    """
     if not any(layer.is_initialized for layer in layers if hasattr(layer, "is_initialized")):
         raise ValueError("the cache is empty; run the model with it before saving")
     entries = [_entry_of(layer) for layer in layers]
     header = {
+        "model": model,
         "settings": settings.to_dict(),
         "layers": [
             {"type": e.type, "attributes": e.attributes, "tensors": sorted(e.tensors)}
@@ -66,10 +77,23 @@ def save(path: str | os.PathLike[str], settings: RotorQuantConfig, layers: Seque
 
 
 def read(
-    path: str | os.PathLike[str], device: torch.device | str
+    path: str | os.PathLike[str], device: torch.device | str, model: dict[str, Any] | None = None
 ) -> tuple[RotorQuantConfig, list[LayerEntry]]:
-    """Read settings and layers of a file, its tensors on `device`. See `RotorQuantCache.load`."""
+    """Read settings and layers of a file, its tensors on `device`. See `RotorQuantCache.load`.
+
+    Args:
+        path, device: of the file.
+        model: of the model that will read them, as in `save`.
+    """
     with CACHE_FILE.read(path, device) as (header, tensors):
+        saved = header["model"]
+        if model is not None and saved is not None:
+            for name in sorted(saved.keys() | model.keys()):
+                if saved.get(name) != model.get(name):
+                    raise ValueError(
+                        f"{path} is of another model: its {name} is {saved.get(name)}, this "
+                        f"model's is {model.get(name)}"
+                    )
         return _parse(path, header, tensors)
 
 

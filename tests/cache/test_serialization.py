@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from rotorquant_hf import RotorQuantCache
+from rotorquant_hf.files import seal
 
 SMALL_WINDOW = {"residual_length": 16, "statistics_length": 0, "block_length": 8}
 
@@ -140,6 +141,38 @@ def test_truncated_file(saved) -> None:
             RotorQuantCache.load(saved)
 
 
+def test_every_flipped_bit_is_noticed(saved) -> None:
+    """Of the header in all bytes, of the tensors in some."""
+    data = saved.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    for place in [*range(header), *range(header, len(data), 97), len(data) - 1]:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << place % 8
+        saved.write_bytes(damaged)
+        with pytest.raises(ValueError, match=saved.name):
+            RotorQuantCache.load(saved)
+    saved.write_bytes(data)
+    assert RotorQuantCache.load(saved).get_seq_length() == 50
+
+
+def test_tensors_of_more_than_a_chunk_are_read_to_the_end(saved, monkeypatch) -> None:
+    from rotorquant_hf import files
+
+    monkeypatch.setattr(files, "_CHUNK", 1000)
+    data = saved.read_bytes()
+    assert len(data) > 5000
+    RotorQuantCache.load(saved)
+    saved.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ValueError, match="its checksum is not right; save the cache again"):
+        RotorQuantCache.load(saved)
+
+
+def test_a_device_that_is_not_here(saved) -> None:
+    for device in ("cuda:9", "nonsense"):
+        with pytest.raises(ValueError, match=f"device '{device}' cannot be used here .*load on 'c"):
+            RotorQuantCache.load(saved, device=device)
+
+
 def test_foreign_file(tmp_path) -> None:
     save_file({"weight": torch.ones(3)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"not written by RotorQuantCache\.save"):
@@ -159,7 +192,8 @@ def rewrite(path: Path, change_header, drop: str = "") -> None:
         tensors = {name: file.get_tensor(name) for name in file.keys() if name != drop}  # noqa: SIM118
     header = json.loads(metadata["header"])
     change_header(header)
-    save_file(tensors, path, {**metadata, "header": json.dumps(header)})
+    save_file(tensors, path, {**metadata, "header": json.dumps(header), "crc32": "0" * 8})
+    seal(path)
 
 
 @pytest.mark.parametrize("version", [1, 99])
@@ -187,6 +221,23 @@ def test_other_model(saved) -> None:
         RotorQuantCache.load(saved, config=LlamaConfig(num_hidden_layers=5))
     with pytest.raises(ValueError, match="another model's"):
         RotorQuantCache.load(saved, config=LlamaConfig(num_hidden_layers=2, sliding_window=8))
+
+
+def test_a_model_of_other_sizes_with_the_same_layers(tmp_path) -> None:
+    """The keys and values have the same shapes."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
+    config, other = (LlamaConfig(**sizes, vocab_size=n) for n in (50, 60))
+    cache, x = RotorQuantCache(config=config, **SMALL_WINDOW), torch.randn(1, 2, 50, 16)
+    for layer in range(2):
+        cache.update(x, x, layer)
+    cache.save(tmp_path / "cache")
+    with pytest.raises(ValueError, match="another model: its vocab_size is 50, this model's is 60"):
+        RotorQuantCache.load(tmp_path / "cache", config=other)
+    again = RotorQuantCache.load(tmp_path / "cache", config=config)
+    again.save(tmp_path / "again")
+    with pytest.raises(ValueError, match="vocab_size"):
+        RotorQuantCache.load(tmp_path / "again", config=other)
+    assert RotorQuantCache.load(tmp_path / "cache").get_seq_length() == 50
 
 
 def test_failed_save_keeps_the_old_file(saved, monkeypatch) -> None:
