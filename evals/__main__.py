@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,11 +12,11 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from rotorquant_hf import PRESETS
+from rotorquant_hf import PRESETS, RotorQuantConfig
 
 from . import commands, verify
 from .caches.registry import KINDS, CacheSpec
-from .calibrate import CalibrateOptions, make_calibration
+from .calibrate import AllocateOptions, CalibrateOptions, make_allocation, make_calibration
 from .errors import InputError, NotAvailableError
 from .failures import Failure
 from .lm_eval.__main__ import main as lm_eval
@@ -153,6 +154,25 @@ def run_calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_allocate(args: argparse.Namespace) -> int:
+    """Divide the bits of a cache among a model's layers, by what errors cost there.
+
+    Prints the settings, for Python and for --cache.
+    """
+    spec = CacheSpec.named(args.cache, "--cache")
+    if not isinstance(spec.options, RotorQuantConfig):
+        raise InputError(f"--cache {args.cache}: name a preset of rotorquant, with its settings")
+    model = from_arguments(ModelOptions, args)
+    options = from_arguments(AllocateOptions, args)
+    require_packages("allocate", packages_of(model, options))
+    made = make_allocation(load(model), options, spec.options)
+    keys, values = (json.dumps(x, separators=(",", ":")) for x in (made.key_bits, made.value_bits))
+    more = "," if ":" in args.cache else ":"
+    print("\n".join(CacheSpec("rotorquant", made, "").code))
+    print(f"--cache '{args.cache}{more}key_bits={keys},value_bits={values}'")
+    return 0
+
+
 def run_lm_eval(args: argparse.Namespace) -> int:
     """Run lm-eval's own command line with the model `rotorquant`: it has no hook for plugins."""
     lm_eval(args.arguments)
@@ -254,6 +274,13 @@ def parser() -> argparse.ArgumentParser:
     add_arguments(p, CalibrateOptions, "text")
     p.add_argument("--preset", default="k4v4", choices=PRESETS, help="whose settings to calibrate")
     p.add_argument("--out", type=Path, required=True, help="file of the calibration")
+
+    p = command("allocate", run_allocate)
+    commands.add_model(p)
+    add_arguments(p, AllocateOptions, "text")
+    p.add_argument(
+        "--cache", default="k3v3", metavar="NAME[:OPTION=VALUE,...]", help="what is to be divided"
+    )
 
     p = command("lm-eval", run_lm_eval)
     p.add_argument("arguments", nargs=argparse.REMAINDER, help="see lm-eval --help")

@@ -4,6 +4,7 @@ from rotorquant_hf import RotorQuantCache
 model.generate(**inputs, past_key_values=RotorQuantCache())
 """
 
+from rotorquant_hf.allocating import allocate_bits
 from rotorquant_hf.attention.registered import register as _register_attention
 from rotorquant_hf.cache import RotorQuantCache
 from rotorquant_hf.calibrating import calibrate
@@ -26,6 +27,7 @@ __all__ = [
     "RotorQuantMSE",
     "RotorQuantProd",
     "__version__",
+    "allocate_bits",
     "calibrate",
 ]
 

@@ -289,7 +289,10 @@ class RotorQuantCache(Cache):
 
     def __repr__(self) -> str:
         tokens = self.get_seq_length() if self.layers else 0
-        bits = f"{self.settings.key_bits}/{self.settings.value_bits}"
+        bits = "/".join(
+            "by layer" if isinstance(x, tuple) else str(x)
+            for x in (self.settings.key_bits, self.settings.value_bits)
+        )
         return f"RotorQuantCache(key/value bits {bits}, layers={len(self.layers)}, tokens={tokens})"
 
 
@@ -318,7 +321,8 @@ class _GrowingLayers(list[Any]):
     def make(self) -> Any:
         """The next layer."""
         uncompressed = len(self) in self.settings.exact_layers
-        return _make_layer(self.settings, "full_attention", {}, uncompressed)
+        settings = self.settings.of_layer(len(self))
+        return _make_layer(settings, "full_attention", {}, uncompressed)
 
     def __getitem__(self, index: Any) -> Any:
         try:
@@ -341,10 +345,16 @@ def _layers_of_model(
     for index in settings.exact_layers:
         if not -len(types) <= index < len(types):
             raise ValueError(f"exact_layers has {index}, but the model has {len(types)} layers")
+    for name in ("key_bits", "value_bits"):
+        bits = getattr(settings, name)
+        if isinstance(bits, tuple) and len(bits) != len(types):
+            raise ValueError(
+                f"{name} has {len(bits)} numbers, but the model has {len(types)} layers"
+            )
     uncompressed = {index % len(types) for index in settings.exact_layers}
     return [
         _make_layer(
-            settings,
+            settings.of_layer(index),
             kind,
             options,
             index in uncompressed,

@@ -59,7 +59,9 @@ def calibrate(
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, RotorQuantLayer) and layer.is_initialized:
                 seen.setdefault(index, []).append(layer)
-    layers = {index: _statistics(passes, settings) for index, passes in seen.items()}
+    layers = {
+        index: _statistics(passes, settings.of_layer(index)) for index, passes in seen.items()
+    }
     return Calibration(shape_of(model.config), settings_of(settings), ids.numel(), layers)
 
 

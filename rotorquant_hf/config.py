@@ -33,8 +33,12 @@ class RotorQuantConfig:
         ValueError: for a value out of range, naming it and the possible ones.
     """
 
-    key_bits: int = _help(4, "bits per element of a key, 1 to 8 ('prod': 2 to 8)")
-    value_bits: int = _help(4, "bits per element of a value, 1 to 8")
+    key_bits: int | tuple[int, ...] = _help(
+        4,
+        "bits per element of a key, 1 to 8 ('prod': 2 to 8); a tuple has them layer by layer (see "
+        "allocate_bits)",
+    )
+    value_bits: int | tuple[int, ...] = _help(4, "the same of a value, 1 to 8")
     key_quantizer: str = _help(
         "mse",
         "'mse' (least squared error) or 'prod' (unbiased scores: one bit is spent on QJL signs)",
@@ -84,9 +88,8 @@ class RotorQuantConfig:
 
     def __post_init__(self) -> None:
         _check_choice("key_quantizer", self.key_quantizer, tuple(QUANTIZERS))
-        min_bits = QUANTIZERS[self.key_quantizer].min_bits
-        _check_int("key_bits", self.key_bits, min_bits, MAX_BITS)
-        _check_int("value_bits", self.value_bits, MIN_BITS, MAX_BITS)
+        self._check_bits("key_bits", QUANTIZERS[self.key_quantizer].min_bits)
+        self._check_bits("value_bits", MIN_BITS)
         _check_choice("rotation", self.rotation, ROTATIONS)
         _check_choice("key_scale", self.key_scale, SCALES)
         _check_choice("value_scale", self.value_scale, SCALES)
@@ -124,6 +127,35 @@ class RotorQuantConfig:
             raise ValueError(f"exact_layers is {layers!r}; pass layer indices such as (0, -1)")
         object.__setattr__(self, "exact_layers", tuple(layers))
 
+    def _check_bits(self, name: str, low: int) -> None:
+        bits = getattr(self, name)
+        if not isinstance(bits, tuple | list):
+            _check_int(name, bits, low, MAX_BITS)
+            return
+        if not bits:
+            raise ValueError(f"{name} is empty; give a number, or one for every layer")
+        for each in bits:
+            _check_int(f"{name} of a layer", each, low, MAX_BITS)
+        object.__setattr__(self, name, tuple(bits))
+
+    def of_layer(self, index: int) -> RotorQuantConfig:
+        """The settings of one layer: with the bits that it has where these go layer by layer.
+
+        Raises:
+            ValueError: if there are none for this layer.
+        """
+        given = {name: getattr(self, name) for name in ("key_bits", "value_bits")}
+        by_layer = {name: bits for name, bits in given.items() if isinstance(bits, tuple)}
+        for name, bits in by_layer.items():
+            if index >= len(bits):
+                raise ValueError(
+                    f"{name} has {len(bits)} numbers, but the model has a layer {index}; give one "
+                    "for every layer"
+                )
+        if not by_layer:
+            return self
+        return dataclasses.replace(self, **{name: x[index] for name, x in by_layer.items()})
+
     @property
     def tokens_until_packing(self) -> int:
         """Tokens of a text until its first ones are quantised, in a layer of full attention."""
@@ -144,7 +176,7 @@ class RotorQuantConfig:
         """The quantiser of keys."""
         return QuantizerSpec(
             name=self.key_quantizer,
-            bits=self.key_bits,
+            bits=_one_number("key_bits", self.key_bits),
             seed=self.seed,
             rotation=self.rotation,
             rotor_layers=self.rotor_layers,
@@ -158,7 +190,7 @@ class RotorQuantConfig:
         """The quantiser of values."""
         return QuantizerSpec(
             name="mse",
-            bits=self.value_bits,
+            bits=_one_number("value_bits", self.value_bits),
             seed=self.seed + _VALUE_SEED_OFFSET,
             rotation=self.rotation,
             rotor_layers=self.rotor_layers,
@@ -211,6 +243,15 @@ def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None
     if type(value) is not int or value < low or (high is not None and value > high):
         reach = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise ValueError(f"{name} is {value!r}; choose a whole number {reach}")
+
+
+def _one_number(name: str, bits: int | tuple[int, ...]) -> int:
+    if isinstance(bits, tuple):
+        raise ValueError(
+            f"{name} is {bits}, layer by layer; a single layer takes one number: see "
+            "RotorQuantConfig.of_layer"
+        )
+    return bits
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -116,7 +116,9 @@ class AttentionBench:
 
     def kernel(self, name: str, settings: RotorQuantConfig) -> Variant:
         """The kernels on packed codes."""
-        bits = (settings.key_bits + settings.value_bits) / 2 + 1  # and scales, window, spare
+        bits = (
+            settings.key_spec.bits + settings.value_spec.bits
+        ) / 2 + 1  # and scales, window, spare
         step_bytes = int(self.shape.dense_bytes() * bits / 16)
         self.take(step_bytes)
         steps = [take_step(self.shape, settings, self.generator)]
@@ -153,7 +155,9 @@ class AttentionBench:
 
     def update(self, name: str, settings: RotorQuantConfig) -> Variant:
         """A step of the layer that is not attention."""
-        self.take(int(self.shape.dense_bytes() * (settings.key_bits + settings.value_bits) / 32))
+        self.take(
+            int(self.shape.dense_bytes() * (settings.key_spec.bits + settings.value_spec.bits) / 32)
+        )
         layer = take_step(self.shape, settings, self.generator).layer
         new = self.shape.states(1, self.generator)
         moved = 2 * (new[0].nbytes + new[1].nbytes)

@@ -127,7 +127,10 @@ def estimated_bytes(name: str, model: PreTrainedModel, shape: GenerationShape) -
     settings = PRESETS[name]
     window = min(shape.context, settings.residual_length + 2 * settings.block_length)
     window_bytes = elements // shape.context * window * width
-    return int(elements * (settings.key_bits + settings.value_bits + 0.5) / 16) + window_bytes
+    return (
+        int(elements * (settings.key_spec.bits + settings.value_spec.bits + 0.5) / 16)
+        + window_bytes
+    )
 
 
 class Decoder:

@@ -58,8 +58,10 @@ class RotorQuant(Kind):
         preset = next((name for name, config in PRESETS.items() if config == options), None)
         if preset and plain:
             return preset
-        bits = f"k{options.key_bits}v{options.value_bits}"
+        bits = "k{}v{}".format(*map(_shown, (options.key_bits, options.value_bits)))
         differences = self.differences(options, skip=("key_bits", "value_bits"))
+        if _by_layer(options):
+            differences.insert(0, "by layer")
         return ", ".join([bits if plain else f"{self.name} {bits}", *differences])
 
     def code(self, options: RotorQuantConfig) -> tuple[str, str]:
@@ -69,9 +71,12 @@ class RotorQuant(Kind):
             values = dataclasses.asdict(options)
             return {name: x for name, x in values.items() if x != getattr(preset, name)}
 
-        name, preset = min(PRESETS.items(), key=lambda item: len(differing(item[1])))
+        presets = {f'"{name}"': preset for name, preset in PRESETS.items()}
+        if _by_layer(options):
+            presets = {"": RotorQuantConfig()}
+        name, preset = min(presets.items(), key=lambda item: len(differing(item[1])))
         given = [f"{field}={value!r}" for field, value in differing(preset).items()]
-        arguments = ", ".join([f'"{name}"', *given, "config=model.config"])
+        arguments = ", ".join([*([name] if name else []), *given, "config=model.config"])
         return "from rotorquant_hf import RotorQuantCache", f"RotorQuantCache({arguments})"
 
     def period(self, options: RotorQuantConfig) -> int:
@@ -120,3 +125,12 @@ HADAMARD = RotorQuant(
     "the same with a randomised Hadamard rotation",
     dataclasses.replace(_TURBOQUANT, rotation="hadamard"),
 )
+
+
+def _by_layer(options: RotorQuantConfig) -> bool:
+    return any(isinstance(x, tuple) for x in (options.key_bits, options.value_bits))
+
+
+def _shown(bits: int | tuple[int, ...]) -> str:
+    """Bits, or their mean over the layers."""
+    return f"{sum(bits) / len(bits):.3g}" if isinstance(bits, tuple) else str(bits)
