@@ -197,7 +197,7 @@ def test_committed_configs_are_plans(path, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     plan = read_plan(path)
     assert plan.name == path.stem
-    assert len(plan.rows) > 5
+    assert len(plan.rows) > 2
     assert any(row.cache.is_baseline for row in plan.rows)
     assert "-m evals sweep configs/" in path.read_text()
     assert set(yaml.safe_load(path.read_text())) <= {
