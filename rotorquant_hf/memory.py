@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rotorquant_hf.layers.full import RotorQuantLayer
 
@@ -125,7 +125,8 @@ def measure(layers: Iterable[Any], tokens: int) -> MemoryReport:
                 dtype = layer.dtype
                 if len(layer.store):
                     quantizers = [side.quantizer for side in layer.store.sides]
-                    tables |= {id(q): _module_bytes(q) for q in quantizers}
+                    # A rotation is one for all bits.
+                    tables |= {id(x): x.nbytes for q in quantizers for x in q.buffers()}
         else:
             for tensor in tensors_of(layer).values():
                 # A sliding layer of Transformers' keeps a view of all that it was last given.
@@ -145,7 +146,3 @@ def tensors_of(layer: Any) -> dict[str, Tensor]:
             if isinstance(entry, Tensor):
                 found[name if key is None else f"{name}.{key}"] = entry
     return found
-
-
-def _module_bytes(module: nn.Module) -> int:
-    return sum(buffer.nbytes for buffer in module.buffers())

@@ -29,7 +29,7 @@ from rotorquant_hf.quant.lloyd_max import LloydMaxCodebook, nearest
 from rotorquant_hf.quant.lookup import CodeTable
 from rotorquant_hf.quant.packing import pack, packed_bytes, unpack
 from rotorquant_hf.quant.quantizer import Quantizer, QuantizerSpec, Term
-from rotorquant_hf.quant.rotations import Rotation, make_rotation
+from rotorquant_hf.quant.rotations import Rotation, make_rotation, shared_rotation
 from rotorquant_hf.quant.rounding import Feedback, round_with_feedback
 
 SCALES = ("norm", "matched", "least_squares", "unbiased")
@@ -104,8 +104,7 @@ class RotorQuantMSE(Quantizer):
             spec.bits,
             spec.seed,
             device=device,
-            rotation=spec.rotation,
-            rotor_layers=spec.rotor_layers,
+            rotation=shared_rotation(d, spec.rotation, spec.rotor_layers, spec.seed, device),
             scale=spec.scale,
             scale_dtype=torch.float16,
         )

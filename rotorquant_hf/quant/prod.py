@@ -27,7 +27,7 @@ from rotorquant_hf.quant.lookup import CodeTable
 from rotorquant_hf.quant.mse import MSECodes, RotorQuantMSE, peak_and_rest
 from rotorquant_hf.quant.packing import pack, packed_bytes, unpack
 from rotorquant_hf.quant.quantizer import Quantizer, QuantizerSpec, Term
-from rotorquant_hf.quant.rotations import Rotation, haar_matrix
+from rotorquant_hf.quant.rotations import Rotation, haar_matrix, shared_rotation
 
 PROJECTIONS = ("orthogonal", "gaussian")
 """Names of the laws of S."""
@@ -116,8 +116,7 @@ class RotorQuantProd(Quantizer):
             spec.seed,
             device=device,
             projection=spec.qjl_projection,
-            rotation=spec.rotation,
-            rotor_layers=spec.rotor_layers,
+            rotation=shared_rotation(d, spec.rotation, spec.rotor_layers, spec.seed, device),
             scale=spec.scale,
             scale_dtype=torch.float16,
         )

@@ -16,6 +16,7 @@ tensor cores do faster than the layers one by one.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -243,3 +244,11 @@ def make_rotation(
         if kind == "rotors":
             return RotorLayers(d, layers or 1, seed)
         return HaarRotation(d, seed) if kind == "haar" else HadamardRotation(d, seed)
+
+
+@lru_cache(maxsize=64)
+def shared_rotation(
+    d: int, kind: str, layers: int | None, seed: int, device: torch.device
+) -> Rotation:
+    """`make_rotation` on a device, the same for quantisers of any bits: none may change it."""
+    return make_rotation(d, kind, layers, seed).to(device)

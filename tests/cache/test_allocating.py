@@ -56,6 +56,23 @@ def test_layers_have_the_bits_that_are_theirs(with_config, tmp_path):
     assert torch.equal(*(feed(model, x, ids[:, 41:], (9, 1)) for x in (cache, loaded)))
 
 
+def test_rotations_are_one_for_all_bits():
+    """A matrix is most of what a short text takes with wide heads."""
+
+    def tables(keys, values):
+        cache, x = RotorQuantCache(key_bits=keys, value_bits=values, **SMALL), states()
+        for layer in range(3):
+            cache.update(x, x, layer)
+        return cache.memory().parts["tables"]
+
+    def states() -> torch.Tensor:
+        return torch.randn(1, 1, 60, 256)
+
+    matrices = 2 * 256 * 256 * 4
+    assert matrices < tables(3, 3) < matrices + 500
+    assert matrices < tables((2, 3, 4), (5, 3, 2)) < matrices + 1000
+
+
 def test_what_is_wrong_is_named():
     config = build("llama").config
     count = config.num_hidden_layers
