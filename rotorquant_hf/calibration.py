@@ -8,6 +8,7 @@ its own text need not be seen, so that every attention implementation will do.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +116,12 @@ def _layers_of(
 def shape_of(config: PreTrainedConfig) -> dict[str, Any]:
     """What tells a model from others, by the names of its config."""
     text = config.get_text_config(decoder=True)
-    return {name: getattr(text, name) for name in _SHAPE if getattr(text, name, None) is not None}
+    found: dict[str, Any] = {}
+    for name in _SHAPE:
+        # Where layers differ in it (gemma4's head dims), the config refuses to give one for all.
+        with suppress(AttributeError, RuntimeError, ValueError):
+            found[name] = getattr(text, name)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def settings_of(settings: RotorQuantConfig) -> dict[str, Any]:
