@@ -95,6 +95,7 @@ class RotorQuantProd(Quantizer):
             d,
             bits - 1,
             seed,
+            device=device,  # a rotation that is shared must not leave it
             rotation=rotation,
             rotor_layers=rotor_layers,
             scale=scale,
