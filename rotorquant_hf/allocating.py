@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotorquant_hf.cache import RotorQuantCache
+from rotorquant_hf.calibrating import check_windows, fill
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.quant.lloyd_max import MAX_BITS
@@ -70,8 +71,7 @@ def allocate_bits(
     """
     settings = RotorQuantConfig.from_options(settings)
     bits = settings.key_spec.bits, settings.value_spec.bits  # refuses bits layer by layer
-    if ids.dim() != 2 or ids.is_floating_point():
-        raise ValueError(f"ids have shape {tuple(ids.shape)}, {ids.dtype}; pass (windows, tokens)")
+    check_windows(ids)
     least = 2 * settings.tokens_until_packing
     if ids.shape[1] < least:
         raise ValueError(
@@ -143,7 +143,7 @@ class _Window:
 
     def _filled(self, ids: Tensor, settings: RotorQuantConfig, **changes: Any) -> RotorQuantCache:
         cache = RotorQuantCache(dataclasses.replace(settings, **changes), config=self.model.config)
-        self.model(ids, past_key_values=cache)
+        fill(self.model, ids, cache)
         return cache
 
     @property

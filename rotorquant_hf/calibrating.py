@@ -41,8 +41,7 @@ def calibrate(
         ValueError: for fewer than MIN_TOKENS tokens, or attention that hides its queries.
     """
     settings = RotorQuantConfig.from_options(settings)
-    if ids.dim() != 2 or ids.is_floating_point():
-        raise ValueError(f"ids have shape {tuple(ids.shape)}, {ids.dtype}; pass (windows, tokens)")
+    check_windows(ids)
     if ids.numel() < MIN_TOKENS:
         raise ValueError(
             f"ids have {ids.numel()} tokens; statistics take {MIN_TOKENS} at least, and some "
@@ -50,12 +49,10 @@ def calibrate(
         )
     # Nothing is quantised: the layers keep all keys and values, and the moment of the queries.
     exact = dataclasses.replace(settings, residual_length=ids.shape[1], exact_layers=())
-    takes = inspect.signature(model.forward).parameters
-    last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     seen: dict[int, list[RotorQuantLayer]] = {}
     for row in ids:
         cache = RotorQuantCache(exact, config=model.config)
-        model(row[None].to(model.device), past_key_values=cache, **last_logits)
+        fill(model, row[None].to(model.device), cache)
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, RotorQuantLayer) and layer.is_initialized:
                 seen.setdefault(index, []).append(layer)
@@ -63,6 +60,19 @@ def calibrate(
         index: _statistics(passes, settings.of_layer(index)) for index, passes in seen.items()
     }
     return Calibration(shape_of(model.config), settings_of(settings), ids.numel(), layers)
+
+
+def check_windows(ids: Tensor) -> None:
+    """Raise ValueError unless these are token ids (windows, tokens), of one window at least."""
+    if ids.dim() != 2 or ids.is_floating_point() or not len(ids):
+        raise ValueError(f"ids have shape {tuple(ids.shape)}, {ids.dtype}; pass (windows, tokens)")
+
+
+def fill(model: PreTrainedModel, ids: Tensor, cache: RotorQuantCache) -> None:
+    """Read token ids (1, tokens) into a cache, without the logits that nobody looks at."""
+    takes = inspect.signature(model.forward).parameters
+    last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    model(ids, past_key_values=cache, **last_logits)
 
 
 def _statistics(

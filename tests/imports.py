@@ -26,7 +26,8 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("memory", "calibration", "model_rope"),
     ("serialization",),
     ("cache",),
-    ("graph", "calibrating", "allocating"),
+    ("graph", "calibrating"),
+    ("allocating",),
     ("rotorquant_hf",),
 )
 """The storeys of `rotorquant_hf` from the ground up; the last is the package's own `__init__`.

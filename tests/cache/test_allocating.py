@@ -210,6 +210,8 @@ def test_what_cannot_be_divided_is_named():
         allocate_bits(model, prompt(1, 31), THREE)
     with pytest.raises(ValueError, match="pass \\(windows, tokens\\)"):
         allocate_bits(model, prompt(1, 80)[0], THREE)
+    with pytest.raises(ValueError, match=r"shape \(0, 80\)"):
+        allocate_bits(model, prompt(1, 80)[:0], THREE)
     with pytest.raises(ValueError, match="layer by layer"):
         allocate_bits(model, prompt(1, 80), RotorQuantConfig(key_bits=(3, 3)))
 
