@@ -290,8 +290,8 @@ class RotorQuantCache(Cache):
     def __repr__(self) -> str:
         tokens = self.get_seq_length() if self.layers else 0
         bits = "/".join(
-            "by layer" if isinstance(x, tuple) else str(x)
-            for x in (self.settings.key_bits, self.settings.value_bits)
+            "by layer" if name in self.settings.by_layer else str(getattr(self.settings, name))
+            for name in ("key_bits", "value_bits")
         )
         return f"RotorQuantCache(key/value bits {bits}, layers={len(self.layers)}, tokens={tokens})"
 
@@ -345,9 +345,8 @@ def _layers_of_model(
     for index in settings.exact_layers:
         if not -len(types) <= index < len(types):
             raise ValueError(f"exact_layers has {index}, but the model has {len(types)} layers")
-    for name in ("key_bits", "value_bits"):
-        bits = getattr(settings, name)
-        if isinstance(bits, tuple) and len(bits) != len(types):
+    for name, bits in settings.by_layer.items():
+        if len(bits) != len(types):
             raise ValueError(
                 f"{name} has {len(bits)} numbers, but the model has {len(types)} layers"
             )

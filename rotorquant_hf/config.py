@@ -138,14 +138,19 @@ class RotorQuantConfig:
             _check_int(f"{name} of a layer", each, low, MAX_BITS)
         object.__setattr__(self, name, tuple(bits))
 
+    @property
+    def by_layer(self) -> dict[str, tuple[int, ...]]:
+        """Of `key_bits` and `value_bits` those that go layer by layer, by name."""
+        given = {name: getattr(self, name) for name in ("key_bits", "value_bits")}
+        return {name: bits for name, bits in given.items() if isinstance(bits, tuple)}
+
     def of_layer(self, index: int) -> RotorQuantConfig:
         """The settings of one layer: with the bits that it has where these go layer by layer.
 
         Raises:
             ValueError: if there are none for this layer.
         """
-        given = {name: getattr(self, name) for name in ("key_bits", "value_bits")}
-        by_layer = {name: bits for name, bits in given.items() if isinstance(bits, tuple)}
+        by_layer = self.by_layer
         for name, bits in by_layer.items():
             if index >= len(bits):
                 raise ValueError(
@@ -154,7 +159,8 @@ class RotorQuantConfig:
                 )
         if not by_layer:
             return self
-        return dataclasses.replace(self, **{name: x[index] for name, x in by_layer.items()})
+        own: dict[str, Any] = {name: bits[index] for name, bits in by_layer.items()}
+        return dataclasses.replace(self, **own)
 
     @property
     def tokens_until_packing(self) -> int:

@@ -60,7 +60,7 @@ class RotorQuant(Kind):
             return preset
         bits = "k{}v{}".format(*map(_shown, (options.key_bits, options.value_bits)))
         differences = self.differences(options, skip=("key_bits", "value_bits"))
-        if _by_layer(options):
+        if options.by_layer:
             differences.insert(0, "by layer")
         return ", ".join([bits if plain else f"{self.name} {bits}", *differences])
 
@@ -72,7 +72,7 @@ class RotorQuant(Kind):
             return {name: x for name, x in values.items() if x != getattr(preset, name)}
 
         presets = {f'"{name}"': preset for name, preset in PRESETS.items()}
-        if _by_layer(options):
+        if options.by_layer:
             presets = {"": RotorQuantConfig()}
         name, preset = min(presets.items(), key=lambda item: len(differing(item[1])))
         given = [f"{field}={value!r}" for field, value in differing(preset).items()]
@@ -125,10 +125,6 @@ HADAMARD = RotorQuant(
     "the same with a randomised Hadamard rotation",
     dataclasses.replace(_TURBOQUANT, rotation="hadamard"),
 )
-
-
-def _by_layer(options: RotorQuantConfig) -> bool:
-    return any(isinstance(x, tuple) for x in (options.key_bits, options.value_bits))
 
 
 def _shown(bits: int | tuple[int, ...]) -> str:

@@ -187,6 +187,8 @@ class RotorQuantLayer(CacheLayerMixin):
         A prompt may be read under autocast, and generation go on without.
         """
         held = self._sinks[0].dtype, self._sinks[1].dtype
+        if (new[0].dtype, new[1].dtype) == held:
+            return new[0], new[1]
         wider = [torch.promote_types(x.dtype, y) for x, y in zip(new, held, strict=True)]
         if tuple(wider) != held:
             self.sinks, self.recent = (
