@@ -373,7 +373,8 @@ class RotorQuantLayer(CacheLayerMixin):
             self.moment,
         )
         self.moment = None
-        self._gradient_cut |= keys.requires_grad or values.requires_grad
+        held = self._gradient_cut and len(self._store) > count
+        self._gradient_cut = held or keys.requires_grad or values.requires_grad
         return count
 
     def _wanted(self) -> int:

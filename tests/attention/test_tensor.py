@@ -440,3 +440,15 @@ def test_gradients_that_quantised_tokens_would_lack_are_refused(recorded):
         assert bool((old.grad != 0).all())
     by_passes(old.detach() if recorded else old, new, recorded).backward()
     assert bool((new.grad != 0).any())
+
+
+def test_gradients_come_back_when_the_tokens_that_lack_them_are_gone():
+    layer = RotorQuantLayer(RotorQuantConfig(**FEW))
+    old, new = (torch.randn(1, 1, n, D, requires_grad=True) for n in (20, 3))
+    layer.update(old, old)
+    layer.crop(-20)
+    with torch.no_grad():
+        layer.update(old, old)
+    query = torch.randn(1, 1, 1, D)
+    F.scaled_dot_product_attention(query, *layer.update(new, new)).sum().backward()
+    assert bool((new.grad != 0).all())
