@@ -226,3 +226,15 @@ def test_the_caches_that_are_forked_stay_as_they_are():
         assert [window.divergence(side) for side in window.sides] == first
         assert same(snapshot([window.exact.layers, window.coded["key_bits"].layers]), before)
     assert all(x > 0 for x in first)
+
+
+def test_bits_do_not_flow_between_kinds_of_layers(monkeypatch):
+    """However much more the errors of one kind cost."""
+    from rotorquant_hf.allocating import _Window
+
+    def divergence(self, side):
+        return 1e6 if hasattr(self.exact.layers[side[1]], "sliding_window") else 1.0
+
+    monkeypatch.setattr(_Window, "divergence", divergence)
+    made = allocate_bits(build("gemma3"), prompt(1, 80), THREE)
+    assert set(made.key_bits + made.value_bits) == {3}
