@@ -45,15 +45,22 @@ def _is_known(quantizer: Quantizer) -> bool:
 
 
 def uses_triton(device: torch.device) -> bool:
-    """Whether work on `device` goes through the Triton kernels: on CUDA devices with Triton."""
+    """Whether work on `device` goes through the Triton kernels."""
     if _forced is not None:
         return _forced == "triton"
-    return device.type == "cuda" and _has_triton()
+    return device.type == "cuda" and _runs_kernels(device)
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _runs_kernels(device: torch.device) -> bool:
+    """Whether a GPU runs the kernels: with Triton, on NVIDIA's GPUs from Ampere (sm_80) on.
+
+    They copy to shared memory and multiply in ways that older ones lack. On AMD's, which torch
+    calls "cuda" too, nobody has run them.
+    """
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def on_device(values: list[int], device: torch.device) -> torch.Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rotorquant_hf import RotorQuantMSE, RotorQuantProd
-from rotorquant_hf.backend import backend, kernels_take
+from rotorquant_hf import backend as module
+from rotorquant_hf.backend import backend, kernels_take, uses_triton
 
 CPU = torch.device("cpu")
 HALF = {"scale_dtype": torch.float16}
@@ -42,3 +43,27 @@ def test_what_the_kernels_take(quantizer, dtype, taken) -> None:
     with backend("torch"):
         assert not kernels_take(CPU, dtype, quantizer)
     assert not kernels_take(CPU, dtype, quantizer)
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "triton", "uses"),
+    [
+        ((9, 0), None, True, True),
+        ((8, 0), None, True, True),
+        ((12, 0), None, True, True),
+        ((7, 5), None, True, False),  # Turing: no cp.async, no bfloat16 products
+        ((9, 4), "6.4", True, False),  # an AMD GPU
+        ((9, 0), None, False, False),
+    ],
+)
+def test_which_gpus_run_the_kernels(monkeypatch, capability, hip, triton, uses) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    found = object() if triton else None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+    module._runs_kernels.cache_clear()
+    try:
+        assert uses_triton(torch.device("cuda", 0)) is uses
+        assert not uses_triton(CPU)
+    finally:
+        module._runs_kernels.cache_clear()

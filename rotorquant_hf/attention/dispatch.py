@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rotorquant_hf.attention.options import AttentionOptions
-from rotorquant_hf.attention.states import KVStates
+from rotorquant_hf.attention.states import KVStates, RingStates
 from rotorquant_hf.attention.torch_attention import attend_tiled
 from rotorquant_hf.backend import kernels_take
 
@@ -42,7 +42,11 @@ def attend(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOp
 
 def compute(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions) -> Tensor:
     """`attend` without its checks, for callers that have made them."""
-    if kernels_take(query.device, query.dtype, keys.packed.quantizer, values.packed.quantizer):
+    # Only the kernels make states in a ring; in float32 they may be asked for heads too large.
+    ring = isinstance(keys, RingStates) and query.dtype != torch.float32
+    if ring or kernels_take(
+        query.device, query.dtype, keys.packed.quantizer, values.packed.quantizer
+    ):
         from rotorquant_hf.attention.triton_attention import attend_packed
 
         return attend_packed(query, keys, values, options)
@@ -64,6 +68,24 @@ def why_unsupported(
     query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions
 ) -> str | None:
     """Why `attend` would not take these, and what to pass instead; None if it takes them."""
+    problem = _why_apart(keys, values)
+    if problem is not None:
+        return problem
+    batch, heads, tokens, d = keys.shape
+    shape = query.shape
+    if len(shape) != 4 or shape[0] != batch or shape[3] != d or shape[1] % heads:
+        return f"query has shape {tuple(shape)}; pass ({batch}, a multiple of {heads}, n, {d})"
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"query is {query.dtype}; pass float32, bfloat16 or float16"
+    if query.device != keys.sinks.device:
+        return f"query is on {query.device}, the keys are on {keys.sinks.device}; move one"
+    return _why_options_unsupported(options, (*shape[:3], tokens))
+
+
+def _why_apart(keys: KVStates, values: KVStates) -> str | None:
+    """Why keys and values are not those of one update; None if they may be."""
+    if isinstance(keys, RingStates) and isinstance(values, RingStates) and keys.same_step(values):
+        return None  # as in every decode step: what follows takes its time
     for part, ours, theirs in (
         ("sinks", keys.sinks, values.sinks),
         ("packed tokens", keys.packed, values.packed),
@@ -74,16 +96,7 @@ def why_unsupported(
                 f"the {part} of the keys are {tuple(ours.shape[:3])} (batch, heads, tokens), of "
                 f"the values {tuple(theirs.shape[:3])}; pass the two of one update"
             )
-    batch, heads, tokens, d = keys.shape
-    if query.dim() != 4 or (query.shape[0], query.shape[3]) != (batch, d) or query.shape[1] % heads:
-        return (
-            f"query has shape {tuple(query.shape)}; pass ({batch}, a multiple of {heads}, n, {d})"
-        )
-    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"query is {query.dtype}; pass float32, bfloat16 or float16"
-    if query.device != keys.sinks.device:
-        return f"query is on {query.device}, the keys are on {keys.sinks.device}; move one"
-    return _why_options_unsupported(options, (*query.shape[:3], tokens))
+    return None
 
 
 def _why_options_unsupported(options: AttentionOptions, scores: tuple[int, ...]) -> str | None:

@@ -288,14 +288,18 @@ def _uses_interface(config_class: type[PreTrainedConfig]) -> bool:
     """
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
         model = mapping.get(config_class, None)
-        if isinstance(model, type):
-            if not model._can_set_attn_implementation():
-                warnings.warn(
-                    f"{model.__name__} does not use transformers.AttentionInterface: its own "
-                    f"attention computes instead of {NAME!r}, and dequantises the cache; load it "
-                    "without attn_implementation",
-                    stacklevel=2,
-                )
-                return False
-            return True
+        if not isinstance(model, type):
+            continue
+        if model._can_set_attn_implementation():
+            # Transformers looks at the whole file: an audio tower beside a language model may
+            # compute by itself, and knows one kind of attention then.
+            return model._supports_sdpa or model._supports_attention_backend
+        if mapping is MODEL_FOR_CAUSAL_LM_MAPPING:
+            warnings.warn(
+                f"{model.__name__} does not use transformers.AttentionInterface: its own "
+                f"attention computes instead of {NAME!r}, and dequantises the cache; load it "
+                "without attn_implementation",
+                stacklevel=2,
+            )
+        return False
     return False

@@ -6,14 +6,17 @@ Attention in torch and attention in Triton read the same states through the same
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rotorquant_hf.backend import on_device
+from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.packed import PackedSpan
+from rotorquant_hf.quant.quantizer import Quantizer
 
 
 class DeviceView(NamedTuple):
@@ -51,6 +54,10 @@ class KVStates(Protocol):
     def max_packed(self) -> int:
         """Packed tokens that a kernel launch has to be laid out for."""
 
+    @property
+    def plans(self) -> dict[Hashable, Any]:
+        """What attention through the kernels has prepared for states in this memory."""
+
     def device_view(self) -> DeviceView:
         """Where the kernels find the packed and the recent tokens."""
 
@@ -83,6 +90,11 @@ class CachedStates:
     def max_packed(self) -> int:
         """As in `KVStates`: all there are."""
         return self.packed.shape[2]
+
+    @property
+    def plans(self) -> dict[Hashable, Any]:
+        """As in `KVStates`: nothing, for such states are read once."""
+        return {}
 
     def device_view(self) -> DeviceView:
         """As in `KVStates`: the tensors themselves."""
@@ -142,51 +154,82 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class RingStates:
-    """`KVStates` whose recent tokens are in a ring, valid until the ring moves on.
+class RingMemory:
+    """Where one side of a ring has its tokens, as long as they stay there.
 
     Attributes:
-        sinks, packed: as in `KVStates`.
-        ring: (batch, heads, slots, d), contiguous.
-        begin, count: first slot and number of the recent tokens.
+        sinks: as in `KVStates`. ring: (batch, heads, slots, d), contiguous.
         rows: the store's whole tensors, to which the lengths on the device refer.
-        device_lengths: (5,) int32, what `lengths` returns: the kernels of a step write it.
-        max_packed: packed tokens that a launch has to be laid out for; more than there are
-            where a CUDA graph is to replay it while they grow.
-        clock: the ring's. made_at: its ticks when this was made.
+        statistics, quantizer: of the packed tokens.
+        device_lengths: (5,) int32, what `KVStates.lengths` returns: the kernels of a step write it.
+        plans: as in `KVStates`.
     """
 
     sinks: Tensor
-    packed: PackedSpan
     ring: Tensor
-    begin: int
-    count: int
     rows: dict[str, Tensor]
+    statistics: ChannelStatistics
+    quantizer: Quantizer
     device_lengths: Tensor
-    max_packed: int
-    clock: Clock
-    made_at: int
+    plans: dict[Hashable, Any] = field(default_factory=dict)
+
+
+class RingStates:
+    """`KVStates` whose recent tokens are in a ring, valid until the ring moves on.
+
+    A decode step makes two in every layer, so it computes nothing that nobody asks for.
+
+    Args:
+        memory: where the tokens are.
+        row, packed: the first packed row and the number of packed tokens.
+        begin, count: first slot and number of the recent tokens.
+        max_packed: packed tokens that a launch has to be laid out for; more than there are
+            where a CUDA graph is to replay it while they grow.
+        clock: the ring's.
+    """
+
+    def __init__(
+        self,
+        memory: RingMemory,
+        row: int,
+        packed: int,
+        begin: int,
+        count: int,
+        max_packed: int,
+        clock: Clock,
+    ) -> None:
+        self.sinks, self.plans, self.max_packed = memory.sinks, memory.plans, max_packed
+        self._memory, self._row, self._packed = memory, row, packed
+        self._begin, self._count = begin, count
+        self._clock, self._made_at = clock, clock.ticks
+        batch, heads, sinks, d = memory.sinks.shape
+        self.shape = (batch, heads, sinks + packed + count, d)
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(batch, heads, tokens, d)."""
-        batch, heads, packed, d = self.packed.shape
-        return batch, heads, self.sinks.shape[2] + packed + self.count, d
+    def packed(self) -> PackedSpan:
+        """As in `KVStates`."""
+        some = slice(self._row, self._row + self._packed)
+        rows = {name: x[:, :, some] for name, x in self._memory.rows.items()}
+        return PackedSpan(rows, self._memory.statistics, self._memory.quantizer)
+
+    def same_step(self, other: RingStates) -> bool:
+        """Whether the other states are of the same step of the same ring."""
+        return self._clock is other._clock and self._made_at == other._made_at
 
     @property
     def recent(self) -> Tensor:
         """The recent tokens, (batch, heads, count, d), copied."""
         self._require_current()
-        return read_ring(self.ring, self.begin, self.count)
+        return read_ring(self._memory.ring, self._begin, self._count)
 
     def device_view(self) -> DeviceView:
         """As in `KVStates`: the memory that the ring and the store write in."""
         self._require_current()
-        return DeviceView(self.rows, self.ring)
+        return DeviceView(self._memory.rows, self._memory.ring)
 
     def lengths(self) -> Tensor:
         """As in `KVStates`: those that the device itself keeps up to date."""
-        return self.device_lengths
+        return self._memory.device_lengths
 
     def materialize(self) -> Tensor:
         """The dequantised tensor, in the dtype of the recent tokens."""
@@ -198,7 +241,7 @@ class RingStates:
         Raises:
             RuntimeError: if the cache was updated since.
         """
-        if self.clock.ticks != self.made_at:
+        if self._clock.ticks != self._made_at:
             raise RuntimeError(
                 "these keys or values are of an earlier update of the cache, whose window has "
                 "moved on since; clone() them before the next update, or read layer.keys anew"

@@ -73,12 +73,13 @@ class CompressedTensor(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs or {})
         kwargs = kwargs or {}
-        _refuse_writing(func, args, kwargs)
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
             return _scaled_dot_product_attention(*args, **kwargs)
+        _refuse_writing(func, args, kwargs)
         result = None
         if args and type(args[0]) is cls:
             result = _as_view(func, *args, **kwargs)
@@ -107,7 +108,9 @@ def _scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """Attention, by the packed codes where possible; `key` then sees the queries."""
-    result = _attend(query, key, value, *args, **kwargs)
+    # Only where a compiler might look in: the wrapper takes longer than all that `_attend` does.
+    attend = _attend_uncompiled if torch.compiler.is_dynamo_compiling() else _attend
+    result = attend(query, key, value, *args, **kwargs)
     if result is None:
         plain, args, kwargs = tree_map_only(
             CompressedTensor, CompressedTensor.materialize, ((query, key, value), args, kwargs)
@@ -126,7 +129,6 @@ def show_queries(key: Tensor, query: Tensor) -> None:
             key.on_query(query)
 
 
-@torch.compiler.disable
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -162,6 +164,9 @@ def _attend(
     if needs_gradient(query, keys, values, options):
         return None
     return compute(query, keys, values, options)
+
+
+_attend_uncompiled = torch.compiler.disable(_attend)
 
 
 def _as_view(

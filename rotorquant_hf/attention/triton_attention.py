@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.states import KVStates, unit_stride
 from rotorquant_hf.kernels.attend import ADDED_MASK, BOOL_MASK, NO_MASK, attend_kernel
-from rotorquant_hf.kernels.combine import combine
+from rotorquant_hf.kernels.combine import Combine
+from rotorquant_hf.kernels.launch import Launch
 from rotorquant_hf.kernels.lookup import centroid_table, ptx_words, table_unit
-from rotorquant_hf.kernels.queries import prepare_queries
+from rotorquant_hf.kernels.queries import PrepareQueries
 from rotorquant_hf.kernels.sizes import pieces
 
 # A split of fewer tokens is not worth its partial result.
@@ -22,6 +24,7 @@ _MIN_SPLIT = 256
 # Where this is the limit of registers, eight programs of two warps fit onto a processor.
 _REGISTERS = 128
 _REGISTERS_PER_PROCESSOR = 1 << 16
+_NO_STRIDES: tuple[int, ...] = (0, 0, 0, 0)
 # Elements of the float32 partial results: 256 MiB.
 _MAX_SUMS = 1 << 26
 
@@ -89,8 +92,7 @@ def choose_tiling(
     narrow = half and d <= 128 and block_m < 32
     block_n = (64 if half else 32) if d <= 128 or (half and d <= 256) else 16
     warps = 2 if narrow else 4
-    limited = narrow and not signs and torch.version.hip is None  # AMD's compiler takes no limit
-    registers = _REGISTERS if limited else None
+    registers = _REGISTERS if narrow and not signs else None
     resident = _REGISTERS_PER_PROCESSOR // (32 * warps * (registers or 255))
     # Centroids on their way to the operands, and codes of a step ahead. Of a processor's shared
     # memory a program takes 1 KiB more than its own.
@@ -126,14 +128,23 @@ def _splits(programs: int, tokens: int, block_n: int, resident: int) -> int:
 
 def default_tiling(query: Tensor, keys: KVStates, values: KVStates) -> Tiling:
     """The tiling of attention of queries (batch, query heads, n, key dim) over cached states."""
+    return _default_tilings(query, keys, values)(tokens=values.max_packed)
+
+
+def _default_tilings(query: Tensor, keys: KVStates, values: KVStates) -> Callable[..., Tiling]:
+    """`default_tiling` for other numbers of packed `tokens`."""
     batch, query_heads, n, d_k = query.shape
     heads, d_v = values.shape[1], values.shape[3]
-    rows, tokens = n * query_heads // heads, values.max_packed
-    code_bits = sum(x.packed.quantizer.stage_one.bits for x in (keys, values))
-    device = Device.of(query.device)
-    signs = keys.packed.quantizer.num_signs > 0
-    return choose_tiling(
-        rows, batch * heads, tokens, max(d_k, d_v), code_bits, device, _operands(query), signs
+    key_quantizer, value_quantizer = keys.packed.quantizer, values.packed.quantizer
+    return functools.partial(
+        choose_tiling,
+        rows=n * query_heads // heads,
+        programs=batch * heads,
+        d=max(d_k, d_v),
+        code_bits=key_quantizer.stage_one.bits + value_quantizer.stage_one.bits,
+        device=Device.of(query.device),
+        dtype=_operands(query),
+        signs=key_quantizer.num_signs > 0,
     )
 
 
@@ -191,102 +202,156 @@ def _attend_some(
     tiling: Tiling | None,
 ) -> Tensor:
     """Attention of queries of which the first is the `from_end`-th from the last token."""
-    batch, query_heads, n, d_k = query.shape
-    heads, d_v = values.shape[1], values.shape[3]
-    group = query_heads // heads
-    rows = n * group
-    dtype = _operands(query)
-    (k_rows, k_recent), (v_rows, v_recent) = keys.device_view(), values.device_view()
-    k_sinks, v_sinks = unit_stride(keys.sinks), unit_stride(values.sinks)
     if options.mask is not None and query.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             "this attention has a mask, whose length a CUDA graph would freeze; decode rows "
             "without padding, and call model.set_attn_implementation('rotorquant')"
         )
-    if tiling is None:
-        tiling = default_tiling(query, keys, values)
-    prepared = prepare_queries(query, keys.packed, dtype)
-    splits = tiling.splits + 1  # the last is that of the full-precision tokens
-    sums = query.new_empty(batch * heads, splits, rows, d_v, dtype=torch.float32)
-    stats = query.new_empty(2, batch * heads, splits, rows, dtype=torch.float32)
-    out = query.new_empty(batch, query_heads, n, d_v)
+    kind = (query.shape, query.dtype, _kind_of(options), tiling)
+    plan = keys.plans.get(kind)
+    if plan is None:
+        plan = keys.plans[kind] = _Plan(query, keys, values, options, tiling)
+    return plan(query, keys, options, from_end)
 
-    k_bits = keys.packed.quantizer.stage_one.bits
-    v_bits = values.packed.quantizer.stage_one.bits
-    signs = keys.packed.quantizer.num_signs
-    mask, kind = options.mask, NO_MASK
-    if mask is not None:
-        kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
-        mask = mask.expand(batch, query_heads, n, keys.shape[2])
-        mask = mask.view(torch.uint8) if kind == BOOL_MASK else mask
-    # The kernel takes pointers that it does not read: without signs or a mask, those of others.
-    k_signs = k_rows["signs"] if signs else k_rows["codes"]
-    k_norm = k_rows["residual_norm"] if signs else k_rows["scale"]
-    device = query.device
-    attend_kernel[(pieces(rows, tiling.block_m), splits, batch * heads)](
-        prepared.rotated,
-        prepared.projected,
-        prepared.factors,
-        prepared.factors.stride(0),
-        query,
-        *query.stride(),
-        k_rows["codes"],
-        *k_rows["codes"].stride()[:2],
-        k_rows["scale"],
-        *k_rows["scale"].stride()[:2],
-        k_signs,
-        *k_signs.stride()[:2],
-        k_norm,
-        *k_norm.stride()[:2],
-        v_rows["codes"],
-        *v_rows["codes"].stride()[:2],
-        v_rows["scale"],
-        *v_rows["scale"].stride()[:2],
-        k_sinks,
-        *k_sinks.stride()[:3],
-        v_sinks,
-        *v_sinks.stride()[:3],
-        k_recent,
-        *k_recent.stride()[:3],
-        v_recent,
-        *v_recent.stride()[:3],
-        k_recent.shape[2],
-        query if mask is None else mask,
-        *((0, 0, 0, 0) if mask is None else mask.stride()),
-        keys.lengths(),
-        sums,
-        stats,
-        stats.stride(0),
-        options.scale,
-        options.softcap or 1.0,
-        table_unit(k_bits) / math.sqrt(d_k),  # from the table's centroids to those of N(0, 1/d)
-        math.sqrt(math.pi / 2) / max(signs, 1),  # of the QJL estimate; see `RotorQuantProd`
-        heads,
-        group,
-        rows,
-        from_end,
-        splits,
-        centroid_table(k_bits, dtype, device),
-        ptx_words(k_bits, device),
-        centroid_table(v_bits, dtype, device),
-        ptx_words(v_bits, device),
-        D_K=d_k,
-        D_V=d_v,
-        K_BITS=k_bits,
-        V_BITS=v_bits,
-        SIGNS=signs,
-        MASK=kind,
-        CAUSAL=options.causal,
-        SOFTCAP=options.softcap is not None,
-        PTX=dtype == torch.float16 and device.type == "cuda" and torch.version.hip is None,
-        DIRECT=tiling.direct,
-        BLOCK_M=tiling.block_m,
-        BLOCK_N=tiling.block_n,
-        EXACT_N=tiling.exact_n,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-        **({} if tiling.registers is None else {"maxnreg": tiling.registers}),
-    )
-    logits = None if options.sink_logits is None else options.sink_logits.contiguous()
-    combine(sums, stats, values.packed, out, tiling.splits, logits)
-    return out
+
+def _kind_of(options: AttentionOptions) -> tuple[object, ...]:
+    """What of the options the kernels are compiled for, or bound to."""
+    mask = None if options.mask is None else options.mask.dtype
+    sinks = None if options.sink_logits is None else options.sink_logits.dtype
+    return options.scale, options.causal, options.softcap, mask, sinks
+
+
+class _Plan:
+    """Attention over states that stay in the same memory: what stays from step to step.
+
+    Args:
+        query: of the shape and dtype of those to come. options: likewise.
+        tiling: None for the default, whose number of splits goes with the packed tokens.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        keys: KVStates,
+        values: KVStates,
+        options: AttentionOptions,
+        tiling: Tiling | None,
+    ) -> None:
+        self._tilings = _default_tilings(query, keys, values)
+        self._splits = None if tiling is None else tiling.splits
+        tiling = tiling or self._tilings(tokens=values.max_packed)
+        batch, query_heads, n, d_k = query.shape
+        heads, d_v = values.shape[1], values.shape[3]
+        group, total = query_heads // heads, batch * heads
+        rows, device, dtype = n * group, query.device, _operands(query)
+        (k_rows, k_recent), (v_rows, v_recent) = keys.device_view(), values.device_view()
+        k_sinks, v_sinks = unit_stride(keys.sinks), unit_stride(values.sinks)
+        packed_keys, packed_values = keys.packed, values.packed
+        k_bits = packed_keys.quantizer.stage_one.bits
+        v_bits = packed_values.quantizer.stage_one.bits
+        signs = packed_keys.quantizer.num_signs
+        mask = NO_MASK
+        if options.mask is not None:
+            mask = BOOL_MASK if options.mask.dtype == torch.bool else ADDED_MASK
+        # The kernel takes pointers that it does not read: without signs, those of others.
+        k_signs = k_rows["signs"] if signs else k_rows["codes"]
+        k_norm = k_rows["residual_norm"] if signs else k_rows["scale"]
+        self._mask, self._total, self._rows, self._d_v = mask, total, rows, d_v
+        self._tiles = pieces(rows, tiling.block_m)
+        self._out = (batch, query_heads, n, d_v)
+        self._prepare = PrepareQueries(packed_keys, batch, query_heads, n, dtype)
+        sinks = options.sink_logits is not None
+        self._combine = Combine(packed_values, batch, query_heads, n, sinks)
+        self._attend = Launch(
+            attend_kernel,
+            p_kcodes=k_rows["codes"],
+            **_strides("stride_kc", "bh", k_rows["codes"]),
+            p_kscale=k_rows["scale"],
+            **_strides("stride_ks", "bh", k_rows["scale"]),
+            p_ksigns=k_signs,
+            **_strides("stride_kg", "bh", k_signs),
+            p_knorm=k_norm,
+            **_strides("stride_kn", "bh", k_norm),
+            p_vcodes=v_rows["codes"],
+            **_strides("stride_vc", "bh", v_rows["codes"]),
+            p_vscale=v_rows["scale"],
+            **_strides("stride_vs", "bh", v_rows["scale"]),
+            p_sink_k=k_sinks,
+            **_strides("stride_sk", "bht", k_sinks),
+            p_sink_v=v_sinks,
+            **_strides("stride_sv", "bht", v_sinks),
+            p_recent_k=k_recent,
+            **_strides("stride_rk", "bht", k_recent),
+            p_recent_v=v_recent,
+            **_strides("stride_rv", "bht", v_recent),
+            recent_slots=k_recent.shape[2],
+            p_lengths=keys.lengths(),
+            stride_f=total * rows,
+            scale=options.scale,
+            softcap=options.softcap or 1.0,
+            # From the table's centroids to those of N(0, 1/d).
+            key_unit=table_unit(k_bits) / math.sqrt(d_k),
+            # Of the QJL estimate; see `RotorQuantProd`.
+            sign_unit=math.sqrt(math.pi / 2) / max(signs, 1),
+            heads=heads,
+            group=group,
+            rows=rows,
+            p_ktable=centroid_table(k_bits, dtype, device),
+            p_kwords=ptx_words(k_bits, device),
+            p_vtable=centroid_table(v_bits, dtype, device),
+            p_vwords=ptx_words(v_bits, device),
+            D_K=d_k,
+            D_V=d_v,
+            K_BITS=k_bits,
+            V_BITS=v_bits,
+            SIGNS=signs,
+            MASK=mask,
+            CAUSAL=options.causal,
+            SOFTCAP=options.softcap is not None,
+            PTX=dtype == torch.float16 and device.type == "cuda",
+            DIRECT=tiling.direct,
+            BLOCK_M=tiling.block_m,
+            BLOCK_N=tiling.block_n,
+            EXACT_N=tiling.exact_n,
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            **({} if tiling.registers is None else {"maxnreg": tiling.registers}),
+        )
+
+    def __call__(
+        self, query: Tensor, keys: KVStates, options: AttentionOptions, from_end: int
+    ) -> Tensor:
+        rotated, projected, factors = self._prepare(query)
+        splits = self._splits or self._tilings(tokens=keys.max_packed).splits
+        splits += 1  # the last is that of the full-precision tokens
+        sums = query.new_empty(self._total, splits, self._rows, self._d_v, dtype=torch.float32)
+        stats = query.new_empty(2, self._total, splits, self._rows, dtype=torch.float32)
+        out = query.new_empty(self._out)
+        mask, mask_strides = query, _NO_STRIDES  # not read
+        if options.mask is not None:
+            mask = options.mask.expand(*self._out[:3], keys.shape[2])
+            mask = mask.view(torch.uint8) if self._mask == BOOL_MASK else mask
+            mask_strides = mask.stride()
+        self._attend(
+            (self._tiles * splits * self._total, 1, 1),
+            rotated,
+            projected,
+            factors,
+            query,
+            *query.stride(),
+            from_end,
+            mask,
+            *mask_strides,
+            sums,
+            stats,
+            stats.stride(0),
+            splits,
+        )
+        logits = None if options.sink_logits is None else options.sink_logits.contiguous()
+        self._combine(sums, stats, out, logits)
+        return out
+
+
+def _strides(name: str, axes: str, x: Tensor) -> dict[str, int]:
+    """The first strides of a tensor, by the names of the kernel's arguments."""
+    return {name + axis: stride for axis, stride in zip(axes, x.stride(), strict=False)}

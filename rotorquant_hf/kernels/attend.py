@@ -36,18 +36,41 @@ _MIN_LOGIT = tl.constexpr(-3.0e38)
 _MIN_EXPONENT = tl.constexpr(-24)
 
 
-@triton.jit(do_not_specialize=["rows", "from_end", "splits"])
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "from_end",
+        "splits",
+        "stride_stats",
+        # With every token a mask has others, and the kernel would be compiled again.
+        "stride_mb",
+        "stride_mh",
+        "stride_mn",
+    ]
+)
 def attend_kernel(
     # prepared queries and queries
     p_rotated,
     p_projected,
     p_factors,
-    stride_f,
     p_q,
     stride_qb,
     stride_qh,
     stride_qn,
     stride_qd,
+    from_end,  # the first query is the from_end-th from the last token
+    # mask (batch, query heads, n, tokens)
+    p_mask,
+    stride_mb,
+    stride_mh,
+    stride_mn,
+    stride_mt,
+    # partial results
+    p_sums,
+    p_stats,
+    stride_stats,
+    splits,
+    # From here on what stays from step to step.
     # packed keys and values (batch, heads, capacity, ...), contiguous from the capacity on
     p_kcodes,
     stride_kcb,
@@ -85,18 +108,9 @@ def attend_kernel(
     stride_rvh,
     stride_rvt,
     recent_slots,
-    # mask (batch, query heads, n, tokens)
-    p_mask,
-    stride_mb,
-    stride_mh,
-    stride_mn,
-    stride_mt,
     # lengths: sinks, first packed row, packed tokens, first slot and number of the recent tokens
     p_lengths,
-    # partial results
-    p_sums,
-    p_stats,
-    stride_stats,
+    stride_f,
     scale,
     softcap,
     key_unit,
@@ -104,8 +118,6 @@ def attend_kernel(
     heads,
     group,
     rows,
-    from_end,  # the first query is the from_end-th from the last token
-    splits,
     # tables of the look-ups
     p_ktable,
     p_kwords,
@@ -125,12 +137,16 @@ def attend_kernel(
     BLOCK_N: tl.constexpr,
     EXACT_N: tl.constexpr,
 ):
-    """Grid (tiles of query rows, splits, batch * kv heads); sizes of tiles are in brackets."""
-    i_bh = tl.program_id(2).to(tl.int64)  # 64 bits: offsets into long caches exceed 32
-    i_split = tl.program_id(1)
+    """Grid: batch * kv heads, of each all splits, of each all tiles of query rows, in one axis.
+
+    (The others end at 65,535.) Sizes of tiles are in brackets.
+    """
+    i_program, tiles = tl.program_id(0), tl.cdiv(rows, BLOCK_M)
+    i_bh = (i_program // (tiles * splits)).to(tl.int64)  # offsets into long caches exceed 32 bits
+    i_split = i_program // tiles % splits
     i_b, i_h = i_bh // heads, i_bh % heads
     # Row r is query r // group of head r % group of the group.
-    o_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    o_r = i_program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     m_r = o_r < rows
 
     n_sinks = tl.load(p_lengths)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rotorquant_hf.kernels.launch import Launch
 from rotorquant_hf.kernels.lookup import table_unit
 from rotorquant_hf.kernels.sizes import padded, pieces
 from rotorquant_hf.quant.packed import PackedSpan
@@ -25,51 +26,57 @@ from rotorquant_hf.quant.packed import PackedSpan
 _FEW_ROWS = 512
 
 
-def combine(
-    sums: Tensor,
-    stats: Tensor,
-    values: PackedSpan,
-    out: Tensor,
-    packed_splits: int,
-    sink_logits: Tensor | None,
-) -> None:
-    """Write attention's output.
+class Combine:
+    """Writes attention's output for rows of one kind.
 
     Args:
-        sums: (batch * kv heads, splits, rows, d) float32. stats: (2, batch * kv heads, splits,
-            rows) float32: references and masses. The first `packed_splits` are of packed tokens.
-        values: their rotation and statistics.
-        out: (batch, query heads, n, d), of any dtype and strides.
-        sink_logits: (query heads,), or None.
+        values: packed ones, of which rotation and statistics are read.
+        batch, query_heads, n: rows of the output.
+        sinks: whether there are sink logits.
     """
-    total, splits, rows, d = sums.shape
-    batch, query_heads, _, _ = out.shape
-    heads = total // batch
-    options = combine_options(d, total * rows)
-    scale, mean = values.statistics.scale, values.statistics.mean
-    columns = pieces(options["PAD_D"], options["COLUMNS"])
-    combine_kernel[(pieces(rows, options["ROWS"]), total, columns)](
-        sums,
-        stats,
-        stats.stride(0),
-        scale,
-        int(scale.shape[3] != 1),
-        scale if mean is None else mean,
-        values.quantizer.stage_one.rotation.matrix(),
-        scale if sink_logits is None else sink_logits,
-        out,
-        *out.stride(),
-        heads,
-        query_heads // heads,
-        rows,
-        d,
-        splits,
-        packed_splits,
-        table_unit(values.quantizer.stage_one.bits) / math.sqrt(d),
-        MEAN=mean is not None,
-        SINKS=sink_logits is not None,
-        **options,
-    )
+
+    def __init__(
+        self, values: PackedSpan, batch: int, query_heads: int, n: int, sinks: bool
+    ) -> None:
+        scale, mean = values.statistics.scale, values.statistics.mean
+        d, heads = values.quantizer.d, scale.shape[1]
+        group = query_heads // heads
+        rows, total = n * group, batch * heads
+        options = combine_options(d, total * rows)
+        columns = pieces(options["PAD_D"], options["COLUMNS"])
+        self._grid = (pieces(rows, options["ROWS"]) * total * columns, 1, 1)
+        self._sinks = sinks
+        self._unread = scale  # where the kernel takes a pointer that it does not read
+        self._launch = Launch(
+            combine_kernel,
+            p_channel_scale=scale,
+            stride_channel_scale=int(scale.shape[3] != 1),
+            p_mean=scale if mean is None else mean,
+            p_rotation=values.quantizer.stage_one.rotation.matrix(),
+            heads=heads,
+            group=group,
+            rows=rows,
+            d=d,
+            centroid_unit=table_unit(values.quantizer.stage_one.bits) / math.sqrt(d),
+            MEAN=mean is not None,
+            SINKS=sinks,
+            **options,
+        )
+
+    def __call__(
+        self, sums: Tensor, stats: Tensor, out: Tensor, sink_logits: Tensor | None
+    ) -> None:
+        """Combine the splits.
+
+        Args:
+            sums: (batch * kv heads, splits, rows, d) float32. stats: (2, batch * kv heads, splits,
+                rows) float32: references and masses. All splits but the last are of packed tokens.
+            out: (batch, query heads, n, d), of any dtype and strides.
+            sink_logits: (query heads,), or None.
+        """
+        splits = sums.shape[1]
+        logits = self._unread if sink_logits is None else sink_logits
+        self._launch(self._grid, sums, stats, stats.stride(0), logits, out, *out.stride(), splits)
 
 
 def combine_options(d: int, rows: int) -> dict[str, Any]:
@@ -99,27 +106,27 @@ def combine_options(d: int, rows: int) -> dict[str, Any]:
     }
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "packed_splits"])
+@triton.jit(do_not_specialize=["rows", "splits", "stride_stats"])
 def combine_kernel(
     p_sums,
     p_stats,
     stride_stats,
-    p_channel_scale,
-    stride_channel_scale,
-    p_mean,
-    p_rotation,
     p_sink_logits,
     p_out,
     stride_ob,
     stride_oh,
     stride_on,
     stride_od,
+    splits,
+    # from here on what stays from step to step
+    p_channel_scale,
+    stride_channel_scale,
+    p_mean,
+    p_rotation,
     heads,
     group,
     rows,
     d,
-    splits,
-    packed_splits,
     centroid_unit,
     MEAN: tl.constexpr,
     SINKS: tl.constexpr,
@@ -129,15 +136,19 @@ def combine_kernel(
     SPLITS: tl.constexpr,
     STATS: tl.constexpr,
 ):
-    """Grid (tiles of query rows, batch * kv heads, pieces of the output's columns).
+    """Grid: pieces of the output's columns, of each batch * kv heads, of each tiles of query rows.
 
     The loads of many splits are under way at once: one after the other their latency would be
     most of the time of a decode step's attention at batch 1.
     """
-    i_bh = tl.program_id(1).to(tl.int64)
-    o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    packed_splits = splits - 1
+    i_program, tiles = tl.program_id(0), tl.cdiv(rows, ROWS)
+    columns: tl.constexpr = (PAD_D + COLUMNS - 1) // COLUMNS
+    total = tl.num_programs(0) // (tiles * columns)
+    i_bh = (i_program // tiles % total).to(tl.int64)
+    o_r = i_program % tiles * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, PAD_D)  # of the sums
-    o_c = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)  # of the output
+    o_c = i_program // (tiles * total) * COLUMNS + tl.arange(0, COLUMNS)  # of the output
     m_r, m_d, m_c = o_r < rows, o_d < d, o_c < d
     o_h = i_bh % heads * group + o_r % group
     p_stat = p_stats + i_bh * splits * rows + o_r[None, :]
@@ -195,12 +206,12 @@ def combine_kernel(
     if MEAN:
         b_mean = tl.load(p_mean + i_bh * d + o_c, mask=m_c, other=0)
         b_out += packed_mass[:, None] * b_mean[None, :]
-    # The full-precision sums are in the model's space already.
+    # The full-precision sums, of the last split, are in the model's space already.
     m_rc = m_r[:, None] & m_c[None, :]
-    for i in range(packed_splits, splits):
-        b_m = tl.load(p_stats + (i_bh * splits + i) * rows + o_r, mask=m_r, other=float("-inf"))
-        b_i = tl.load(p_sum + i * rows * d + o_c[None, :], mask=m_rc, other=0)
-        b_out += b_i * tl.exp2(b_m - base)[:, None]
+    p_m = p_stats + (i_bh * splits + packed_splits) * rows + o_r
+    b_m = tl.load(p_m, mask=m_r, other=float("-inf"))
+    b_i = tl.load(p_sum + packed_splits * rows * d + o_c[None, :], mask=m_rc, other=0)
+    b_out += b_i * tl.exp2(b_m - base)[:, None]
     b_out *= inverse[:, None]
     p_row = p_out + i_bh // heads * stride_ob + o_h * stride_oh
     p_row += (o_r // group).to(tl.int64) * stride_on

@@ -23,54 +23,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rotorquant_hf.kernels.launch import Launch
 from rotorquant_hf.kernels.sizes import padded
 
 STATE = 9
 LENGTHS, FLUSH = slice(0, 5), slice(5, 8)
 
 
-def push_tokens(
-    keys: Tensor,
-    values: Tensor,
-    ring_keys: Tensor,
-    ring_values: Tensor,
-    state: Tensor,
-    *,
-    residual: int,
-    block: int,
-    window: int,
-) -> None:
-    """Put new tokens into the ring and advance the state.
+class PushTokens:
+    """Puts new tokens into a ring and advances its state.
 
     Args:
-        keys, values: (batch, heads, n, d), any strides; n at most the free slots of the ring.
         ring_keys, ring_values: (batch, heads, slots, d), contiguous.
         state: (STATE,) int32.
         residual, block: tokens leave the ring in multiples of `block`, down to `residual`.
         window: of sliding-window attention, 0 for none: before the new tokens, only the last
             window - 1 are kept. What is beyond has to be packed tokens.
     """
-    batch, heads, n, d_k = keys.shape
-    d_v = values.shape[3]
-    with torch.cuda.device_of(state):  # Triton launches on the current device
-        push_kernel[(batch * heads,)](
-            keys,
-            *keys.stride(),
-            values,
-            *values.stride(),
-            ring_keys,
-            ring_values,
-            state,
-            heads,
-            ring_keys.shape[2],
-            n,
-            residual,
-            block,
-            window,
-            d_k,
-            d_v,
+
+    def __init__(
+        self,
+        ring_keys: Tensor,
+        ring_values: Tensor,
+        state: Tensor,
+        *,
+        residual: int,
+        block: int,
+        window: int,
+    ) -> None:
+        batch, heads, slots, d_k = ring_keys.shape
+        d_v = ring_values.shape[3]
+        self._state, self._grid = state, (batch * heads, 1, 1)
+        self._launch = Launch(
+            push_kernel,
+            p_ring_k=ring_keys,
+            p_ring_v=ring_values,
+            p_state=state,
+            heads=heads,
+            slots=slots,
+            residual=residual,
+            block=block,
+            window=window,
+            d_k=d_k,
+            d_v=d_v,
             **push_options(d_k, d_v),
         )
+
+    def __call__(self, keys: Tensor, values: Tensor) -> None:
+        """Push keys and values (batch, heads, n, d), any strides; n at most the free slots."""
+        with torch.cuda.device_of(self._state):  # Triton launches on the current device
+            self._launch(self._grid, keys, *keys.stride(), values, *values.stride(), keys.shape[2])
 
 
 def push_options(d_k: int, d_v: int) -> dict[str, Any]:
@@ -90,12 +92,13 @@ def push_kernel(
     stride_vh,
     stride_vn,
     stride_vd,
+    n,
+    # from here on what stays from step to step
     p_ring_k,
     p_ring_v,
     p_state,
     heads,
     slots,
-    n,
     residual,
     block,
     window,

@@ -13,14 +13,14 @@ magnitude stay within the range of float16 (or as float32 with factor 1, for flo
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rotorquant_hf.kernels.launch import Launch
 from rotorquant_hf.kernels.sizes import padded, pieces
 from rotorquant_hf.quant.packed import PackedSpan
 from rotorquant_hf.quant.quantizer import Quantizer
@@ -28,8 +28,7 @@ from rotorquant_hf.quant.quantizer import Quantizer
 _ROWS = 16
 
 
-@dataclass(frozen=True)
-class PreparedQueries:
+class PreparedQueries(NamedTuple):
     """Queries (batch * kv heads, rows, ...); row i g + j is query i of the group's head j of g.
 
     Attributes:
@@ -43,41 +42,51 @@ class PreparedQueries:
     factors: Tensor
 
 
-def prepare_queries(query: Tensor, keys: PackedSpan, dtype: torch.dtype) -> PreparedQueries:
-    """Rotate and project queries (batch, query heads, n, d) for attention over `keys`."""
-    batch, query_heads, n, d = query.shape
-    heads = keys.statistics.scale.shape[1]
-    group = query_heads // heads
-    rows = n * group
-    scale, mean = keys.statistics.scale, keys.statistics.mean
-    rotation = keys.quantizer.stage_one.rotation.matrix()
-    m = keys.quantizer.num_signs
-    projection = _projection(keys.quantizer) if m else rotation
-    rotated = query.new_empty(batch * heads, rows, d, dtype=dtype)
-    projected = query.new_empty(batch * heads, rows, m, dtype=dtype) if m else rotated
-    factors = query.new_empty(3, batch * heads, rows, dtype=torch.float32)
-    prepare_kernel[(pieces(rows, _ROWS), batch * heads)](
-        query,
-        *query.stride(),
-        scale,
-        int(scale.shape[3] != 1),
-        scale if mean is None else mean,
-        rotation,
-        projection,
-        rotated,
-        projected,
-        factors,
-        factors.stride(0),
-        heads,
-        group,
-        rows,
-        d,
-        m,
-        MEAN=mean is not None,
-        HALF=dtype == torch.float16,
-        **prepare_options(d, m),
-    )
-    return PreparedQueries(rotated, projected, factors)
+class PrepareQueries:
+    """Rotates and projects queries of one kind for attention over packed keys.
+
+    Args:
+        keys: of which quantiser and statistics are read.
+        batch, query_heads, n: of the queries.
+        dtype: of the results.
+    """
+
+    def __init__(
+        self, keys: PackedSpan, batch: int, query_heads: int, n: int, dtype: torch.dtype
+    ) -> None:
+        scale, mean = keys.statistics.scale, keys.statistics.mean
+        rotation = keys.quantizer.stage_one.rotation.matrix()
+        heads, d, m = scale.shape[1], keys.quantizer.d, keys.quantizer.num_signs
+        group = query_heads // heads
+        rows = n * group
+        self._shape, self._d, self._m, self._dtype = (batch * heads, rows), d, m, dtype
+        self._grid = (pieces(rows, _ROWS) * batch * heads, 1, 1)
+        self._launch = Launch(
+            prepare_kernel,
+            p_channel_scale=scale,
+            stride_channel_scale=int(scale.shape[3] != 1),
+            p_mean=scale if mean is None else mean,
+            p_rotation=rotation,
+            p_projection=_projection(keys.quantizer) if m else rotation,
+            stride_f=batch * heads * rows,
+            heads=heads,
+            group=group,
+            rows=rows,
+            d=d,
+            m=m,
+            MEAN=mean is not None,
+            HALF=dtype == torch.float16,
+            **prepare_options(d, m),
+        )
+
+    def __call__(self, query: Tensor) -> PreparedQueries:
+        """Prepare queries (batch, query heads, n, d)."""
+        shape, dtype = self._shape, self._dtype
+        rotated = query.new_empty(*shape, self._d, dtype=dtype)
+        projected = query.new_empty(*shape, self._m, dtype=dtype) if self._m else rotated
+        factors = query.new_empty(3, *shape, dtype=torch.float32)
+        self._launch(self._grid, query, *query.stride(), rotated, projected, factors)
+        return PreparedQueries(rotated, projected, factors)
 
 
 def prepare_options(d: int, m: int) -> dict[str, Any]:
@@ -107,14 +116,15 @@ def prepare_kernel(
     stride_qh,
     stride_qn,
     stride_qd,
+    p_rotated,
+    p_projected,
+    p_factors,
+    # from here on what stays from step to step
     p_channel_scale,
     stride_channel_scale,
     p_mean,
     p_rotation,
     p_projection,
-    p_rotated,
-    p_projected,
-    p_factors,
     stride_f,
     heads,
     group,
@@ -129,9 +139,10 @@ def prepare_kernel(
     PAD_M: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Grid (tiles of query rows, batch * kv heads)."""
-    i_bh = tl.program_id(1).to(tl.int64)
-    o_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Grid: batch * kv heads, of each all tiles of query rows."""
+    i_program, tiles = tl.program_id(0), tl.cdiv(rows, ROWS)
+    i_bh = (i_program // tiles).to(tl.int64)
+    o_r = i_program % tiles * ROWS + tl.arange(0, ROWS)
     o_d, o_m = tl.arange(0, PAD_D), tl.arange(0, PAD_M)
     m_r, m_d, m_m = o_r < rows, o_d < d, o_m < m
 

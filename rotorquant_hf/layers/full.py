@@ -414,6 +414,26 @@ class RotorQuantLayer(CacheLayerMixin):
         return self.sinks[0].shape[0]
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
+        if not self._is_like_held(keys, values):
+            self._check_all(keys, values)
+        check_finite("keys", keys, on_gpu=self.config.check_finite)
+        check_finite("values", values, on_gpu=self.config.check_finite)
+
+    def _is_like_held(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether new states are what a step brings: those held, but for the number of tokens."""
+        if not self.is_initialized or keys.dim() != 4 or values.dim() != 4:
+            return False
+        held = self._sinks
+        return all(
+            x.dtype == y.dtype
+            and x.device == y.device
+            and x.shape[:2] == y.shape[:2]
+            and x.shape[3] == y.shape[3]
+            and x.shape[2] == keys.shape[2]
+            for x, y in ((keys, held[0]), (values, held[1]))
+        )
+
+    def _check_all(self, keys: Tensor, values: Tensor) -> None:
         for name, x in (("keys", keys), ("values", values)):
             if not x.is_floating_point():
                 raise TypeError(f"{name} have dtype {x.dtype}; pass float16, bfloat16 or float32")
@@ -432,8 +452,6 @@ class RotorQuantLayer(CacheLayerMixin):
                 ("values", values, self._sinks[1]),
             ):
                 self._check_fits(name, x, held)
-        check_finite("keys", keys, on_gpu=self.config.check_finite)
-        check_finite("values", values, on_gpu=self.config.check_finite)
 
     def _check_fits(self, name: str, x: Tensor, held: Tensor) -> None:
         for what, new, old in (

@@ -6,7 +6,7 @@ CUDA graph. The host keeps the same lengths by the same arithmetic, without ever
 
 A step of n tokens, on the device and on the host:
 
-    push_tokens     the new tokens enter the ring          count += n
+    PushTokens      the new tokens enter the ring          count += n
     attention       reads what is in the ring and packed   (its states are made here)
     append_block    codes the ring's oldest tokens         packed += block, count -= block
                     once `block_length` too many are in it
@@ -18,10 +18,12 @@ with the next push (`flush_*` in `kernels.push`), while the host may do so at on
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rotorquant_hf.attention.states import Clock, RingStates, read_ring
+from rotorquant_hf.attention.states import Clock, RingMemory, RingStates, read_ring
 from rotorquant_hf.backend import on_device
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.quant.channels import SEGMENT
@@ -49,7 +51,7 @@ class RingBuffer:
         position: int,
         sliding_window: int = 0,
     ) -> None:
-        from rotorquant_hf.kernels.push import STATE
+        from rotorquant_hf.kernels.push import LENGTHS, STATE
 
         self.store, self.sinks, self.config = store, sinks, config
         store.reserve(0)  # the same rows for keys and values
@@ -61,51 +63,68 @@ class RingBuffer:
             self.rings = (_ring(recent[0], slots), _ring(recent[1], slots))
             self.lengths = torch.zeros(STATE, dtype=torch.int32, device=recent[0].device)
             self._feedback = store.keys.feedback(position)
+        self._attended = self.lengths[LENGTHS]
+        self._push_tokens: Any = None  # bound to this memory, as the next is
+        self._memory: tuple[RingMemory, ...] = ()
         self._segment = position // SEGMENT
         self._on_device: tuple[int, ...] | None = None  # lengths there; None: not known
         self.clock = Clock()
         self.captured = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: all but what is bound to this ring's memory, and made again where missing."""
+        return self.__dict__ | {"_push_tokens": None, "_memory": ()}
+
     def step(self, keys: Tensor, values: Tensor) -> tuple[RingStates, RingStates]:
         """Take in new tokens (batch, heads, n, d), n <= block_length; what attention reads."""
-        from rotorquant_hf.kernels.append import AppendPart, append_block
-        from rotorquant_hf.kernels.push import FLUSH, LENGTHS, push_tokens
-
-        config, store, n = self.config, self.store, keys.shape[2]
-        if config.num_to_quantise(self.count + n):
+        n = keys.shape[2]
+        leaves = self.config.num_to_quantise(self.count + n) > 0
+        if leaves:
             with torch.inference_mode(False):
-                store.reserve(config.block_length)
-        self.turn_for(n)
+                self.store.reserve(self.config.block_length)
+            self.turn_for(n)
         self._upload()
         before = self.snapshot()
         self._on_device = None  # until all is done
         try:
-            push_tokens(
-                keys,
-                values,
-                *self.rings,
-                self.lengths,
-                residual=config.residual_length,
-                block=config.block_length,
-                window=self.sliding_window,
-            )
+            self._enter(keys, values)
             self._push(n)
-            lengths = self.lengths[LENGTHS]
-            seen = self._states(0, lengths), self._states(1, lengths)
+            seen = self._states()
             # A graph replays the launch in every step, so it is captured in any; the device's
             # count is 0 in the steps in which no block leaves.
-            if config.num_to_quantise(self.count) or self.captured:
-                append_block(
-                    self.lengths[FLUSH],
-                    config.block_length,
-                    AppendPart(self.rings[0], *store.keys.coding(), self._feedback),
-                    AppendPart(self.rings[1], *store.values.coding()),
-                )
+            if leaves or self.captured:
+                self._append()
             self._flush()
         except BaseException:
             self.restore(before)
             raise
         return seen
+
+    def _enter(self, keys: Tensor, values: Tensor) -> None:
+        """Put new tokens into the ring on the device."""
+        from rotorquant_hf.kernels.push import PushTokens
+
+        if self._push_tokens is None:
+            self._push_tokens = PushTokens(
+                *self.rings,
+                self.lengths,
+                residual=self.config.residual_length,
+                block=self.config.block_length,
+                window=self.sliding_window,
+            )
+        self._push_tokens(keys, values)
+
+    def _append(self) -> None:
+        """Code the block that the last push has found, if there is one."""
+        from rotorquant_hf.kernels.append import AppendPart, append_block
+        from rotorquant_hf.kernels.push import FLUSH
+
+        append_block(
+            self.lengths[FLUSH],
+            self.config.block_length,
+            AppendPart(self.rings[0], *self.store.keys.coding(), self._feedback),
+            AppendPart(self.rings[1], *self.store.values.coding()),
+        )
 
     def turn_for(self, n: int) -> None:
         """Turn the Hessian to where the block is that leaves in a step of n tokens, if one does.
@@ -180,23 +199,24 @@ class RingBuffer:
             raise RuntimeError("the lengths on the device are not up to date; step once before")
         self.lengths.copy_(on_device([*lengths, 0, 0, 0, 0], self.lengths.device))
 
-    def _states(self, part: int, lengths: Tensor) -> RingStates:
-        """What attention reads of the keys (part 0) or values (1) until the next step."""
-        side = self.store.sides[part]
-        span = side.span()
-        return RingStates(
-            sinks=self.sinks[part],
-            packed=span,
-            ring=self.rings[part],
-            begin=self.begin,
-            count=self.count,
-            rows=dict(side.buffers.tensors),
-            device_lengths=lengths,
-            # A graph is replayed while tokens are packed: its grid is laid out for all the rows.
-            max_packed=side.buffers.capacity if self.captured else span.shape[2],
-            clock=self.clock,
-            made_at=self.clock.ticks,
-        )
+    def _states(self) -> tuple[RingStates, RingStates]:
+        """What attention reads of keys and values until the next step."""
+        sides = self.store.sides
+        if not self._memory or any(
+            memory.rows is not side.buffers.tensors
+            for memory, side in zip(self._memory, sides, strict=True)
+        ):
+            self._memory = tuple(
+                RingMemory(sinks, ring, side.buffers.tensors, statistics, quantizer, self._attended)
+                for side, sinks, ring in zip(sides, self.sinks, self.rings, strict=True)
+                for quantizer, statistics, _ in [side.coding()]
+            )
+        buffers = sides[0].buffers
+        packed = len(buffers)
+        # A graph is replayed while tokens are packed: its grid is laid out for all the rows.
+        laid_out = buffers.capacity if self.captured else packed
+        lengths = buffers.start, packed, self.begin, self.count, laid_out, self.clock
+        return RingStates(self._memory[0], *lengths), RingStates(self._memory[1], *lengths)
 
     def recent(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the recent tokens, oldest first, copied."""

@@ -22,7 +22,7 @@ class TokenBuffers:
 
     start: int
     end: int
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # never changed: another dict takes its place
     _written: int  # rows of the tensors that somebody may look at: at least `end`
 
     def __init__(self) -> None:
@@ -55,9 +55,9 @@ class TokenBuffers:
         """
         if not self.has_room(count):
             self.adopt(self.grown(like, max(count, expected)))
-        for name, tensor in self.tensors.items():
-            if tensor.is_inference():  # cannot be written to outside inference mode
-                self.tensors[name] = tensor.clone()
+        if any(x.is_inference() for x in self.tensors.values()):
+            # These cannot be written to outside inference mode.
+            self.tensors = {name: x.clone() for name, x in self.tensors.items()}
 
     def has_room(self, count: int) -> bool:
         """Whether `count` more rows fit behind the last, where nobody has been before."""

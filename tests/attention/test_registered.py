@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,12 +18,18 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     EncoderDecoderCache,
+    Gemma4AudioConfig,
+    Gemma4AudioModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     SiglipVisionConfig,
+    SiglipVisionModel,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
@@ -195,6 +202,53 @@ def test_half_precision_models(name, dtype, dequantised):
     eager = build(name, "eager")
     reference = feed(eager, DynamicCache(config=eager.config), ids, chunks)
     assert relative_error(logits.float(), reference) < 0.03
+
+
+# --- towers beside a language model, which know nothing of caches ---
+
+
+def audio_tower() -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """One that computes by itself, in a file of models that use the interface."""
+    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    channels = {"subsampling_conv_channels": [8, 4], "output_proj_dims": 16}
+    heard = torch.ones(2, 64, dtype=torch.bool)
+    heard[1, 40:] = False
+    inputs = {"input_features": torch.randn(2, 64, 8), "attention_mask": heard}
+    return Gemma4AudioModel(Gemma4AudioConfig(**tiny, **channels)), inputs
+
+
+def speech_encoder() -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    config = WhisperConfig(
+        d_model=32,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        max_source_positions=32,
+        num_mel_bins=8,
+    )
+    return WhisperModel(config).encoder, {"input_features": torch.randn(2, 8, 64)}
+
+
+def vision_tower() -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"intermediate_size": 64, "image_size": 32, "patch_size": 8}
+    model = SiglipVisionModel(SiglipVisionConfig(**tiny, **sizes))
+    return model, {"pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+@pytest.mark.parametrize("tower", [audio_tower, speech_encoder, vision_tower])
+def test_towers_compute_as_in_eager(tower):
+    torch.manual_seed(0)
+    model, inputs = tower()
+    outputs = []
+    for name in ("eager", "rotorquant"):
+        model.eval().set_attn_implementation(name)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")  # nothing of a cache is said where there is none
+            outputs.append(model(**inputs).last_hidden_state)
+    torch.testing.assert_close(*outputs)
 
 
 # --- models that do not use the interface ---

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
 from rotorquant_hf import RotorQuantKVCache
-from rotorquant_hf.attention.states import CachedStates, Clock, KVStates, RingStates, read_ring
+from rotorquant_hf.attention.states import (
+    CachedStates,
+    Clock,
+    KVStates,
+    RingMemory,
+    RingStates,
+    read_ring,
+)
 
 SLOTS = 6
 
@@ -22,20 +27,22 @@ def cached() -> CachedStates:
     return CachedStates(torch.randn(1, 2, 2, 16), store.keys.span(), recent)
 
 
-def in_ring(states: CachedStates, begin: int) -> RingStates:
+def in_ring(states: CachedStates, begin: int, clock: Clock) -> RingStates:
     """The same tokens, the recent ones in a ring from slot `begin` on."""
     count = states.recent.shape[2]
     ring = torch.full((1, 2, SLOTS, 16), torch.nan)
     ring[:, :, [(begin + i) % SLOTS for i in range(count)]] = states.recent
     lengths = torch.tensor([2, 0, 9, begin, count], dtype=torch.int32)
-    clock = Clock(ticks=7)
-    rows = dict(states.packed.rows)
-    return RingStates(states.sinks, states.packed, ring, begin, count, rows, lengths, 9, clock, 7)
+    packed = states.packed
+    memory = RingMemory(
+        states.sinks, ring, packed.rows, packed.statistics, packed.quantizer, lengths
+    )
+    return RingStates(memory, 0, 9, begin, count, 9, clock)
 
 
 @pytest.mark.parametrize("begin", [0, 1, 4, 5])
 def test_both_kinds_stand_for_the_same_tokens(cached, begin) -> None:
-    ring = in_ring(cached, begin)
+    ring = in_ring(cached, begin, Clock())
     kinds: tuple[KVStates, KVStates] = cached, ring
     assert {states.shape for states in kinds} == {(1, 2, 15, 16)}
     assert {states.max_packed for states in kinds} == {9}
@@ -51,9 +58,13 @@ def test_both_kinds_stand_for_the_same_tokens(cached, begin) -> None:
 
 
 def test_a_ring_that_moved_on_is_not_read(cached) -> None:
-    ring = in_ring(cached, 4)
-    later = dataclasses.replace(ring, made_at=8)
-    ring.clock.tick()
+    clock = Clock(ticks=7)
+    ring, beside, other = (in_ring(cached, 4, x) for x in (clock, clock, Clock(ticks=7)))
+    clock.tick()
+    later = in_ring(cached, 4, clock)
+    assert ring.same_step(beside)
+    assert not ring.same_step(later)
+    assert not ring.same_step(other)
     for read in (lambda: ring.recent, ring.device_view, ring.materialize):
         with pytest.raises(RuntimeError, match="earlier update"):
             read()

@@ -11,6 +11,8 @@ from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
 from rotorquant_hf.attention.states import CachedStates
 from rotorquant_hf.attention.triton_attention import Device, Tiling, attend_packed, choose_tiling
+from rotorquant_hf.kernels.combine import Combine
+from rotorquant_hf.kernels.launch import Launch
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,16 +113,30 @@ def test_several_queries_and_groups(n, heads):
 def test_many_queries_are_taken_some_at_a_time(mask, monkeypatch):
     monkeypatch.setattr(triton_attention, "_MAX_SUMS", 2 * 2 * 4 * 64 * 5)  # five queries
     launches = []
-    real = triton_attention.combine
-    monkeypatch.setattr(
-        triton_attention, "combine", lambda *args: launches.append(1) or real(*args)
-    )
+    real = Combine.__call__
+    monkeypatch.setattr(Combine, "__call__", lambda *args: launches.append(1) or real(*args))
     keys, values = states()
     if mask is not None:
         mask = torch.rand(1, 1, 12 if mask == "by query" else 1, 94, device=DEVICE) > 0.4
     options = AttentionOptions(scale=0.125, mask=mask, causal=mask is None)
     assert error(query(n=12), keys, values, options) < 1e-5
     assert len(launches) == 3
+
+
+def test_rows_and_heads_lie_along_the_axis_of_a_grid_that_is_long_enough(monkeypatch):
+    """Batch times heads may be more than 65,535, where the other axes end."""
+    grids = []
+    real = Launch.__call__
+
+    def recorded(self, grid, *changing):
+        grids.append(grid)
+        real(self, grid, *changing)
+
+    monkeypatch.setattr(Launch, "__call__", recorded)
+    keys, values = states()
+    attend_packed(query(n=3), keys, values, AttentionOptions(scale=0.125))
+    assert len(grids) == 3
+    assert {grid[1:] for grid in grids} == {(1, 1)}
 
 
 MASKS = {
