@@ -211,7 +211,8 @@ def other_costs(d: int, signs: int = 0, arch: int = 90) -> dict[str, Cost]:
         ("combine", combine_kernel, {"MEAN": True, "SINKS": True} | combine_options(d, 4)),
         ("push", push_kernel, push_options(d, d)),
     ):
-        launch = {"num_warps": constants.pop("num_warps")}
+        options = ("num_warps", "num_stages")
+        launch = {name: constants.pop(name) for name in options if name in constants}
         known = {k: v for k, v in pointers.items() if k in kernel.arg_names}
         found[name] = compile_kernel(kernel, known, constants, launch, arch)
     return found

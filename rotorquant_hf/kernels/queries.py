@@ -98,6 +98,8 @@ def prepare_options(d: int, m: int) -> dict[str, Any]:
         "PAD_M": padded(m),
         "CHUNK": 16 if m or d > 128 else 32,
         "num_warps": 8 if m or d > 256 else 4,
+        # Of a wide rotation one chunk at a time: two take more shared memory than an sm_89 has.
+        "num_stages": 1 if d > 256 else 3,
     }
 
 
