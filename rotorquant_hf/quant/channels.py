@@ -28,7 +28,7 @@ from torch import Tensor
 from rotorquant_hf.quant.hessian import LowRankHessian
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.rope import Rope
-from rotorquant_hf.quant.tiles import sampled, token_tiles
+from rotorquant_hf.quant.tiles import sampled
 
 SEGMENT = 1024
 """Tokens of a text that are coded with the same Hessian: positions 0 ... 1023, 1024 ..., and so on.
@@ -105,27 +105,26 @@ class ChannelStatistics:
         x = sampled(x, _SAMPLE)
         # The largest entry is taken out first: squares of 1e-30 or 1e30 leave float32.
         peak = torch.linalg.vector_norm(x, ord=math.inf, dim=(2, 3), keepdim=True).float()
-        peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+        peak = _or_one(peak)
         # The scales are those of the uncentred energy: RoPE may turn a constant later, and a
         # scale taken from the small spread around it would let it drown the head then.
-        energy, mean = _moments(x, peak)
+        x = x.float() / peak
+        energy, mean = x.square().mean(dim=2, keepdim=True), x.mean(dim=2, keepdim=True)
+        total = _or_one(energy.sum(dim=-1, keepdim=True))
         if rope is not None and positions is not None:
-            before = rope.turn(x / peak, -positions).mean(dim=2, keepdim=True)
-            rope = rope.where(_is_turned(before, mean, energy))
+            before = rope.turn(x, -positions).mean(dim=2, keepdim=True)
+            rope = rope.where(_is_turned(before, mean, total))
             if center is True:
                 horizon = positions.max().clamp(min=_HORIZON)
                 mean = torch.where(rope.turns, rope.spread(before, (horizon,)), mean)
         if center == "auto":
             mean = mean * _offset_channels(energy, mean, rope_layout)
-        total = energy.sum(dim=-1, keepdim=True)
-        total = torch.where(total > 0, total, torch.ones_like(total))
         center_point = mean * peak if center else None
         if power == 0:
             return cls(total.sqrt() * peak, center_point, rope=rope)
         shared = _share_pairs(energy, rope_layout)
         scale = shared.clamp(min=_MIN_RMS**2 * total / x.shape[-1]) ** (power / 2)
-        unit = (energy / scale.square()).sum(dim=-1, keepdim=True).sqrt()
-        unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+        unit = _or_one((energy / scale.square()).sum(dim=-1, keepdim=True).sqrt())
         return cls(scale * unit * peak, center_point, rope=rope)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -195,7 +194,7 @@ class ChannelStatistics:
         turned = turned.movedim(2, 0).mT
         strength, before = (x.square().sum(dim=(-2, -1), keepdim=True) for x in (turned, factor))
         # Of the same strength: unequal scales of a pair would change it.
-        ratio = before / torch.where(strength > 0, strength, torch.ones_like(strength))
+        ratio = before / _or_one(strength)
         return LowRankHessian((turned * ratio.sqrt()).half())
 
     def _channel_scales(self, d: int) -> Tensor:
@@ -217,30 +216,19 @@ class ChannelStatistics:
         return sum(x.nbytes for x in self.tensors().values())
 
 
-def _moments(x: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean square and mean of x / peak over the tokens, (batch, heads, 1, d) float32 each."""
-    batch, heads, tokens, d = x.shape
-    energy = torch.zeros(batch, heads, 1, d, device=x.device)
-    mean = torch.zeros_like(energy)
-    for tile in token_tiles(tokens, batch * heads * d):
-        part = x[:, :, tile].float() / peak
-        energy += part.square().sum(dim=2, keepdim=True)
-        mean += part.sum(dim=2, keepdim=True)
-    return energy / tokens, mean / tokens
+def _or_one(x: Tensor) -> Tensor:
+    """x, and 1 where x is not positive."""
+    return torch.where(x > 0, x, 1.0)
 
 
-def _is_turned(before: Tensor, mean: Tensor, energy: Tensor) -> Tensor:
+def _is_turned(before: Tensor, mean: Tensor, total: Tensor) -> Tensor:
     """Whether RoPE turned the rows so that `before` is their mean before it, (batch, 1, 1, 1).
 
     Turned back rightly, keys agree with each other at least as well as they do turned; turned by
-    angles that are not theirs, hardly.
+    angles that are not theirs, hardly. `total` is the energy of the heads, (batch, heads, 1, 1).
     """
-    total = energy.sum(dim=-1, keepdim=True)
-    total = torch.where(total > 0, total, torch.ones_like(total))
-    shares = [
-        (x.square().sum(dim=-1, keepdim=True) / total).sum(dim=1, keepdim=True)
-        for x in (before, mean)
-    ]
+    energies = torch.stack((before, mean)).square().sum(dim=-1, keepdim=True)
+    shares = (energies / total).sum(dim=2, keepdim=True)
     return shares[0] >= _TURNS * shares[1]
 
 

@@ -59,8 +59,8 @@ class LowRankHessian:
         with torch.autocast(hessian.device.type, enabled=False):
             h = doubled(hessian)
             mean = h.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
-            eye = torch.eye(d, dtype=h.dtype, device=h.device)
-            h = h / torch.where(mean == 0, torch.ones_like(mean), mean) + RIDGE * eye
+            h = h / torch.where(mean == 0, 1.0, mean)
+            h.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
             basis = _start(d, rank, h.device)
             for _ in range(_ITERATIONS):
                 basis = _orthonormal(h @ basis)

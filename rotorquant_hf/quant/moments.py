@@ -64,10 +64,13 @@ class QueryMoment:
         Of d queries or fewer the directions in which none looked are unknown, not unimportant.
         """
         d = self.mean.shape[-1]
-        level = self.mean.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
-        added = (d / max(self.count, 1)) * level * torch.eye(d, device=self.mean.device)
-        before = None if self.pre_rope is None else self.pre_rope + added
-        return QueryMoment(self.mean + added, self.count, before)
+        level = self.mean.diagonal(dim1=-2, dim2=-1).mean(dim=-1, keepdim=True)
+        level = level * (d / max(self.count, 1))
+        shrunk = self.map(Tensor.clone)
+        for moment in (shrunk.mean, shrunk.pre_rope):
+            if moment is not None:
+                moment.diagonal(dim1=-2, dim2=-1).add_(level)
+        return shrunk
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> QueryMoment:
         """The same with `fn` applied to the tensors (a batch selection, a move to a device)."""

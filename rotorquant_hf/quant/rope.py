@@ -67,12 +67,24 @@ class Rope:
             moment: C, (batch, heads, d, d), symmetric.
             lengths: as in `spread`.
         """
-        w = self.frequencies
-        still = w.new_zeros(*w.shape[:-1], moment.shape[-1] - self.channels)
-        w = torch.cat((w, -w, still), dim=-1)
-        c = self._diagonal(self._diagonal(moment.float()).conj().mT).mT
-        c = c * _mean_turn(w.mT - w, lengths)
-        return self._plain(self._plain(c.conj()).conj().mT).mT.real.contiguous()
+        c, w, r = moment.float(), self.frequencies, self.frequencies.shape[-1]
+        a, b = self._pairs
+        aa, ab, ba, bb = c[..., a, a], c[..., a, b], c[..., b, a], c[..., b, b]
+        # The means of z conj(z)' and of z z' for z = a + ib of the pairs.
+        phi = _mean_turn(torch.stack((w.mT - w, w.mT + w)), lengths)
+        same = torch.complex(aa + bb, ba - ab) * phi[0]
+        mirrored = torch.complex(aa - bb, ba + ab) * phi[1]
+        out = c.clone()
+        both = (mirrored + same) / 2
+        out[..., a, a], out[..., b, a] = both.real, both.imag
+        both = (mirrored - same) / 2
+        out[..., b, b], out[..., a, b] = -both.real, both.imag
+        if c.shape[-1] > 2 * r:
+            still = slice(2 * r, None)
+            z = torch.complex(c[..., a, still], c[..., b, still]) * _mean_turn(w, lengths).mT
+            out[..., a, still], out[..., b, still] = z.real, z.imag
+            out[..., still, : 2 * r] = out[..., : 2 * r, still].mT
+        return out
 
     @property
     def turns(self) -> Tensor:
@@ -93,23 +105,18 @@ class Rope:
         z = torch.complex(a, b) * factor
         return self._join(z.real, z.imag, rest)
 
-    def _diagonal(self, x: Tensor) -> Tensor:
-        """The numbers that R multiplies: (a + ib, a - ib) / sqrt 2 of the pairs, then the rest."""
-        a, b, rest = self._split(x)
-        return torch.cat(((a + 1j * b) * 0.5**0.5, (a - 1j * b) * 0.5**0.5, rest), dim=-1)
-
-    def _plain(self, x: Tensor) -> Tensor:
-        """The inverse of `_diagonal`, complex."""
+    @property
+    def _pairs(self) -> tuple[slice, slice]:
+        """First and second channels of the pairs."""
         r = self.frequencies.shape[-1]
-        p, n = x[..., :r], x[..., r : 2 * r]
-        return self._join((p + n) * 0.5**0.5, (p - n) * (-1j * 0.5**0.5), x[..., 2 * r :])
+        if self.layout == "half":
+            return slice(0, r), slice(r, 2 * r)
+        return slice(0, 2 * r, 2), slice(1, 2 * r, 2)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """First and second channels of the pairs, and the channels that do not turn."""
-        r = self.frequencies.shape[-1]
-        if self.layout == "half":
-            return x[..., :r], x[..., r : 2 * r], x[..., 2 * r :]
-        return x[..., : 2 * r : 2], x[..., 1 : 2 * r : 2], x[..., 2 * r :]
+        first, second = self._pairs
+        return x[..., first], x[..., second], x[..., self.channels :]
 
     def _join(self, a: Tensor, b: Tensor, rest: Tensor) -> Tensor:
         if self.layout == "half":

@@ -6,6 +6,7 @@ Float32 scratch is bounded by a tile, not by the history.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -42,7 +43,14 @@ def sampled(x: Tensor, count: int, axis: int = -2) -> Tensor:
     tokens = x.shape[axis]
     if tokens <= count:
         return x
-    i = torch.arange(count, dtype=torch.float32, device=x.device)
-    # One token of each stretch, at another place every time: texts may be periodic.
-    place = (i + (i * _GOLDEN).frac()) * (tokens / count)
-    return x.index_select(axis, place.long().clamp(max=tokens - 1))
+    return x.index_select(axis, _places(tokens, count, x.device))
+
+
+@lru_cache(maxsize=16)
+def _places(tokens: int, count: int, device: torch.device) -> Tensor:
+    """Indices of the sample; kept, as every layer takes the same of a prompt."""
+    with torch.inference_mode(False):
+        i = torch.arange(count, dtype=torch.float32, device=device)
+        # One token of each stretch, at another place every time: texts may be periodic.
+        place = (i + (i * _GOLDEN).frac()) * (tokens / count)
+        return place.long().clamp(max=tokens - 1)
