@@ -10,6 +10,7 @@ from rotorquant_hf.cache import RotorQuantCache
 from rotorquant_hf.calibrating import calibrate
 from rotorquant_hf.calibration import Calibration
 from rotorquant_hf.config import PRESETS, RotorQuantConfig
+from rotorquant_hf.decoding import decode_with_graph
 from rotorquant_hf.graph import DecodeGraph
 from rotorquant_hf.memory import MemoryReport
 from rotorquant_hf.quant import RotorQuantMSE, RotorQuantProd
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "allocate_bits",
     "calibrate",
+    "decode_with_graph",
 ]
 
 _register_attention()
