@@ -99,7 +99,7 @@ def combine_options(d: int, rows: int) -> dict[str, Any]:
     }
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "packed_splits"])
+@triton.jit(do_not_specialize=["rows", "splits", "packed_splits", "stride_stats"])
 def combine_kernel(
     p_sums,
     p_stats,
