@@ -16,6 +16,7 @@ from rotorquant_hf.memory import MemoryReport
 from rotorquant_hf.quant import RotorQuantMSE, RotorQuantProd
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
 from rotorquant_hf.version import __version__
+from rotorquant_hf.warming import warm_up
 
 __all__ = [
     "PRESETS",
@@ -31,6 +32,7 @@ __all__ = [
     "allocate_bits",
     "calibrate",
     "decode_with_graph",
+    "warm_up",
 ]
 
 _register_attention()

@@ -26,7 +26,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("memory", "calibration", "model_rope"),
     ("serialization",),
     ("cache",),
-    ("capturable", "calibrating"),
+    ("capturable", "calibrating", "warming"),
     ("graph", "allocating"),
     ("decoding",),
     ("rotorquant_hf",),

@@ -22,7 +22,8 @@ from tests.helpers.models import build, prompt
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"residual_length": 8, "statistics_length": 0, "block_length": 4, "num_sink_tokens": 2}
 SMALL |= {"query_aware": False}  # a sweep takes seconds in the interpreter
-CUSTOM = cuda_graph.on_gpu(decode_with_graph)
+ON_GPU = cuda_graph.on_gpu(decode_with_graph)
+CUSTOM = decode_with_graph if DEVICE == "cuda" else ON_GPU
 
 
 @functools.cache
@@ -252,7 +253,7 @@ class TestRefused:
                 prompt(1, 16) if ids is None else ids,
                 past_key_values=cache,
                 max_new_tokens=4,
-                custom_generate=CUSTOM,
+                custom_generate=ON_GPU,
                 **options,
             )
         assert cache.get_seq_length() == 0
@@ -305,7 +306,6 @@ class TestRefused:
         cache = EncoderDecoderCache(RotorQuantCache(**SMALL), DynamicCache())
         self.refused("is an encoder-decoder model", T5ForConditionalGeneration(config), cache=cache)
 
-    @pytest.mark.skipif(DEVICE == "cuda", reason="the CPU is the device that is refused")
     def test_the_cpu(self):
         with pytest.raises(ValueError, match="on cpu; CUDA graphs need a CUDA device"):
             build("llama").generate(

@@ -140,9 +140,7 @@ class OnGPU:
 
 
 def on_gpu(custom_generate: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for a model that goes on to a `custom_generate`, where there is no GPU."""
-    if torch.cuda.is_available():
-        return custom_generate
+    """The same for a model that `generate` hands to a `custom_generate`."""
 
     @functools.wraps(custom_generate)
     def with_model_on_gpu(model: Any, *args: Any, **kwargs: Any) -> Any:
