@@ -10,11 +10,13 @@ from rotorquant_hf.cache import RotorQuantCache
 from rotorquant_hf.calibrating import calibrate
 from rotorquant_hf.calibration import Calibration
 from rotorquant_hf.config import PRESETS, RotorQuantConfig
+from rotorquant_hf.decoding import decode_with_graph
 from rotorquant_hf.graph import DecodeGraph
 from rotorquant_hf.memory import MemoryReport
 from rotorquant_hf.quant import RotorQuantMSE, RotorQuantProd
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
 from rotorquant_hf.version import __version__
+from rotorquant_hf.warming import warm_up
 
 __all__ = [
     "PRESETS",
@@ -29,6 +31,8 @@ __all__ = [
     "__version__",
     "allocate_bits",
     "calibrate",
+    "decode_with_graph",
+    "warm_up",
 ]
 
 _register_attention()

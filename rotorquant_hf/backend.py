@@ -63,6 +63,11 @@ def _runs_kernels(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph of the work on `device` is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def on_device(values: list[int], device: torch.device) -> torch.Tensor:
     """An int32 tensor on `device`, without waiting for it."""
     tensor = torch.tensor(values, dtype=torch.int32)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from rotorquant_hf.attention.registered import single_tokens_without_masks
 from rotorquant_hf.cache import RotorQuantCache
+from rotorquant_hf.capturable import check_cache, check_model
 from rotorquant_hf.layers.full import RotorQuantLayer
-from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 
 # Steps run as they are before the capture, so that every kernel is compiled and every library
 # has its workspace.
@@ -37,45 +37,23 @@ class DecodeGraph:
         room: tokens that memory is taken for at each capture.
 
     Raises:
-        ValueError: if the model is not on a CUDA device; if the cache is empty or looks for NaN
-            (`check_finite`); if a layer of it is not compressed (such layers concatenate, which
-            no graph can replay), is not decoded by the kernels, or has a sliding window that
-            may hold no quantised token; or if `room` is less than 1.
+        ValueError: if the model is not on a CUDA device, or on several, has chunked or other
+            attention, or a RoPE that changes with the length of the text ("dynamic",
+            "longrope"); if the cache is empty, offloaded or looks for NaN (`check_finite`); if
+            a layer of it is not compressed (such layers concatenate, which no graph can
+            replay), is on another device, is not decoded by the kernels, or has a sliding
+            window that may hold no quantised token; or if `room` is less than 1.
     """
 
     def __init__(self, model: Any, cache: RotorQuantCache, room: int = 1024) -> None:
-        if model.device.type != "cuda":
-            raise ValueError(f"the model is on {model.device}; CUDA graphs need a CUDA device")
         if room < 1:
             raise ValueError(f"room is {room}; choose at least 1")
-        if cache.settings.check_finite:
-            raise ValueError(
-                "check_finite is on, which waits for the device at every step; leave it off"
-            )
+        check_model(model)
+        check_cache(model, cache)
         if not cache.get_seq_length():
             raise ValueError("the cache is empty; feed the prompt through the model first")
         self.model, self.cache, self.room = model, cache, room
-        self._layers: list[RotorQuantLayer] = []
-        for index, layer in enumerate(cache.layers):
-            if not isinstance(layer, RotorQuantLayer):
-                raise ValueError(
-                    f"layer {index} of the cache is a {type(layer).__name__}, which cannot be "
-                    "captured; leave it out of exact_layers, or decode without a graph"
-                )
-            max_recent = cache.settings.residual_length + 2 * cache.settings.block_length
-            if isinstance(layer, RotorQuantSlidingLayer) and layer.sliding_window <= max_recent:
-                raise ValueError(
-                    f"layer {index} has a sliding window of {layer.sliding_window} tokens, of "
-                    f"which up to {max_recent} stay in full precision; choose a smaller "
-                    "residual_length or block_length, or decode without a graph"
-                )
-            if not layer.store.kernels_take(layer.dtype):
-                raise ValueError(
-                    f"layer {index} does not decode through the Triton kernels, which need Triton "
-                    "and take the quantisers 'mse' and 'prod', head dims that are multiples of 8 "
-                    "(in float32 to 512), and 16- or 32-bit floats"
-                )
-            self._layers.append(layer)
+        self._layers = cast(list[RotorQuantLayer], list(cache.layers))
         self._graph: torch.cuda.CUDAGraph | None = None
         self._memory: list[tuple[Any, ...]] = []
         self._warm = 0

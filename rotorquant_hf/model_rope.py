@@ -37,10 +37,31 @@ def rope_of(config: PreTrainedConfig, layer: int, layer_type: str, layout: str) 
         return None
     by_type = layer_type in parameters
     own = parameters[layer_type] if by_type else parameters
-    if not own or own.get("rope_theta") is None or own.get("rope_type") in _CHANGING:
+    if not own or own.get("rope_theta") is None or _changes(own):
         return None
     frequencies = _frequencies(text, own, {"layer_type": layer_type} if by_type else {})
     return Rope(frequencies.view(1, 1, 1, -1), layout)
+
+
+def changing_rope(config: PreTrainedConfig) -> str | None:
+    """The type of a RoPE whose frequencies depend on the length of the text; None if none has.
+
+    Args:
+        config: the model's. One kind of layers may have it, or one layer.
+    """
+    text: Any = config.get_text_config(decoder=True)
+    if not getattr(text, "rope_parameters", None):
+        return None
+    for layer in text.per_layer_config:
+        parameters = layer.rope_parameters or {}
+        for own in (parameters, *parameters.values()):
+            if isinstance(own, dict) and _changes(own):
+                return own["rope_type"]
+    return None
+
+
+def _changes(parameters: dict[str, Any]) -> bool:
+    return parameters.get("rope_type") in _CHANGING
 
 
 def _frequencies(text: Any, parameters: dict[str, Any], of: dict[str, str]) -> Tensor:

@@ -26,8 +26,9 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("memory", "calibration", "model_rope"),
     ("serialization",),
     ("cache",),
-    ("graph", "calibrating"),
-    ("allocating",),
+    ("capturable", "calibrating", "warming"),
+    ("graph", "allocating"),
+    ("decoding",),
     ("rotorquant_hf",),
 )
 """The storeys of `rotorquant_hf` from the ground up; the last is the package's own `__init__`.

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import rotorquant_hf
 from evals import commands as commands_
 from evals.__main__ import parser
 from evals.options import from_arguments
@@ -54,21 +55,29 @@ def test_every_python_snippet_runs(tmp_path, monkeypatch, capsys) -> None:
     assert "torch.Size([1, 8, 100, 48]) torch.uint8" in output
 
 
-def test_the_snippet_of_a_decode_graph_runs(monkeypatch) -> None:
-    """With the imports and names that snippets before it have brought."""
-    (snippet,) = blocks("py")
-    snippet = snippet.replace("range(100)", "range(40)")  # in Triton's interpreter a step is slow
+def test_the_snippets_of_graphs_run(monkeypatch) -> None:
+    """With the imports and names that snippets before them have brought."""
+    generating, stepping = blocks("py")
+    generating = generating.replace(": 200", ": 8")  # in Triton's interpreter a step is slow
+    stepping = stepping.replace("range(100)", "range(8)")
     model = build("llama")
     prompt = torch.randint(1, model.config.vocab_size, (1, 300))
     if torch.cuda.is_available():
         model, prompt = model.cuda(), prompt.cuda()
     else:
-        model = cuda_graph.OnGPU(model)
+        # Compiling is what tests/kernels/test_variants.py looks at; here it would compute.
+        monkeypatch.setattr(rotorquant_hf, "warm_up", lambda model: None)
+        on_gpu = cuda_graph.on_gpu(rotorquant_hf.decode_with_graph)
+        monkeypatch.setattr(rotorquant_hf, "decode_with_graph", on_gpu)
     session = {"model": model, "prompt": prompt, "RotorQuantCache": RotorQuantCache}
-    with cuda_graph.decoding(monkeypatch, lambda: [session["cache"]]):
-        exec(compile(snippet, "README's DecodeGraph", "exec"), session)
-    assert session["cache"].get_seq_length() == 340
-    assert cuda_graph.EmulatedGraph.captures > 0 or torch.cuda.is_available()
+    for snippet in (generating, stepping):
+        if snippet is stepping and not torch.cuda.is_available():
+            session["model"] = cuda_graph.OnGPU(model)
+        with cuda_graph.decoding(monkeypatch, lambda: [session["cache"]]):
+            exec(compile(snippet, "README's graphs", "exec"), session)
+        assert session["cache"].get_seq_length() == 308 - (snippet is generating)
+        assert cuda_graph.EmulatedGraph.captures > 0 or torch.cuda.is_available()
+    assert session["output"].shape == (1, 308)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ def compile_kernel(
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, name in enumerate(kernel.arg_names):
         aligned = name in pointers or re.fullmatch(r"stride_[kvst]\w+", name)
-        if aligned:
+        unknown = {*kernel.do_not_specialize, *kernel.do_not_specialize_on_alignment}
+        if aligned and name not in unknown:
             attributes[(i,)] = [["tt.divisibility", 16]]
         if name in pointers:
             signature[name] = "*" + pointers[name]

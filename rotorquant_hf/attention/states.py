@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rotorquant_hf.backend import on_device
+from rotorquant_hf.backend import is_capturing, on_device
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.packed import PackedSpan
 from rotorquant_hf.quant.quantizer import Quantizer
@@ -232,7 +232,16 @@ class RingStates:
         return self._memory.device_lengths
 
     def materialize(self) -> Tensor:
-        """The dequantised tensor, in the dtype of the recent tokens."""
+        """The dequantised tensor, in the dtype of the recent tokens.
+
+        Raises:
+            ValueError: while a CUDA graph is being captured, which would freeze its length.
+        """
+        if is_capturing(self._memory.ring.device):
+            raise ValueError(
+                "this attention dequantises keys and values, whose number a CUDA graph would "
+                "freeze; decode without a graph"
+            )
         return CachedStates(self.sinks, self.packed, self.recent).materialize()
 
     def _require_current(self) -> None:

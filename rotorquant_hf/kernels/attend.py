@@ -36,17 +36,15 @@ _MIN_LOGIT = tl.constexpr(-3.0e38)
 _MIN_EXPONENT = tl.constexpr(-24)
 
 
+# What changes with the length of the text is not specialised: a generation would stop to compile.
+# The rows' strides and pointers are, where that lets the codes be read 16 bytes at a time.
 @triton.jit(
     do_not_specialize=[
-        "rows",
-        "from_end",
-        "splits",
-        "stride_stats",
-        # With every token a mask has others, and the kernel would be compiled again.
-        "stride_mb",
-        "stride_mh",
-        "stride_mn",
-    ]
+        *("rows", "from_end", "splits", "stride_f", "stride_stats", "recent_slots"),
+        *("stride_ksb", "stride_ksh", "stride_knb", "stride_knh", "stride_vsb", "stride_vsh"),
+        *("stride_mb", "stride_mh", "stride_mn"),
+    ],
+    do_not_specialize_on_alignment=["p_kscale", "p_knorm", "p_vscale", "p_mask"],
 )
 def attend_kernel(
     # prepared queries and queries

@@ -111,7 +111,7 @@ def _projection(quantizer: Quantizer) -> Tensor:
     return (quantizer.sign_matrix.double() @ rotation.double()).float()
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "stride_f"])
 def prepare_kernel(
     p_q,
     stride_qb,

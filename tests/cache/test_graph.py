@@ -46,6 +46,10 @@ def decode_eagerly(model, ids, cache, first):
         ]
 
 
+def _kinds(rope_type):
+    return rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+
+
 def assert_same_steps(found, wanted):
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -180,6 +184,21 @@ def test_closing_gives_memory_back(graphs):
     assert cache.layers[0].store.room < 100
 
 
+def test_attention_that_dequantises_is_refused_when_it_is_captured(graphs):
+    """Multi-head latent attention says that it is "sdpa"."""
+    model = build("deepseek_v3").to(DEVICE)
+    ids = prompt(model, 1, 40)
+    cache = RotorQuantCache(**SMALL)
+    with torch.no_grad():
+        model(ids[:, :30], past_key_values=cache)
+    graph = graphs(model, cache)
+    for i in range(30, 33):
+        graph(ids[:, i : i + 1])
+    with pytest.raises(ValueError, match="dequantises keys and values, whose number a CUDA graph"):
+        graph(ids[:, 33:34])
+    assert cache.get_seq_length() == 33
+
+
 class TestRefused:
     @pytest.fixture(autouse=True)
     def _on_kernels(self):
@@ -200,14 +219,76 @@ class TestRefused:
             ({}, {"room": 0}, "room is 0"),
             ({"exact_layers": (1,)}, {}, "layer 1 of the cache is a DynamicLayer"),
             ({"check_finite": True}, {}, "check_finite is on"),
+            ({"offloading": True}, {}, "the cache is offloaded"),
         ],
-        ids=["no room", "uncompressed layers", "checks that wait for the device"],
+        ids=["no room", "uncompressed layers", "checks that wait for the device", "offloading"],
     )
     def test_settings(self, model, cache, graph, message):
+        offloading = cache.pop("offloading", False)
         cache = RotorQuantCache(config=model.config, **cache)
         model(torch.ones(1, 3, dtype=torch.long), past_key_values=cache)
+        cache.offloading = offloading  # its streams need a GPU
         with pytest.raises(ValueError, match=message):
             DecodeGraph(cuda_graph.OnGPU(model), cache, **graph)
+
+    @pytest.mark.parametrize(
+        ("said", "message"),
+        [
+            ({"hf_device_map": {"model": 0, "lm_head": 1}}, "on cuda:0, cuda:1; a CUDA graph"),
+            ({"hf_device_map": {"model": "cuda:0", "lm_head": "cpu"}}, "on cpu, cuda:0"),
+            ({"parameters": "some on meta"}, "the model is on cpu, meta; .* device_map="),
+            ({"_tp_size": 2}, "divided among 2 devices"),
+        ],
+        ids=["two GPUs", "offloaded to the CPU", "parameters", "tensor parallel"],
+    )
+    def test_models_over_several_devices(self, model, said, message):
+        if "parameters" in said:
+            elsewhere = torch.nn.Parameter(torch.empty(1, device="meta"))
+            said = {"parameters": lambda: [*model.parameters(), elsewhere]}
+        with pytest.raises(ValueError, match=message):
+            DecodeGraph(cuda_graph.OnGPU(model, **said), RotorQuantCache())
+
+    def test_one_entry_for_the_whole_model_is_one_device(self, model):
+        on_gpu = cuda_graph.OnGPU(model, hf_device_map={"": 0})
+        with pytest.raises(ValueError, match="cache is empty"):
+            DecodeGraph(on_gpu, RotorQuantCache())
+
+    def test_layers_on_another_device(self, model):
+        cache = RotorQuantCache()
+        model(torch.ones(1, 3, dtype=torch.long), past_key_values=cache)
+        cache.layers[1].device = torch.device("cuda:1")
+        with pytest.raises(ValueError, match="layer 1 of the cache is on cuda:1, the model on cpu"):
+            DecodeGraph(cuda_graph.OnGPU(model), cache)
+
+    @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+    @pytest.mark.parametrize("by_layer_type", [False, True], ids=["one", "by layer type"])
+    def test_rope_that_changes_with_the_length(self, kind, by_layer_type):
+        rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+        if kind == "longrope":
+            rope |= {"long_factor": [2.0] * 8, "short_factor": [1.0] * 8}
+            rope |= {"original_max_position_embeddings": 32}
+        name = "gemma3" if by_layer_type else "llama"
+        config = copy.deepcopy(build(name).config)
+        if by_layer_type:
+            config.rope_parameters["full_attention"] = rope
+        else:
+            config.rope_parameters = rope
+        model = type(build(name))(config)
+        kinds = {x for m in model.modules() for x in _kinds(getattr(m, "rope_type", None))}
+        assert kind in kinds  # what the model itself goes by
+        with pytest.raises(ValueError, match=f"RoPE is of type '{kind}', whose frequencies change"):
+            DecodeGraph(cuda_graph.OnGPU(model), RotorQuantCache())
+
+    @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+    def test_other_attention(self, model, attention):
+        config = copy.deepcopy(model.config)
+        config._attn_implementation = attention
+        with pytest.raises(ValueError, match=f"the model's attention is '{attention}', which"):
+            DecodeGraph(cuda_graph.OnGPU(model, config=config), RotorQuantCache())
+
+    def test_chunked_attention(self):
+        with pytest.raises(ValueError, match="chunked attention, whose mask changes"):
+            DecodeGraph(cuda_graph.OnGPU(build("llama4")), RotorQuantCache())
 
     def test_short_sliding_windows(self):
         model = copy.deepcopy(build("mistral"))

@@ -11,6 +11,7 @@ what they held before.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -108,6 +109,7 @@ def emulated(monkeypatch: Any, memory: Callable[[], list[Tensor]]) -> Iterator[N
         patch.setattr(torch.cuda, "CUDAGraph", EmulatedGraph)
         patch.setattr(torch.cuda, "graph", capture)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(recording))
+        patch.setattr("rotorquant_hf.attention.states.is_capturing", lambda _: bool(recording))
         patch.setattr(triton_attention, "_attend_some", without_mask)
         # Transformers 5.17 builds every mask of "sdpa" while a graph is being captured.
         skips = masking_utils._ignore_causal_mask_sdpa
@@ -120,15 +122,31 @@ def emulated(monkeypatch: Any, memory: Callable[[], list[Tensor]]) -> Iterator[N
 
 
 class OnGPU:
-    """A model that says it is on a GPU, so that the emulation gets to run."""
+    """A model that says it is on a GPU, so that the emulation gets to run.
 
-    device = torch.device("cuda")
+    Args:
+        said: other attributes that it is to have.
+    """
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.config = model, model.config
+    def __init__(self, model: Any, **said: Any) -> None:
+        self.model = model
+        self.__dict__.update({"device": torch.device("cuda")} | said)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
+
+
+def on_gpu(custom_generate: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a model that `generate` hands to a `custom_generate`."""
+
+    @functools.wraps(custom_generate)
+    def with_model_on_gpu(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return custom_generate(OnGPU(model), *args, **kwargs)
+
+    return with_model_on_gpu
 
 
 @contextmanager
