@@ -51,6 +51,11 @@ def uses_triton(device: torch.device) -> bool:
     return device.type == "cuda" and _has_triton()
 
 
+def runs_ptx(device: torch.device) -> bool:
+    """Whether kernels on `device` may hold PTX assembly: on CUDA devices of NVIDIA."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

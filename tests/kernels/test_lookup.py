@@ -9,7 +9,7 @@ import triton.language as tl
 from rotorquant_hf.kernels import lookup
 from rotorquant_hf.quant import LloydMaxCodebook
 from rotorquant_hf.quant.packing import pack, packed_bytes, planes
-from tests.helpers import ptx
+from tests.emulator import inline as ptx
 
 CPU = torch.device("cpu")
 
