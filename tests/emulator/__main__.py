@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
-from tests.conftest import ROOT
+ROOT = Path(__file__).parents[2]
 
 
 def main() -> int:
@@ -31,7 +33,7 @@ def main() -> int:
     return failed
 
 
-def run(arch: int, *arguments: str, **options: bool) -> subprocess.CompletedProcess[str]:
+def run(arch: int, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Pytest in a process of its own, with kernels emulated.
 
     Args:

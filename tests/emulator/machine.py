@@ -169,6 +169,8 @@ class Machine:
         assert isinstance(operand, Address), operand
         assert not isinstance(operand.base, str), operand
         read, offset = self._registers.reader(operand.base, bits), operand.offset
+        if bits == 32:  # an offset may lead back from beyond the end
+            return lambda: (read().astype(np.int64) + offset) & 0xFFFFFFFF
         return lambda: read().astype(np.int64) + offset
 
     def _load(self, statement: Statement) -> Execute:
@@ -189,12 +191,12 @@ class Machine:
             where = places if everyone else places[active]
             warps = warps if everyone else warps[active]
             if is_global:
-                self._counts.of_global(name, places, active, size)
                 where = self._global.places(where, size, what)
                 data = self._global.load(where, size, warps, what)
+                self._counts.of_global(name, places, active, size)
             else:
-                self._counts.shared(name, places, active, size)
                 data = self._shared.load(where, size, warps, what)
+                self._counts.shared(name, places, active, size)
             values = data.view(dtype)
             for i, write in enumerate(writers):
                 value = values[:, i]
@@ -240,12 +242,12 @@ class Machine:
             values = np.stack([read() for read in readers], axis=1).view(np.uint8)
             where, warps = places[active], self._warps[active]
             if is_global:
-                self._counts.of_global(name, places, active, size)
                 where = self._global.places(where, size, what)
                 self._global.store(where, values[active], warps, what)
+                self._counts.of_global(name, places, active, size)
             else:
-                self._counts.shared(name, places, active, size)
                 self._shared.store(where, values[active], warps, what)
+                self._counts.shared(name, places, active, size)
 
         return execute
 
@@ -306,11 +308,11 @@ class Machine:
             values = np.zeros((len(active), size), dtype=np.uint8)  # zeros for a length of 0
             reads = active & (lengths > 0)
             if reads.any():
-                self._counts.of_global(name, addresses, reads, size)
                 where = self._global.places(addresses[reads], size, what)
                 values[reads] = self._global.load(where, size, self._warps[reads], what)
-            self._counts.shared(name, places, active, size)
+                self._counts.of_global(name, addresses, reads, size)
             self._shared.copy_later(places[active], values[active], self._warps[active], what)
+            self._counts.shared(name, places, active, size)
 
         return execute
 
@@ -333,8 +335,8 @@ class Machine:
 
         def execute(active: Array) -> None:
             naming, places = rows()
-            self._counts.shared(name, places, naming, 16)
             data = self._shared.load(places[naming], 16, self._warps[naming], what)
+            self._counts.shared(name, places, naming, 16)
             data = data.reshape(-1, 8 * count, 16)
             for write, value in zip(
                 writers, matrix.matrices_to_registers(data, transposed), strict=True
@@ -353,9 +355,9 @@ class Machine:
 
         def execute(active: Array) -> None:
             naming, places = rows()
-            self._counts.shared(name, places, naming, 16)
             data = matrix.registers_to_matrices([read() for read in readers]).reshape(-1, 16)
             self._shared.store(places[naming], data, self._warps[naming], what)
+            self._counts.shared(name, places, naming, 16)
 
         return execute
 

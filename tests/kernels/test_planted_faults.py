@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -69,7 +68,13 @@ def without(pattern: str) -> Edit:
     return lambda text: re.sub(pattern, "", text)
 
 
-STEP = Attend(bits(3), 64, context=170)
+def allow_one_more(text: str) -> str:
+    """The first wait lets one more copy be under way."""
+    allow = re.compile(r"(cp\.async\.wait_group\s+)(\d+);")
+    return allow.sub(lambda found: f"{found[1]}{int(found[2]) + 1};", text, count=1)
+
+
+STEP = Attend(bits(3), 64, context=170, heads=2)
 BARRIER = r"bar\.sync\s+0;"
 COPY = r"(cp\.async\.ca\.shared\.global \[[^]]*\], \[[^]]*\], 0x8, )%r\d+"
 # Threads from 41 on go where the program would go in another case.
@@ -78,11 +83,7 @@ PLANTED: dict[str, tuple[str, Edit, str]] = {
     "a-barrier-taken-out": ("attend_kernel", nth(BARRIER, "", 1), "race"),
     "all-barriers-taken-out": ("attend_kernel", without(BARRIER), "race"),
     "a-wait-taken-out": ("attend_kernel", nth(r"cp\.async\.wait_group\s+\d+;", ""), "in flight"),
-    "a-wait-for-fewer": (
-        "attend_kernel",
-        nth(r"cp\.async\.wait_group\s+\d+;", "cp.async.wait_group 5;"),
-        "in flight",
-    ),
+    "a-wait-that-allows-one-more": ("attend_kernel", allow_one_more, "in flight"),
     "another-selector": (
         "attend_kernel",
         nth(r"(prmt\.b32 %r\d+, b, a, )0x6240", r"\g<1>0x6250"),
@@ -101,8 +102,8 @@ PLANTED: dict[str, tuple[str, Edit, str]] = {
     "rows-beyond-the-queries": ("prepare_kernel", nth(COPY, r"\g<1>8"), "out of bounds"),
     "tokens-beyond-the-last": (
         "attend_kernel",
-        nth(r"@%p\d+ (ld\.global\.b16)", r"\1"),
-        "uninitialised read, global",
+        nth(r"@%p\d+ (ld\.global\.b16)", r"\1", 2),
+        "uninitialised read, global|out of bounds",
     ),
     "half-a-program-leaves": (
         "attend_kernel",
@@ -119,7 +120,7 @@ PLANTED: dict[str, tuple[str, Edit, str]] = {
 
 @pytest.mark.parametrize(("kernel", "edit", "found"), PLANTED.values(), ids=PLANTED)
 def test_faults_in_a_step_are_found(arch: int, kernel: str, edit: Edit, found: str) -> None:
-    assert found in outcome(arch, kernel, edit, STEP.check)
+    assert re.search(found, outcome(arch, kernel, edit, STEP.check))
 
 
 def test_a_sweep_without_barriers_races_in_global_memory(arch: int) -> None:
@@ -131,5 +132,5 @@ def test_a_sweep_without_barriers_races_in_global_memory(arch: int) -> None:
 def test_programs_that_do_not_wait_for_the_last_are_found(arch: int) -> None:
     """Of `push`, which advances the state once all programs have read it."""
     edit = nth(r"setp\.ne\.b32(\s+%p\d+, )(%r\d+), %r\d+;", r"setp.ne.b32\1\2, \2;", -1)
-    found = outcome(arch, "push_kernel", edit, replace(STEP, heads=3).check)
+    found = outcome(arch, "push_kernel", edit, STEP.check)
     assert "two programs of a launch meet" in found
