@@ -242,6 +242,7 @@ def emulation(arch: int, seed: int = 0, edit: Edit | None = None) -> Iterator[Em
     with pytest.MonkeyPatch.context() as patch, backend("triton"):
         patch.setattr(triton.runtime.driver, "_active", _Driver(running))
         patch.setattr(knobs.runtime, "add_stages_inspection_hook", _stop_at_ptx)
+        patch.setattr(knobs.compilation, "disable_line_info", True)  # half of the text
         patch.setattr(triton_attention, "runs_ptx", lambda device: True)
         with _Watch(running):
             yield running

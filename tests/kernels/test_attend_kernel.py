@@ -107,6 +107,13 @@ def test_several_queries_and_groups(n, heads):
     assert error(query(n=n, heads=heads), keys, values, options) < 1e-5
 
 
+def test_rows_that_are_combined_together():
+    """More rows in all than `combine` gives programs of their own."""
+    keys, values = states(16, 16, tokens=20, tail=35, key_bits=2, value_bits=5)
+    options = AttentionOptions(scale=0.25, causal=True)
+    assert error(query(16, n=33, heads=8), keys, values, options) < 1e-5
+
+
 @pytest.mark.parametrize("mask", [None, "by query", "shared"])
 def test_many_queries_are_taken_some_at_a_time(mask, monkeypatch):
     monkeypatch.setattr(triton_attention, "_MAX_SUMS", 2 * 2 * 4 * 64 * 5)  # five queries

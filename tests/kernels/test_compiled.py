@@ -18,7 +18,7 @@ CASES = [
     "test_on_device.py::test_attend[k2v2-prod-d64]",
     "test_on_device.py::test_attend[a-block-of-causal-tokens-boolean-mask]",
     "test_on_device.py::test_graph_against_eager[k3v3, query-aware]",
-    "test_attend_kernel.py::test_several_queries_and_groups[14-37]",
+    "test_attend_kernel.py::test_rows_that_are_combined_together",
 ]
 PLANTED = "test_planted_faults.py"
 
@@ -40,4 +40,4 @@ def test_small_cases(arch: int) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 def test_planted_faults_are_found() -> None:
-    check(90, 13, PLANTED)
+    check(90, 16, PLANTED)

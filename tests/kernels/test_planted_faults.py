@@ -17,7 +17,7 @@ from evals.bench.decode_step import WrongResult
 from tests.emulator.launch import emulation
 from tests.emulator.registers import Fault
 from tests.kernels import test_append_kernel
-from tests.kernels.test_on_device import Attend, bits
+from tests.kernels.test_on_device import ATTEND, Attend, bits
 
 Edit = Callable[[str], str]
 
@@ -84,6 +84,11 @@ PLANTED: dict[str, tuple[str, Edit, str]] = {
     "all-barriers-taken-out": ("attend_kernel", without(BARRIER), "race"),
     "a-wait-taken-out": ("attend_kernel", nth(r"cp\.async\.wait_group\s+\d+;", ""), "in flight"),
     "a-wait-that-allows-one-more": ("attend_kernel", allow_one_more, "in flight"),
+    "no-wait-at-the-end": (
+        "attend_kernel",
+        without(r"cp\.async\.wait_group\s+0;"),
+        "cp.async in flight at the end",
+    ),
     "another-selector": (
         "attend_kernel",
         nth(r"(prmt\.b32 %r\d+, b, a, )0x6240", r"\g<1>0x6250"),
@@ -134,3 +139,18 @@ def test_programs_that_do_not_wait_for_the_last_are_found(arch: int) -> None:
     edit = nth(r"setp\.ne\.b32(\s+%p\d+, )(%r\d+), %r\d+;", r"setp.ne.b32\1\2, \2;", -1)
     found = outcome(arch, "push_kernel", edit, STEP.check)
     assert "two programs of a launch meet" in found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        (r"wgmma\.wait_group\.sync\.aligned\s+\d+;", "while a wgmma (writes|uses) it"),
+        (r"fence\.proxy\.async\.shared::cta;", "written without a fence"),
+    ],
+    ids=["wait", "fence"],
+)
+def test_faults_around_wgmma_are_found(arch: int, pattern: str, found: str) -> None:
+    if arch != 90:
+        pytest.skip("wgmma is of sm_90")
+    check = ATTEND["a-block-of-causal-tokens-boolean-mask"].check
+    assert re.search(found, outcome(arch, "attend_kernel", without(pattern), check))
