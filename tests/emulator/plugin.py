@@ -8,6 +8,7 @@ Every test is the same as in the interpreter, and fails too if the emulator saw 
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Iterator
 
@@ -21,7 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The options of this plugin."""
     add = parser.addoption
     add("--emulate", type=int, metavar="ARCH", help="run kernels as PTX for a GPU: 80 or 90")
-    add("--seconds", type=float, metavar="N", help="begin no test after so much time")
+    add("--seconds", type=float, metavar="N", help="tests by chance, and none after so much time")
+    add("--seed", type=int, default=0, help="of the order of tests, and of programs of a grid")
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +31,8 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
     """Emulates every launch of a test."""
     from tests.emulator.launch import emulation
 
-    with emulation(request.config.getoption("--emulate")) as running:
+    option = request.config.getoption
+    with emulation(option("--emulate"), option("--seed")) as running:
         yield
     assert not running.faults, dict(running.faults)
 
@@ -38,6 +41,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """The time begins."""
     seconds = session.config.getoption("--seconds")
     session.config.stash[_END] = None if seconds is None else time.monotonic() + seconds
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """If not all can run, those that do are of every kind."""
+    if config.getoption("--seconds") is not None:
+        random.Random(config.getoption("--seed")).shuffle(items)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,11 @@ class Fault(Exception):
     """What a correct kernel does not do; the program ends with it."""
 
 
+@functools.lru_cache(maxsize=4096)
+def _constant(value: int, bits: int, threads: int) -> Array:
+    return np.full(threads, value, dtype=np.bool_ if bits == 1 else UNSIGNED[bits])
+
+
 class Registers:
     """Values of registers as unsigned integers of the registers' widths, predicates as booleans.
 
@@ -58,11 +64,7 @@ class Registers:
     def reader(self, operand: Operand, bits: int) -> Reader:
         """What reads an operand as unsigned integers of `bits`, or as a predicate (1)."""
         if isinstance(operand, Constant):
-            if bits == 1:
-                constant = np.full(self.threads, operand.value != 0)
-            else:
-                value = operand.value & ((1 << bits) - 1)
-                constant = np.full(self.threads, value, dtype=UNSIGNED[bits])
+            constant = _constant(operand.value & ((1 << bits) - 1), bits, self.threads)
             return lambda: constant
         if isinstance(operand, Special):
             name, special = operand.name, self.special
