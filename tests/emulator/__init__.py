@@ -9,8 +9,7 @@
     machine.py       a program of a grid, statement by statement, all threads in lock step
     inline.py        a block of inline assembly on given words
     launch.py        Triton's launches run here, with tensors of the CPU
-    cases.py         what is run: every kernel as layers use it
-    planted.py       faults that are put into a kernel's text, to see them found
+    plugin.py        pytest's tests with every launch emulated
 
     python -m tests.emulator --arch 80 90 --seconds 600
 

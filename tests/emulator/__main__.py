@@ -3,8 +3,8 @@
     python -m tests.emulator --arch 80 90 --seconds 600
 
 All of tests/kernels, of every architecture in turn: bits, head dims, options, dtypes. What Triton
-is installed compiles them. With `--seconds`, tests come in an order drawn by chance (`--seed`) for as
-long. More arguments are pytest's: `-k prod`, `-x`, paths of other tests.
+is installed compiles them. With `--seconds`, tests come in an order drawn by chance (`--seed`), for
+so long. More arguments are pytest's: `-k prod`, `-x`, paths of other tests.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.emulator.parse import Statement, UnknownPtx, Vector
+from tests.emulator.parse import Statement, UnknownPtx, Vector, register
 from tests.emulator.registers import SIGNED, UNSIGNED, Array, Registers
 
 Execute = Callable[[Array], None]
@@ -281,7 +281,7 @@ def _select(statement: Statement, registers: Registers) -> Execute:
 def _convert(statement: Statement, registers: Registers) -> Execute:
     *how, to, source = statement.modifiers
     write = registers.writer(statement.operands[0])
-    target_bits = registers.kernel.registers[statement.operands[0].index].bits  # type: ignore[union-attr]
+    target_bits = register(statement.operands[0]).bits
     if to == "tf32" and how == ["rna"]:
         read = registers.reader(statement.operands[1], 32)
         return lambda active: write(tf32_bits(read()), active)

@@ -3,6 +3,7 @@
 Shared memory has 32 banks of 4 bytes. A warp's access is served in wavefronts, each of which takes
 one word of every bank; accesses of 8 and 16 bytes go by half and quarter warps. Without conflicts
 of banks the wavefronts are the ideal ones. Global memory is accessed in sectors of 32 bytes.
+What `wgmma` itself reads of shared memory is not counted.
 """
 
 from __future__ import annotations

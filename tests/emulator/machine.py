@@ -26,6 +26,7 @@ from tests.emulator.parse import (
     UnknownPtx,
     Vector,
     parse_kernel,
+    register,
 )
 from tests.emulator.registers import UNSIGNED, Array, Fault, Registers, Writer
 
@@ -126,7 +127,7 @@ class Machine:
                 try:
                     step(active)
                 except Fault as fault:
-                    raise Fault(f"{fault} [{statement.text}]") from None
+                    raise Fault(f"{fault}: {statement.text}") from None
                 place += 1
                 continue
             if active is not registers.everyone:
@@ -191,7 +192,7 @@ class Machine:
             where = places if everyone else places[active]
             warps = warps if everyone else warps[active]
             if is_global:
-                where = self._global.places(where, size, what)
+                where = self._global.places(where, size)
                 data = self._global.load(where, size, warps, what)
                 self._counts.of_global(name, places, active, size)
             else:
@@ -216,8 +217,7 @@ class Machine:
         if source.offset or self.kernel.parameters[index][1] * 8 < bits:
             raise UnknownPtx(statement.text)
         # Narrower than the register only for a signed number, which fills it up with its sign.
-        register = statement.operands[0]
-        bits_there = self.kernel.registers[register.index].bits  # type: ignore[union-attr]
+        bits_there = register(statement.operands[0]).bits
 
         def execute(active: Array) -> None:
             value = self._arguments[index] & ((1 << bits) - 1)
@@ -242,7 +242,7 @@ class Machine:
             values = np.stack([read() for read in readers], axis=1).view(np.uint8)
             where, warps = places[active], self._warps[active]
             if is_global:
-                where = self._global.places(where, size, what)
+                where = self._global.places(where, size)
                 self._global.store(where, values[active], warps, what)
                 self._counts.of_global(name, places, active, size)
             else:
@@ -259,7 +259,7 @@ class Machine:
         address = self._address(where, 64)
 
         def execute(active: Array) -> None:
-            places = self._global.places(address()[active], 4, statement.text)
+            places = self._global.places(address()[active], 4)
             added = zip(places.tolist(), read()[active].tolist(), strict=True)
             before = np.zeros(len(active), dtype=np.uint32)
             before[active] = [self._global.atomic_add(*x, statement.text) for x in added]
@@ -308,7 +308,7 @@ class Machine:
             values = np.zeros((len(active), size), dtype=np.uint8)  # zeros for a length of 0
             reads = active & (lengths > 0)
             if reads.any():
-                where = self._global.places(addresses[reads], size, what)
+                where = self._global.places(addresses[reads], size)
                 values[reads] = self._global.load(where, size, self._warps[reads], what)
                 self._counts.of_global(name, addresses, reads, size)
             self._shared.copy_later(places[active], values[active], self._warps[active], what)
@@ -415,43 +415,28 @@ class Machine:
         a = self._lent(source, kind, what)
         read_descriptor = registers.reader(descriptor, 64)
         is_added, held = registers.reader(accumulate, 1), _parts(target)
-        indices = {x.index for x in held}  # type: ignore[union-attr]
-        readers = [self._unchecked(x) for x in held]
+        indices = {register(x).index for x in held}
+        readers = [registers.reader(x, 32) for x in held]
         writers = [registers.writer(x) for x in held]
 
         def execute(active: Array) -> None:
             b = self._right(read_descriptor(), columns, kind, k_along, what)
             result = a() @ b
+            registers.busy -= indices  # products of the same sums follow one another
             if is_added().all():
                 result = result + matrix.sums([read() for read in readers])
-            registers.busy -= indices  # products of the same sums follow one another
             for write, value in zip(writers, matrix.sum_registers(result), strict=True):
                 write(value, active)
             registers.busy |= indices
 
         return execute
 
-    def _unchecked(self, operand: Operand) -> Callable[[], Array]:
-        """Reads a register of sums, which another `wgmma` may still be adding to."""
-        read, busy = self._registers.reader(operand, 32), self._registers.busy
-        index = operand.index  # type: ignore[union-attr]
-
-        def unchecked() -> Array:
-            was_busy = index in busy
-            busy.discard(index)
-            value = read()
-            if was_busy:
-                busy.add(index)
-            return value
-
-        return unchecked
-
     def _lent(self, source: Operand, kind: str, what: str) -> Callable[[], Array]:
         """A of every warp, (warps, 16, k), in registers that stay as they are until the wait."""
         if not isinstance(source, Vector):
             raise UnknownPtx(f"A in shared memory: {what}")
         readers = [self._registers.reader(x, 32) for x in source.parts]
-        indices = {x.index for x in source.parts}  # type: ignore[union-attr]
+        indices = {register(x).index for x in source.parts}
 
         def read_all() -> Array:
             self._registers.lent |= indices

@@ -178,11 +178,11 @@ class GlobalMemory(Memory):
             if buffer.written is not None:
                 buffer.written[:] = written
 
-    def places(self, addresses: Array, size: int, what: str) -> Array:
+    def places(self, addresses: Array, size: int) -> Array:
         """Where addresses (n,) lie; a fault if `size` bytes from there leave a buffer."""
         addresses = addresses.astype(np.int64)
         if (addresses % size).any():
-            raise Fault(f"global address that is no multiple of {size}: {what}")
+            raise Fault(f"global address that is no multiple of {size}")
         which = np.searchsorted(self._addresses, addresses, side="right") - 1
         offsets = addresses - self._addresses[which]
         outside = (which < 0) | (offsets + size > self._sizes[which])
@@ -190,7 +190,7 @@ class GlobalMemory(Memory):
             nearest = self.buffers[max(0, int(which[outside][0]))]
             raise Fault(
                 f"global address out of bounds, {int(addresses[outside][0]) - nearest.address} "
-                f"in {nearest.name} of {len(nearest.data)} bytes: {what}"
+                f"in {nearest.name} of {len(nearest.data)} bytes"
             )
         return self._starts[which] + offsets
 
@@ -228,22 +228,22 @@ class SharedMemory(Memory):
         self._lent = np.zeros(size, dtype=bool)
         self._unfenced = np.zeros(size, dtype=bool)
 
-    def check(self, places: Array, size: int, what: str) -> None:
+    def check(self, places: Array, size: int) -> None:
         """A fault unless all places are aligned and within the memory."""
         if (places % size).any():
-            raise Fault(f"shared address that is no multiple of {size}: {what}")
+            raise Fault(f"shared address that is no multiple of {size}")
         if (places < 0).any() or (places + size > len(self.data)).any():
-            raise Fault(f"shared address out of bounds of {len(self.data)} bytes: {what}")
+            raise Fault(f"shared address out of bounds of {len(self.data)} bytes")
 
     def load(self, places: Array, size: int, warps: Array, what: str) -> Array:
-        self.check(places, size, what)
+        self.check(places, size)
         if self._in_flight.reshape(-1, size)[places // size].any():
             self._fault("read while cp.async is in flight", what)
         return super().load(places, size, warps, what)
 
     def store(self, places: Array, values: Array, warps: Array, what: str) -> None:
         size = values.shape[1]
-        self.check(places, size, what)
+        self.check(places, size)
         rows = places // size
         if self._in_flight.reshape(-1, size)[rows].any():
             self._fault("write while cp.async is in flight", what)
@@ -255,13 +255,15 @@ class SharedMemory(Memory):
     def copy_later(self, places: Array, values: Array, warps: Array, what: str) -> None:
         """`cp.async`: values (n, size) that arrive at a later `wait`."""
         size = values.shape[1]
-        self.check(places, size, what)
+        self.check(places, size)
         rows = places // size
         stamps = (self.clock.epoch * _WARPS + warps.astype(np.int32))[:, None]
         for stamped in (self._readers, self._writers):
             found = stamped.reshape(-1, size)[rows]
             if ((found // _WARPS == self.clock.epoch) & (found != stamps)).any():
                 self._fault("race: a copy over what another warp uses", what)
+        if self._in_flight.reshape(-1, size)[rows].any():
+            self._fault("write while cp.async is in flight", what)
         if self._lent.reshape(-1, size)[rows].any():
             self._fault("write while wgmma reads", what)
         self._in_flight.reshape(-1, size)[rows] = True

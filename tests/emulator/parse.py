@@ -74,6 +74,13 @@ class Vector:
     parts: tuple[Operand, ...]
 
 
+def register(operand: Operand) -> Register:
+    """An operand that has to be a register."""
+    if not isinstance(operand, Register):
+        raise UnknownPtx(f"{operand} in the place of a register")
+    return operand
+
+
 Operand = Register | Negated | Constant | Special | Address | Label | Sink | Vector
 
 

@@ -53,8 +53,10 @@ def error(query, keys, values, options, tiling=None):
 
 
 @pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
+def _poisoned(request, monkeypatch):
     """Memory handed out is NaN: what a kernel forgets to write shows."""
+    if request.config.getoption("--emulate", None):
+        return  # the emulator follows what is written, and would see this
     real = torch.Tensor.new_empty
 
     def new_empty(self, *size, **kwargs):
