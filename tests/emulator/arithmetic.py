@@ -196,9 +196,12 @@ _COUNTS = {"shl": 1, "shr": 1, "bfe": 2}  # last operands that are of 32 bits wh
 
 def _integer(statement: Statement, registers: Registers) -> Execute:
     function, kind = _INTEGER[statement.opcode], statement.type
-    if set(statement.modifiers[:-1]) - {"lo", "wide"}:
+    bits, high = width(kind), "hi" in statement.modifiers
+    wide = "wide" in statement.modifiers or high
+    if set(statement.modifiers[:-1]) - {"lo", "wide", "hi"} or (wide and bits > 32):
         raise UnknownPtx(statement.text)
-    bits, wide = width(kind), "wide" in statement.modifiers
+    if high and statement.opcode != "mul":
+        raise UnknownPtx(statement.text)
     types = SIGNED if kind[0] == "s" else UNSIGNED
     # Of `mul.wide` the factors are narrow, the product and what `mad` adds have twice the bits.
     result = types[2 * bits] if wide else types[bits]
@@ -218,7 +221,25 @@ def _integer(statement: Statement, registers: Registers) -> Execute:
             for i, (read, w) in enumerate(zip(readers, widths, strict=True))
         ]
         out = function(*values)
+        if high:
+            out = (out >> out.dtype.type(bits)).astype(types[bits])
         write(out.view(UNSIGNED[8 * out.dtype.itemsize]), active)
+
+    return execute
+
+
+def _pairs(statement: Statement, registers: Registers) -> Execute:
+    """Both halves of a word, each on its own."""
+    if statement.opcode not in ("add", "sub", "min", "max") or len(statement.modifiers) > 1:
+        raise UnknownPtx(statement.text)
+    function = _INTEGER[statement.opcode]
+    half = (SIGNED if statement.type[0] == "s" else UNSIGNED)[16]
+    readers = [registers.reader(x, 32) for x in statement.operands[1:]]
+    write = registers.writer(statement.operands[0])
+
+    def execute(active: Array) -> None:
+        values = (np.ascontiguousarray(read()).view(half) for read in readers)
+        write(function(*values).view(np.uint32), active)
 
     return execute
 
@@ -398,6 +419,8 @@ def build(statement: Statement, registers: Registers) -> Execute | None:
         return _predicate(statement, registers)
     if statement.type == "f32":
         return _float(statement, registers)
-    if opcode not in _INTEGER or statement.type[0] == "f":
+    if opcode not in _INTEGER or statement.type[0] == "f" or statement.type[:2] == "bf":
         raise UnknownPtx(statement.text)
+    if statement.type.endswith("16x2"):
+        return _pairs(statement, registers)
     return _integer(statement, registers)

@@ -22,12 +22,13 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from rotorquant_hf.attention import triton_attention
+from rotorquant_hf.attention import registered, triton_attention
 from rotorquant_hf.backend import backend
 from tests.emulator.counts import Counts
 from tests.emulator.machine import Machine
@@ -215,6 +216,16 @@ class _Driver:
         """Nothing to unload."""
 
 
+def _unwatched(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes a tensor of a class of its own, which torch cannot while it is watched."""
+
+    def call(*args: Any) -> Tensor:
+        with torch.utils._python_dispatch._disable_current_modes():
+            return make(*args)
+
+    return call
+
+
 def _stop_at_ptx(
     self: Any = None,
     stages: Any = None,
@@ -244,5 +255,6 @@ def emulation(arch: int, seed: int = 0, edit: Edit | None = None) -> Iterator[Em
         patch.setattr(knobs.runtime, "add_stages_inspection_hook", _stop_at_ptx)
         patch.setattr(knobs.compilation, "disable_line_info", True)  # half of the text
         patch.setattr(triton_attention, "runs_ptx", lambda device: True)
+        patch.setattr(registered, "causal_lower_right", _unwatched(causal_lower_right))
         with _Watch(running):
             yield running
