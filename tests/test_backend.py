@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rotorquant_hf import RotorQuantMSE, RotorQuantProd
-from rotorquant_hf.backend import backend, kernels_take
+from rotorquant_hf.backend import backend, kernels_take, runs_ptx
 
 CPU = torch.device("cpu")
 HALF = {"scale_dtype": torch.float16}
@@ -42,3 +42,11 @@ def test_what_the_kernels_take(quantizer, dtype, taken) -> None:
     with backend("torch"):
         assert not kernels_take(CPU, dtype, quantizer)
     assert not kernels_take(CPU, dtype, quantizer)
+
+
+def test_assembly_is_for_nvidia_alone(monkeypatch) -> None:
+    assert not runs_ptx(torch.device("cpu"))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert runs_ptx(torch.device("cuda", 1))
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert not runs_ptx(torch.device("cuda", 1))
