@@ -7,6 +7,7 @@ Every test is the same as in the interpreter, and fails too if the emulator saw 
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import time
@@ -39,6 +40,7 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """The time begins."""
+    gc.set_threshold(200_000)  # machines are many small objects, which stay
     seconds = session.config.getoption("--seconds")
     session.config.stash[_END] = None if seconds is None else time.monotonic() + seconds
 
