@@ -51,6 +51,11 @@ def uses_triton(device: torch.device) -> bool:
     return device.type == "cuda" and _runs_kernels(device)
 
 
+def runs_ptx(device: torch.device) -> bool:
+    """Whether kernels on `device` may hold PTX assembly: on CUDA devices of NVIDIA."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 @functools.cache
 def _runs_kernels(device: torch.device) -> bool:
     """Whether a GPU runs the kernels: with Triton, on NVIDIA's GPUs from Ampere (sm_80) on.

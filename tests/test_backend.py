@@ -7,7 +7,7 @@ import torch
 
 from rotorquant_hf import RotorQuantMSE, RotorQuantProd
 from rotorquant_hf import backend as module
-from rotorquant_hf.backend import backend, kernels_take, uses_triton
+from rotorquant_hf.backend import backend, kernels_take, runs_ptx, uses_triton
 
 CPU = torch.device("cpu")
 HALF = {"scale_dtype": torch.float16}
@@ -67,3 +67,11 @@ def test_which_gpus_run_the_kernels(monkeypatch, capability, hip, triton, uses) 
         assert not uses_triton(CPU)
     finally:
         module._runs_kernels.cache_clear()
+
+
+def test_assembly_is_for_nvidia_alone(monkeypatch) -> None:
+    assert not runs_ptx(torch.device("cpu"))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert runs_ptx(torch.device("cuda", 1))
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert not runs_ptx(torch.device("cuda", 1))

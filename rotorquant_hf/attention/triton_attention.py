@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.states import KVStates, unit_stride
+from rotorquant_hf.backend import runs_ptx
 from rotorquant_hf.kernels.attend import ADDED_MASK, BOOL_MASK, NO_MASK, attend_kernel
 from rotorquant_hf.kernels.combine import Combine
 from rotorquant_hf.kernels.launch import Launch
@@ -308,7 +309,7 @@ class _Plan:
             MASK=mask,
             CAUSAL=options.causal,
             SOFTCAP=options.softcap is not None,
-            PTX=dtype == torch.float16 and device.type == "cuda",
+            PTX=dtype == torch.float16 and runs_ptx(device),
             DIRECT=tiling.direct,
             BLOCK_M=tiling.block_m,
             BLOCK_N=tiling.block_n,

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
+from triton import knobs
 from triton.runtime.interpreter import GridExecutor
 
 from rotorquant_hf import RotorQuantCache
@@ -68,6 +69,15 @@ class _Recorder(TorchDispatchMode):
         return out
 
 
+def _launcher() -> type:
+    """What runs a launch: Triton's interpreter, or the emulator of compiled kernels."""
+    if knobs.runtime.interpret:
+        return GridExecutor
+    from tests.emulator.launch import Launcher
+
+    return Launcher
+
+
 @contextmanager
 def emulated(monkeypatch: Any, memory: Callable[[], list[Tensor]]) -> Iterator[None]:
     """Put the emulation in the place of torch's CUDA graphs.
@@ -75,7 +85,8 @@ def emulated(monkeypatch: Any, memory: Callable[[], list[Tensor]]) -> Iterator[N
     Args:
         memory: gives the tensors that the captured step changes and later steps read.
     """
-    launch = GridExecutor.__call__
+    launcher = _launcher()
+    launch = launcher.__call__
     recording: list[EmulatedGraph] = []
 
     def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -105,7 +116,7 @@ def emulated(monkeypatch: Any, memory: Callable[[], list[Tensor]]) -> Iterator[N
             tensor.copy_(value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(GridExecutor, "__call__", recorded)
+        patch.setattr(launcher, "__call__", recorded)
         patch.setattr(torch.cuda, "CUDAGraph", EmulatedGraph)
         patch.setattr(torch.cuda, "graph", capture)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(recording))

@@ -9,7 +9,7 @@ import triton.language as tl
 from rotorquant_hf.kernels import lookup
 from rotorquant_hf.quant import LloydMaxCodebook
 from rotorquant_hf.quant.packing import pack, packed_bytes, planes
-from tests.helpers import ptx
+from tests.emulator import inline
 
 CPU = torch.device("cpu")
 
@@ -71,7 +71,7 @@ def test_ptx_finds_the_centroids_of_packed_codes(bits, d):
                 upper = sum((255 * (j >= size // 2)) << (8 * i) for i, j in enumerate(columns))
             for k in range(slots):
                 assembly = str(lookup.ptx_centroids(bits, k))
-                found = _halves(ptx.run(assembly, [first, second, upper, *tables], 2))
+                found = _halves(inline.run(assembly, [first, second, upper, *tables], 2))
                 wanted = codes[[j + k * size for j in columns]]
                 assert found == table[wanted].tolist()
                 seen.update((k, int(code)) for code in wanted)
@@ -81,7 +81,7 @@ def test_ptx_finds_the_centroids_of_packed_codes(bits, d):
 def test_ptx_signs():
     for word in (0, 0xFFFFFFFF, 0x12345678, 0x80FF01A5):
         for k in range(8):
-            found = _halves(ptx.run(str(lookup.ptx_signs(k)), [word], 2))
+            found = _halves(inline.run(str(lookup.ptx_signs(k)), [word], 2))
             assert found == [1.0 if word >> (8 * i + k) & 1 else -1.0 for i in range(4)]
 
 
@@ -89,7 +89,7 @@ def test_ptx_per_thread_is_the_identity():
     for word in (0, 1, 0x7FFFFFFF, 0xFFFFFFFF):
         for lane in range(32):
             assembly = lookup.PER_THREAD.value
-            assert ptx.run(assembly, [word], 1, lanemask_eq=1 << lane) == [word]
+            assert inline.run(assembly, [word], 1, lanemask_eq=1 << lane) == [word]
 
 
 @triton.jit

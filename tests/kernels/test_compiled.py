@@ -1,0 +1,43 @@
+"""Every kernel as compiled for GPUs, one small case each; `tests.emulator` runs all the others so.
+
+In a process of its own, because in this one the interpreter has taken the compiler's place.
+"""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.emulator.__main__ import run
+
+# Append, push, prepare, attend and combine. Between them: look-ups by PTX and by loads, signs,
+# masks, products by `mma` and `wgmma`, the sweep, empty splits in a graph that is replayed.
+CASES = [
+    "test_on_device.py::test_attend[k2v2-prod-d64]",
+    "test_on_device.py::test_attend[a-block-of-causal-tokens-boolean-mask]",
+    "test_on_device.py::test_graph_against_eager[k3v3, query-aware]",
+    "test_attend_kernel.py::test_rows_that_are_combined_together",
+]
+PLANTED = "test_planted_faults.py"
+
+
+def check(arch: int, expected: int, *cases: str) -> None:
+    """Run cases in the emulator, of which none fails or is skipped."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    found = run(arch, *(f"tests/kernels/{x}" for x in cases), capture_output=True, env=environment)
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
+    assert f"{expected} passed" in found.stdout
+    assert "skipped" not in found.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the cases run on the GPU")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_small_cases(arch: int) -> None:
+    check(arch, len(CASES), *CASES)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_planted_faults_are_found() -> None:
+    check(90, 16, PLANTED)
