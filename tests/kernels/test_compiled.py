@@ -4,12 +4,16 @@ In a process of its own, because in this one the interpreter has taken the compi
 """
 
 import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from tests.conftest import ROOT
 from tests.emulator.__main__ import run
 
 # Append, push, prepare, attend and combine. Between them: look-ups by PTX and by loads, signs,
@@ -23,9 +27,15 @@ CASES = [
 PLANTED = "test_planted_faults.py"
 
 
+def compiling_environment() -> dict[str, str]:
+    """This process's, but for what makes Triton interpret."""
+    left_out = ("PYTEST", "TRITON_INTERPRET")
+    return {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
+
+
 def check(arch: int, expected: int, *cases: str) -> None:
     """Run cases in the emulator, of which none fails or is skipped."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    environment = compiling_environment()
     found = run(arch, *(f"tests/kernels/{x}" for x in cases), capture_output=True, env=environment)
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
     assert f"{expected} passed" in found.stdout
@@ -41,3 +51,26 @@ def test_small_cases(arch: int) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 def test_planted_faults_are_found() -> None:
     check(90, 16, PLANTED)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_what_tokens_cost() -> None:
+    """No bank conflicts, and no more wavefronts and barriers than when the page was made."""
+    command = ["-m", "tests.emulator.costs", "--head-dim", "64", "--bits", "3"]
+    found = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=compiling_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    row = [float(x) for x in re.findall(r"[\d.]+", found.stdout.splitlines()[-1])]
+    d, bits, instructions, issue, wavefronts, conflicts, barriers, fetched, ceiling = row
+    assert (d, bits, conflicts) == (64, 3, 0)
+    assert 200 < wavefronts <= 361
+    assert barriers <= 22
+    assert 1 < fetched < 2.2
+    # Four instructions of a warp a cycle; the table rounds.
+    assert issue == pytest.approx(instructions * 64 * 2 * 64 / 32 / 4, rel=0.01)
+    assert 20 < ceiling < 100
