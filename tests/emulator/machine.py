@@ -8,7 +8,7 @@ that is what the memories' races are about.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -405,14 +405,16 @@ class Machine:
         target, source, descriptor, accumulate, *ones = statement.operands
         columns = 2 * len(_parts(target))
         expected = f"m64n{columns}k{8 * matrix.pieces(kind)}"
-        # Both signs, and for 16 bits whether k goes across the lines of B.
-        signs, across = ones[:2], ones[2:]
-        known = signs == [Constant(1), Constant(1)] and across in ([], [Constant(0)], [Constant(1)])
+        # Both signs, and for 16 bits whether k goes across the lines of A, if that is in shared
+        # memory, and of B.
+        signs, across = ones[:2], [x == Constant(1) for x in ones[2:]]
+        a_across = bool(across) and not isinstance(source, Vector) and across.pop(0)
+        known = signs == [Constant(1), Constant(1)] and len(across) <= 1
         if (shape, to, other) != (expected, "f32", kind) or not known:
             raise UnknownPtx(statement.text)
-        k_along = across != [Constant(1)]
+        k_along = across != [True]
         registers, what = self._registers, statement.text
-        a = self._lent(source, kind, what)
+        a = self._lent(source, kind, not a_across, what)
         read_descriptor = registers.reader(descriptor, 64)
         is_added, held = registers.reader(accumulate, 1), _parts(target)
         indices = {register(x).index for x in held}
@@ -431,10 +433,19 @@ class Machine:
 
         return execute
 
-    def _lent(self, source: Operand, kind: str, what: str) -> Callable[[], Array]:
-        """A of every warp, (warps, 16, k), in registers that stay as they are until the wait."""
+    def _lent(self, source: Operand, kind: str, k_along: bool, what: str) -> Callable[[], Array]:
+        """A of every warp, (warps, 16, k), which stays as it is until the wait.
+
+        It is in registers, or in shared memory: 16 lines for each of the four warps of a group.
+        """
         if not isinstance(source, Vector):
-            raise UnknownPtx(f"A in shared memory: {what}")
+            read_descriptor = self._registers.reader(source, 64)
+
+            def read_lines() -> Array:
+                groups = self._lines(read_descriptor(), 64, k_along, kind, what)
+                return np.concatenate([x.reshape(4, 16, -1) for x in groups])
+
+            return read_lines
         readers = [self._registers.reader(x, 32) for x in source.parts]
         indices = {register(x).index for x in source.parts}
 
@@ -446,10 +457,14 @@ class Machine:
 
     def _right(self, words: Array, columns: int, kind: str, k_along: bool, what: str) -> Array:
         """B (warps, k, columns) of shared memory, the same for the four warps of a group."""
-        depth = 8 * matrix.pieces(kind)
-        lines = columns if k_along else depth
-        chunks = 2 if k_along else columns // 8
-        found = []
+        groups = self._lines(words, columns, k_along, kind, what)
+        return np.stack([x.T for x in groups for _ in range(4)])
+
+    def _lines(
+        self, words: Array, count: int, k_along: bool, kind: str, what: str
+    ) -> Iterator[Array]:
+        """An operand in shared memory of every group of four warps, (count, k) float64."""
+        lines, chunks = (count, 2) if k_along else (8 * matrix.pieces(kind), count // 8)
         for group in words.reshape(-1, 128):
             if (group != group[0]).any():
                 raise Fault("threads give wgmma different descriptors")
@@ -457,8 +472,7 @@ class Machine:
             data = self._shared.lend(places.reshape(-1), 16, what)
             elements = matrix.operand_floats(data.reshape(lines, -1).view(np.uint32), kind)
             elements = elements.reshape(lines, -1).astype(np.float64)
-            found += [elements.T if k_along else elements] * 4
-        return np.stack(found)
+            yield elements if k_along else elements.T
 
 
 def _parts(operand: Operand) -> tuple[Operand, ...]:

@@ -156,6 +156,7 @@ for d in (64, 80, 96, 256):
 ATTEND |= {
     "k4v3": Attend({"key_bits": 4, "value_bits": 3}),
     "k8v2": Attend({"key_bits": 8, "value_bits": 2}, 64),
+    "k8v8-d256": Attend(bits(8), 256),  # one product from shared memory alone, on sm_90
     "d192-and-128": Attend(bits(4), 192, 128),
     "values-equalised": Attend(bits(3) | {"equalize_values": 0.5}, 64),
     "keys-centred": three(offset=30.0),
