@@ -114,6 +114,7 @@ class RotorQuantCache(Cache):
             if calibration is not None:
                 calibration.check(config, self.settings)
             layers = _layers_of_model(self.settings, config, calibration)
+            _warn_of_nothing(layers, config, self.settings)
         super().__init__(
             layers,
             make_layer,  # type: ignore[arg-type]  # called without arguments, as a class would be
@@ -362,6 +363,24 @@ def _layers_of_model(
         )
         for index, (kind, options) in enumerate(zip(types, kwargs, strict=True))
     ]
+
+
+def _warn_of_nothing(
+    layers: list[Any], config: PreTrainedConfig, settings: RotorQuantConfig
+) -> None:
+    """Say so if no layer of a model is compressed, unless that is what the settings ask for."""
+    if any(isinstance(x, RotorQuantLayer) for x in layers):
+        return
+    uncompressed = {index % len(layers) for index in settings.exact_layers}
+    types, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    kinds = sorted({kind for index, kind in enumerate(types) if index not in uncompressed})
+    if kinds:
+        warnings.warn(
+            f"no layer of this model ({config.model_type}) is compressed: its layers are of type "
+            f"{', '.join(kinds)}, for which the cache has Transformers' own; full and sliding "
+            "attention is compressed",
+            stacklevel=3,
+        )
 
 
 def _make_layer(

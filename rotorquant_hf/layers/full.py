@@ -38,6 +38,11 @@ from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.rope import Rope
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
 
+_NOT_ASSIGNED = (
+    "the {0} of a compressed layer are stored quantised, and cannot be assigned; change them by "
+    "update, crop, reorder_cache or batch_select_indices, or list the layer in exact_layers"
+)
+
 
 class RotorQuantLayer(CacheLayerMixin):
     """A layer of full attention.
@@ -397,14 +402,22 @@ class RotorQuantLayer(CacheLayerMixin):
         )
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """All keys, as attention would receive them; None before the first update."""
         return self._states(self.sinks, self.recent)[0] if self.is_initialized else None
 
+    @keys.setter
+    def keys(self, _: Any) -> None:
+        raise AttributeError(_NOT_ASSIGNED.format("keys"))
+
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """All values, as attention would receive them; None before the first update."""
         return self._states(self.sinks, self.recent)[1] if self.is_initialized else None
+
+    @values.setter
+    def values(self, _: Any) -> None:
+        raise AttributeError(_NOT_ASSIGNED.format("values"))
 
     @property
     def batch_size(self) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -602,3 +603,23 @@ def test_entries_that_overflow_on_the_way_are_refused():
     message = message_of(ValueError, lambda: layer.update(*(1e30 * x for x in states(15))))
     assert "too large for its scale" in message
     assert layer.get_seq_length() == 15
+
+
+def test_keys_and_values_are_not_assigned():
+    cache = RotorQuantCache()
+    cache.update(*torch.randn(2, 1, 2, 300, 16), 0)
+    before = cache.layers[0].keys.materialize()
+    for name in ("keys", "values"):
+        with pytest.raises(AttributeError, match=f"the {name} of a compressed layer are stored"):
+            setattr(cache.layers[0], name, torch.zeros(1, 2, 300, 16))
+    assert torch.equal(cache.layers[0].keys.materialize(), before)
+
+
+def test_a_model_of_which_nothing_is_compressed_is_named():
+    config = build("falcon_h1").config
+    with pytest.warns(UserWarning, match=r"no layer of this model \(falcon_h1\) .* type hybrid"):
+        RotorQuantCache(config=config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RotorQuantCache(config=config, exact_layers=tuple(range(config.num_hidden_layers)))
+        RotorQuantCache(config=build("llama").config)
