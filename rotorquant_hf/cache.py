@@ -174,11 +174,16 @@ class RotorQuantCache(Cache):
             raise ValueError(f"layer_idx is {layer_idx}; pass the layer's number, from 0{last}")
 
     def _show(
-        self, see: Callable[[Tensor], None], layer_idx: int, tokens: int, query: Tensor
+        self,
+        see: Callable[[Tensor, Tensor | None], None],
+        layer_idx: int,
+        tokens: int,
+        query: Tensor,
+        mask: Tensor | None,
     ) -> None:
         """Show a layer queries (batch, query heads, n, key dim) of a pass over so many tokens."""
         with self._taking_back(layer_idx, tokens):
-            see(query)
+            see(query, mask)
 
     @contextmanager
     def _taking_back(self, layer_idx: int, tokens: int) -> Iterator[None]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotorquant_hf.attention.stand_ins import StandIns
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.files import FileKind
 from rotorquant_hf.layers.full import RotorQuantLayer
@@ -152,6 +153,8 @@ def _entry_of(layer: Any) -> LayerEntry:
         if layer.moment.pre_rope is not None:
             tensors["queries.pre_rope"] = layer.moment.pre_rope
         attributes["queries"] = layer.moment.count
+    if layer.stand_ins is not None:
+        tensors["stand_ins"] = layer.stand_ins.tokens
     if layer.store.calibrated:
         attributes["calibrated"] = True
     tensors |= _fingerprints(layer)
@@ -197,6 +200,8 @@ def _restore_packed(
             entry.attributes["queries"],
             entry.tensors.get("queries.pre_rope"),
         )
+    if "stand_ins" in entry.tensors:
+        layer.stand_ins = StandIns(entry.tensors["stand_ins"])
     prefix = "store."
     layer.store.load_state(
         {n.removeprefix(prefix): t for n, t in entry.tensors.items() if n.startswith(prefix)}

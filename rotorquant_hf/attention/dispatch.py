@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,9 @@ def attend(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOp
 
 def compute(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions) -> Tensor:
     """`attend` without its checks, for callers that have made them."""
+    if keys.stand_ins is not None and options.mask is not None:
+        mask = keys.stand_ins.masked(options.mask, keys.shape[2])
+        options = replace(options, mask=mask)
     # Only the kernels make states in a ring; in float32 they may be asked for heads too large.
     ring = isinstance(keys, RingStates) and query.dtype != torch.float32
     if ring or kernels_take(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rotorquant_hf.attention.stand_ins import StandIns
 from rotorquant_hf.backend import is_capturing, on_device
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.packed import PackedSpan
@@ -51,6 +52,10 @@ class KVStates(Protocol):
         """(batch, heads, tokens, d)."""
 
     @property
+    def stand_ins(self) -> StandIns | None:
+        """Which tokens are in the places of the sinks, if not the first of all rows."""
+
+    @property
     def max_packed(self) -> int:
         """Packed tokens that a kernel launch has to be laid out for."""
 
@@ -79,6 +84,7 @@ class CachedStates:
     sinks: Tensor
     packed: PackedSpan
     recent: Tensor
+    stand_ins: StandIns | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -112,6 +118,8 @@ class CachedStates:
         out[:, :, :first] = self.sinks
         self.packed.materialize(out[:, :, first:last])
         out[:, :, last:] = self.recent
+        if self.stand_ins is not None:
+            self.stand_ins.put_back(out, self.sinks)
         return out
 
 
@@ -158,7 +166,7 @@ class RingMemory:
     """Where one side of a ring has its tokens, as long as they stay there.
 
     Attributes:
-        sinks: as in `KVStates`. ring: (batch, heads, slots, d), contiguous.
+        sinks, stand_ins: as in `KVStates`. ring: (batch, heads, slots, d), contiguous.
         rows: the store's whole tensors, to which the lengths on the device refer.
         statistics, quantizer: of the packed tokens.
         device_lengths: (5,) int32, what `KVStates.lengths` returns: the kernels of a step write it.
@@ -171,6 +179,7 @@ class RingMemory:
     statistics: ChannelStatistics
     quantizer: Quantizer
     device_lengths: Tensor
+    stand_ins: StandIns | None = None
     plans: dict[Hashable, Any] = field(default_factory=dict)
 
 
@@ -199,6 +208,7 @@ class RingStates:
         clock: Clock,
     ) -> None:
         self.sinks, self.plans, self.max_packed = memory.sinks, memory.plans, max_packed
+        self.stand_ins = memory.stand_ins
         self._memory, self._row, self._packed = memory, row, packed
         self._begin, self._count = begin, count
         self._clock, self._made_at = clock, clock.ticks
@@ -242,7 +252,8 @@ class RingStates:
                 "this attention dequantises keys and values, whose number a CUDA graph would "
                 "freeze; decode without a graph"
             )
-        return CachedStates(self.sinks, self.packed, self.recent).materialize()
+        states = CachedStates(self.sinks, self.packed, self.recent, self.stand_ins)
+        return states.materialize()
 
     def _require_current(self) -> None:
         """Refuse to read what a later step has overwritten.

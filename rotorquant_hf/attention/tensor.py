@@ -27,7 +27,8 @@ class CompressedTensor(Tensor):
     """A read-only tensor (batch, heads, tokens, d) over `KVStates`, or a head view of it.
 
     If it has `on_query`, attention calls that with the queries (batch, query heads, n, d) that have
-    read it. For the sake of them even tokens of which none is packed come as one (`PlainStates`).
+    read it, and their mask or None. For the sake of them even tokens of which none is packed come
+    as one (`PlainStates`).
 
     Asking for its shape, dtype or device reads nothing, `scaled_dot_product_attention` reads the
     packed codes, and repeating the heads, as for grouped queries, gives another of its kind. Any
@@ -37,14 +38,14 @@ class CompressedTensor(Tensor):
 
     states: KVStates | PlainStates
     view_of_heads: HeadView
-    on_query: Callable[[Tensor], None] | None
+    on_query: Callable[[Tensor, Tensor | None], None] | None
 
     @staticmethod
     def __new__(
         cls,
         states: KVStates | PlainStates,
         view: HeadView = AS_STORED,
-        on_query: Callable[[Tensor], None] | None = None,
+        on_query: Callable[[Tensor, Tensor | None], None] | None = None,
     ) -> CompressedTensor:
         tensor = Tensor._make_wrapper_subclass(
             cls, view.shape(states.shape), dtype=states.sinks.dtype, device=states.sinks.device
@@ -116,17 +117,20 @@ def _scaled_dot_product_attention(
             CompressedTensor, CompressedTensor.materialize, ((query, key, value), args, kwargs)
         )
         result = functional.scaled_dot_product_attention(*plain, *args, **kwargs)
-    show_queries(key, query)
+    show_queries(key, query, kwargs.get("attn_mask", args[0] if args else None))
     return result
 
 
-def show_queries(key: Tensor, query: Tensor) -> None:
-    """Tell the keys of what attention has read which queries (batch, heads, n, d) read them."""
+def show_queries(key: Tensor, query: Tensor, mask: Tensor | None = None) -> None:
+    """Tell the keys of what attention has read which queries (batch, heads, n, d) read them.
+
+    With their mask, broadcastable to (batch, heads, n, tokens), or None.
+    """
     if isinstance(key, CompressedTensor) and key.on_query is not None:
         batch, heads, _, d = key.states.shape
         fits = query.dim() == 4 and (query.shape[0], query.shape[3]) == (batch, d)
         if fits and query.shape[1] % heads == 0 and not isinstance(query, CompressedTensor):
-            key.on_query(query)
+            key.on_query(query, mask)
 
 
 def _attend(

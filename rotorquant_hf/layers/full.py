@@ -4,6 +4,8 @@ A layer holds its tokens, oldest first, in three parts:
 
     [ sinks, full precision ] [ packed, quantised once ] [ recent tokens, full precision ]
 
+(The sinks of a row with left padding are its own first tokens: `attention.stand_ins`.)
+
 New tokens join the recent ones. When there are `block_length` more of these than
 `residual_length`, the oldest are quantised into the packed store.
 
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from rotorquant_hf.attention.stand_ins import StandIns
 from rotorquant_hf.attention.states import CachedStates, PlainStates
 from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.config import RotorQuantConfig
@@ -69,6 +72,7 @@ class RotorQuantLayer(CacheLayerMixin):
         self.is_initialized = False
         self.ring: RingBuffer | None = None
         self.moment: QueryMoment | None = None
+        self.stand_ins: StandIns | None = None
         # Of single tokens, not yet in the moment, and where in the text these are.
         self._queries: list[tuple[int, Tensor]] = []
         self._before: tuple[Tensor, Tensor] | None = None
@@ -238,8 +242,12 @@ class RotorQuantLayer(CacheLayerMixin):
         keys.on_query = self.see_queries
         return keys, values
 
-    def see_queries(self, query: Tensor) -> None:
-        """Take notice of queries (batch, query heads, n, key dim) that read the keys."""
+    def see_queries(self, query: Tensor, mask: Tensor | None = None) -> None:
+        """Take notice of queries (batch, query heads, n, key dim) that read the keys.
+
+        Args:
+            mask: theirs, broadcastable to (batch, query heads, n, tokens), which shows padding.
+        """
         if not self.is_initialized or self._store.has_statistics:
             return
         before = self.moment, list(self._queries)
@@ -249,10 +257,20 @@ class RotorQuantLayer(CacheLayerMixin):
             self._queries.append((self.get_seq_length() - query.shape[2], query.detach()))
             if query.shape[2] > 1:
                 self.count_queries()
+            held = self._sinks, self._recent
+            packs = self.waits
             self.settle()
+            if packs and mask is not None and self._sinks[0].shape[2]:
+                self._place_stand_ins(mask, *map(join, *held))
         except BaseException:
             self.moment, self._queries = before
             raise
+
+    def _place_stand_ins(self, mask: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put first tokens of padded rows in the places of sinks, of all keys and values so far."""
+        batch, _, sinks, _ = self._sinks[0].shape
+        self.stand_ins = StandIns.of(mask, batch, sinks)
+        self.sinks = self.stand_ins.placed(keys), self.stand_ins.placed(values)
 
     def count_queries(self) -> None:
         """Take the queries seen since the last time into their second moment."""
@@ -302,6 +320,7 @@ class RotorQuantLayer(CacheLayerMixin):
                 self.config,
                 position=self.get_seq_length() - self.recent_length,
                 sliding_window=self._seen_by_a_query(),
+                stand_ins=self.stand_ins,
             )
             # The ring holds the tokens from here on; a second copy would count twice.
             self._recent = (keys[:, :, :0], values[:, :, :0])
@@ -396,9 +415,10 @@ class RotorQuantLayer(CacheLayerMixin):
             return join(sinks[0], recent[0]), join(sinks[1], recent[1])
         if self._gradient_cut and torch.is_grad_enabled():
             sinks, recent = _refusing_gradients(sinks), _refusing_gradients(recent)
+        keys, values = (side.span(skip) for side in self.store.sides)
         return (
-            CompressedTensor(CachedStates(sinks[0], self.store.keys.span(skip), recent[0])),
-            CompressedTensor(CachedStates(sinks[1], self.store.values.span(skip), recent[1])),
+            CompressedTensor(CachedStates(sinks[0], keys, recent[0], self.stand_ins)),
+            CompressedTensor(CachedStates(sinks[1], values, recent[1], self.stand_ins)),
         )
 
     @property
@@ -532,6 +552,8 @@ class RotorQuantLayer(CacheLayerMixin):
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         left = min(-tokens_to_remove, self.get_seq_length())
+        if self.stand_ins is not None and not self.stand_ins.within(self.get_seq_length() - left):
+            self.stand_ins = None  # what is left in their places is padding, which nobody reads
         left -= self._crop_full_precision("recent", left)
         packed = min(left, len(self.store))
         self.store.crop(packed)
@@ -548,7 +570,7 @@ class RotorQuantLayer(CacheLayerMixin):
         """Forget everything, also the shapes."""
         for name in ("_store", "_sinks", "_recent", "dtype", "device"):
             self.__dict__.pop(name, None)
-        self.ring = self.moment = self._before = None
+        self.ring = self.moment = self._before = self.stand_ins = None
         self._gradient_cut = False
         self._queries = []
         self.is_initialized = False
@@ -561,6 +583,8 @@ class RotorQuantLayer(CacheLayerMixin):
         self._queries = [(position, fn(query)) for position, query in self._queries]
         if self.moment is not None:
             self.moment = self.moment.map(fn)
+        if self.stand_ins is not None:
+            self.stand_ins = self.stand_ins.map(fn)
         self.sinks = (fn(self.sinks[0]), fn(self.sinks[1]))
         keys, values = self.recent
         self.recent = (fn(keys), fn(values))
@@ -607,6 +631,8 @@ class RotorQuantLayer(CacheLayerMixin):
         parts = {"sinks": sinks, "window": recent} | self.store.nbytes()
         if self.moment is not None:
             parts["statistics"] += self.moment.nbytes
+        if self.stand_ins is not None:
+            parts["sinks"] += self.stand_ins.tokens.nbytes
         if self.rope is not None and self.get_seq_length():
             parts["statistics"] += self.rope.frequencies.nbytes
         return parts

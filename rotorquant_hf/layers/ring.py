@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotorquant_hf.attention.stand_ins import StandIns
 from rotorquant_hf.attention.states import Clock, RingMemory, RingStates, read_ring
 from rotorquant_hf.backend import on_device
 from rotorquant_hf.config import RotorQuantConfig
@@ -40,6 +41,7 @@ class RingBuffer:
         config: the layer's settings.
         position: where in the text the first of `recent` is.
         sliding_window: tokens that a query sees, 0 for all.
+        stand_ins: in the places of sinks.
     """
 
     def __init__(
@@ -50,12 +52,13 @@ class RingBuffer:
         config: RotorQuantConfig,
         position: int,
         sliding_window: int = 0,
+        stand_ins: StandIns | None = None,
     ) -> None:
         from rotorquant_hf.kernels.push import LENGTHS, STATE
 
         self.store, self.sinks, self.config = store, sinks, config
         store.reserve(0)  # the same rows for keys and values
-        self.sliding_window = sliding_window
+        self.sliding_window, self._stand_ins = sliding_window, stand_ins
         # A step adds up to a block before a block leaves, so two blocks of slots are needed.
         slots = config.residual_length + 2 * config.block_length
         self.begin, self.count, self.position = 0, recent[0].shape[2], position
@@ -207,7 +210,15 @@ class RingBuffer:
             for memory, side in zip(self._memory, sides, strict=True)
         ):
             self._memory = tuple(
-                RingMemory(sinks, ring, side.buffers.tensors, statistics, quantizer, self._attended)
+                RingMemory(
+                    sinks,
+                    ring,
+                    side.buffers.tensors,
+                    statistics,
+                    quantizer,
+                    self._attended,
+                    self._stand_ins,
+                )
                 for side, sinks, ring in zip(sides, self.sinks, self.rings, strict=True)
                 for quantizer, statistics, _ in [side.coding()]
             )
