@@ -15,11 +15,13 @@ on the left, and padding enters the sinks and statistics of its row; batch_size=
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
@@ -42,6 +44,8 @@ from .reads import (
     too_short,
 )
 
+_OWNER = "rotorquant: whose answers these are"  # a key of the file of --use_cache
+
 _log = logging.getLogger("lm_eval.models.rotorquant")  # shown as lm-eval's own messages are
 
 
@@ -62,6 +66,8 @@ class RotorQuantLM(HFLM):
         InputError: for an unknown argument, a bad value or an encoder-decoder model.
         NotAvailableError: if the cache cannot be made here, or for this model.
     """
+
+    batch_schedule: float  # HFLM's: how often it looks for a batch size
 
     def __init__(
         self,
@@ -119,6 +125,46 @@ class RotorQuantLM(HFLM):
             raise
         if is_gguf:
             gguf.plain(self._model)
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Take part in `--use_cache`, whose file knows requests by their text alone.
+
+        Raises:
+            InputError: if the file has answers of another model or cache.
+        """
+        if cache_hook.dbdict is not None:
+            self._claim(cache_hook.dbdict)
+        super().set_cache_hook(cache_hook)
+
+    def _claim(self, answers: Any) -> None:
+        """Write into a file of answers whose they are, or see that they are this model's."""
+        own = json.dumps(
+            {
+                "model": self.config.name_or_path,
+                "revision": str(self.revision),
+                "dtype": str(self.model.dtype),
+                "cache": self.spec.to_dict(),
+                "chunk": self.chunk,
+            },
+            sort_keys=True,
+        )
+        saved = answers.get(_OWNER)
+        if saved is None and len(answers) == 0:
+            answers[_OWNER] = own
+        elif saved != own:
+            raise InputError(
+                f"--use_cache: {answers.filename} has answers of another model or cache "
+                f"({saved or 'none of rotorquant'}); name another file, or delete it"
+            )
+
+    def _batch_scheduler(self, pos: int, n_reordered_requests: list) -> int:
+        schedule = self.batch_schedule
+        # HFLM divides the requests among so many detections, and fails with fewer requests.
+        self.batch_schedule = min(schedule, len(n_reordered_requests))
+        try:
+            return super()._batch_scheduler(pos, n_reordered_requests)
+        finally:
+            self.batch_schedule = schedule
 
     def _model_call(
         self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
@@ -192,11 +238,12 @@ class RotorQuantLM(HFLM):
     ) -> list:
         """Run the requests task by task, so that each task's reads are known.
 
-        All at once where batches must equal `hf`'s, and where processes share the work: all must
-        make the same number of rounds, and a process may have no document of a task.
+        All at once where batches must equal `hf`'s; where their size is found by trying, which
+        HFLM does in every call; and where processes share the work: all must make the same number
+        of rounds, and a process may have no document of a task.
         """
         names = [request.task_name or "requests" for request in requests]
-        if self.world_size > 1 or self.chunk is None:
+        if self.world_size > 1 or self.chunk is None or self.batch_size == "auto":
             names = [", ".join(dict.fromkeys(names))] * len(names)
         self._foresee(kind, names, requests)
         found = [None] * len(requests)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import DynamicCache
@@ -487,3 +488,40 @@ def test_help_says_both(capsys, monkeypatch, arguments):
     assert "--data" in shown
     assert "usage: lm-eval" in shown
     assert "--include_path" in shown
+
+
+def test_a_file_of_answers_is_one_cache_s(lm, tmp_path):
+    """lm-eval knows requests by their text: another cache would be given this one's scores."""
+    file = str(tmp_path / "answers")
+    first = _run(lm(**EARLY), [OWN[0]], use_cache=file)
+    again = _run(lm(**EARLY), [OWN[0]], use_cache=file)
+    assert _responses(again, OWN[0]) == _responses(first, OWN[0])
+    for other in ({"key_bits": 3}, {"chunk": 32}, {"cache": "dynamic"}):
+        options = other if "cache" in other else EARLY | other
+        with pytest.raises(InputError, match=r"--use_cache: .* another model or cache .*key_bits"):
+            _run(lm(**options), [OWN[0]], use_cache=file)
+
+
+def test_answers_of_another_model_type_are_not_taken(lm, tmp_path):
+    file = str(tmp_path / "answers")
+    _run(lm("hf"), [OWN[0]], use_cache=file)
+    with pytest.raises(InputError, match=r"none of rotorquant"):
+        _run(lm(**EARLY), [OWN[0]], use_cache=file)
+
+
+def test_batches_found_by_trying_are_tried_once(lm, early, monkeypatch):
+    """In all tasks together, and of fewer requests than trials are asked for."""
+    tried = []
+    monkeypatch.setattr(HFLM, "_detect_batch_size", lambda self, *args: tried.append(args) or 2)
+    for size in ("auto", "auto:9"):
+        tried.clear()
+        found = _run(lm(**EARLY, batch_size=size), OWN[:1], limit=1)
+        assert _numbers(found, OWN[0]).shape == _numbers(early, OWN[0])[:4].shape
+        assert len(tried) <= 4
+    tried.clear()
+    requests = [
+        Instance("loglikelihood", {}, ("A clock", " struck"), 0, metadata=(task, 0, 1))
+        for task in ("first", "second", "third")
+    ]
+    assert len(lm(**EARLY, batch_size="auto").loglikelihood(requests)) == 3
+    assert len(tried) == 1
