@@ -9,7 +9,7 @@ rolling ones and multiple choices read older tokens as they are stored. `generat
 For scoring, batches are padded on the right: no token reads what comes after it, so padding
 changes neither logits nor statistics of a row, up to rounding. (Transformers' fp8 cache has one
 scale for all rows, so there scores depend on the batch.) For `generate_until`, batches are padded
-on the left, and padding enters the sinks and statistics of its row; batch_size=1 avoids it.
+on the left, and padding enters the statistics of its row; batch_size=1 avoids it.
 """
 
 from __future__ import annotations

@@ -9,9 +9,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+from transformers import Cache, DynamicCache
 
 from evals.caches.registry import CacheSpec
 from evals.measurements.perplexity import PerplexityMeasurement, PerplexityOptions
+from rotorquant_hf import RotorQuantCache
 from tests.conftest import ROOT
 
 TOKENS = 640
@@ -70,3 +73,40 @@ def test_presets_keep_their_quality(figures_of, preset) -> None:
 @pytest.mark.parametrize("preset", BOUNDS)
 def test_a_bit_less_breaks_every_bound(figures_of, preset) -> None:
     assert BOUNDS[preset].broken(figures_of(ONE_BIT_LESS[preset])) == ["kl_mean", "changed"]
+
+
+PADDING, PROMPT, PASS = 32, 384, 64
+
+
+@torch.no_grad()
+def likelihoods(loaded: Any, cache: Cache, padding: int) -> torch.Tensor:
+    """Log-likelihoods after the prompt, (tokens, vocabulary), of a row with padding on the left."""
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    ids = loaded.tokenizer(text, return_tensors="pt").input_ids[:, :TOKENS]
+    ids = torch.cat((torch.zeros(1, padding, dtype=torch.long), ids), dim=1)
+    mask = (torch.arange(ids.shape[1]) >= padding).long()[None]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    found, start = [], 0
+    for n in (padding + PROMPT, *[PASS] * ((TOKENS - PROMPT) // PASS)):
+        end = start + n
+        logits = loaded.model(
+            ids[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+        ).logits
+        found.append(logits[0])
+        start = end
+    return torch.cat(found)[padding + PROMPT :].log_softmax(-1)
+
+
+def test_a_padded_row_diverges_as_it_does_alone(genuine) -> None:
+    """With its padding for sinks, and its own first tokens quantised, a third further."""
+    expected = likelihoods(genuine, DynamicCache(), 0)
+    divergence = []
+    for padding in (0, PADDING):
+        cache = RotorQuantCache("k3v3", config=genuine.model.config, residual_length=WINDOW)
+        found = likelihoods(genuine, cache, padding)
+        divergence.append(float((expected.exp() * (expected - found)).sum(-1).mean()))
+    print(divergence)
+    assert divergence[1] < 1.1 * divergence[0]
