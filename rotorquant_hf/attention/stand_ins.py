@@ -1,11 +1,11 @@
 """Stand-ins: the first tokens of a padded row, in the places of sinks that are its padding.
 
 With left padding the first tokens of the shorter rows of a batch are padding, which nobody reads.
-To keep them in full precision, and quantise the row's own first tokens, would cost the row much
-of its quality: models look at their first tokens all the time. So the places j < min(S, p) of the S sinks of a row with p tokens of
-padding hold tokens max(S, p) + j instead. These are quantised where they are as all others are,
-and attention reads them in the places of the padding: it sees there what the mask has for them,
-and nothing where they are.
+To keep them in full precision, and quantise the row's own first tokens, would cost the row much of
+its quality: models look at their first tokens all the time. So the places j < min(S, p) of the S
+sinks of a row with p tokens of padding hold tokens max(S, p) + j instead. These are quantised where
+they are as all others are, and attention reads them in the places of the padding: it sees there
+what the mask has for them, and nothing where they are.
 """
 
 from __future__ import annotations
