@@ -75,6 +75,10 @@ class StandIns:
         mask[..., :sinks] = in_places
         return mask
 
+    def needed(self) -> bool:
+        """Whether any stands in; waits for the device."""
+        return bool((self.tokens >= self.tokens.shape[1]).any())
+
     def within(self, tokens: int) -> bool:
         """Whether all are among the first `tokens`; waits for the device."""
         return int(self.tokens.max()) < tokens

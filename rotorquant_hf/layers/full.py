@@ -269,8 +269,11 @@ class RotorQuantLayer(CacheLayerMixin):
     def _place_stand_ins(self, mask: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put first tokens of padded rows in the places of sinks, of all keys and values so far."""
         batch, _, sinks, _ = self._sinks[0].shape
-        self.stand_ins = StandIns.of(mask, batch, sinks)
-        self.sinks = self.stand_ins.placed(keys), self.stand_ins.placed(values)
+        stand_ins = StandIns.of(mask, batch, sinks)
+        if keys.device.type == "cpu" and not stand_ins.needed():  # elsewhere the host would wait
+            return
+        self.stand_ins = stand_ins
+        self.sinks = stand_ins.placed(keys), stand_ins.placed(values)
 
     def count_queries(self) -> None:
         """Take the queries seen since the last time into their second moment."""

@@ -38,6 +38,7 @@ def test_the_first_tokens_that_are_not_padding(n, kind):
         [9, 10, 11, 12],
         [19, 1, 2, 3],  # of a row with one token of its own
     ]
+    assert found.needed()
     assert found.within(20)
     assert not found.within(19)
 
@@ -55,6 +56,7 @@ def test_the_first_tokens_that_are_not_padding(n, kind):
 def test_without_padding_nothing_stands_in(mask):
     found = StandIns.of(mask, 3, SINKS)
     assert torch.equal(found.tokens, torch.arange(SINKS).expand(3, -1))
+    assert not found.needed()
 
 
 def test_what_other_queries_read_is_no_padding():

@@ -38,7 +38,7 @@ class Bounds(NamedTuple):
         return [name for name, bound in zip(found, self, strict=True) if not found[name] <= bound]
 
 
-BOUNDS = {"k4v4": Bounds(0.0016, 0.0176), "k3v3": Bounds(0.0079, 0.0274)}
+BOUNDS = {"k4v4": Bounds(0.0016, 0.0176), "k3v3": Bounds(0.0079, 0.0352)}
 ONE_BIT_LESS = {"k4v4": "k3v3", "k3v3": "k2v2"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,3 +34,9 @@ def _device_answers(request: pytest.FixtureRequest) -> Iterator[None]:
             pytest.exit(f"the device is lost: {error}", returncode=DEVICE_LOST)
         print(f"the device is lost: {error}", file=sys.stderr, flush=True)
         os._exit(DEVICE_LOST)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out what runs in the emulator alone; `test_compiled.py` starts it there."""
+    emulates = config.getoption("--emulate", None) is not None
+    return True if collection_path.name == "test_planted_faults.py" and not emulates else None
