@@ -347,15 +347,17 @@ class Machine:
 
     def _store_matrices(self, statement: Statement) -> Execute:
         target, source = statement.operands
+        transposed = "trans" in statement.modifiers
         readers = [self._registers.reader(x, 32) for x in _parts(source)]
         count, name, what = len(readers), statement.name, statement.text
-        if f"m8n8.x{count}" not in name or "trans" in statement.modifiers:
+        if f"m8n8.x{count}" not in name:
             raise UnknownPtx(what)
         rows = self._rows(target, count)
 
         def execute(active: Array) -> None:
             naming, places = rows()
-            data = matrix.registers_to_matrices([read() for read in readers]).reshape(-1, 16)
+            data = matrix.registers_to_matrices([read() for read in readers], transposed)
+            data = data.reshape(-1, 16)
             self._shared.store(places[naming], data, self._warps[naming], what)
             self._counts.shared(name, places, naming, 16)
 

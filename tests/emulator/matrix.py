@@ -94,10 +94,12 @@ def matrices_to_registers(rows: Array, transposed: bool) -> list[Array]:
     return [words[:, 8 * j + _GROUP, _PLACE].reshape(-1) for j in range(count)]
 
 
-def registers_to_matrices(registers: list[Array]) -> Array:
+def registers_to_matrices(registers: list[Array], transposed: bool) -> Array:
     """`stmatrix`: the rows (warps, 8 x, 16) of bytes of x registers (threads,)."""
     words = np.stack([x.reshape(-1, 8, 4) for x in registers], axis=1)
-    return np.ascontiguousarray(words.reshape(-1, 8 * len(registers), 4)).view(np.uint8)
+    halves = np.ascontiguousarray(words).view(np.uint16)  # (warps, x, 8, 8)
+    halves = halves.swapaxes(-1, -2) if transposed else halves
+    return np.ascontiguousarray(halves.reshape(-1, 8 * len(registers), 8)).view(np.uint8)
 
 
 @dataclass(frozen=True)
