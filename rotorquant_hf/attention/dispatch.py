@@ -10,7 +10,7 @@ from torch import Tensor
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.states import KVStates, RingStates
 from rotorquant_hf.attention.torch_attention import attend_tiled
-from rotorquant_hf.backend import kernels_take
+from rotorquant_hf.backend import kernels_take, uses_triton
 
 
 def attend(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions) -> Tensor:
@@ -47,15 +47,18 @@ def compute(query: Tensor, keys: KVStates, values: KVStates, options: AttentionO
     if keys.stand_ins is not None and options.mask is not None:
         mask = keys.stand_ins.masked(options.mask, keys.shape[2])
         options = replace(options, mask=mask)
-    # Only the kernels make states in a ring; in float32 they may be asked for heads too large.
-    ring = isinstance(keys, RingStates) and query.dtype != torch.float32
-    if ring or kernels_take(
-        query.device, query.dtype, keys.packed.quantizer, values.packed.quantizer
-    ):
+    if _by_kernels(query, keys, values):
         from rotorquant_hf.attention.triton_attention import attend_packed
 
         return attend_packed(query, keys, values, options)
     return attend_tiled(query, keys, values, options)
+
+
+def _by_kernels(query: Tensor, keys: KVStates, values: KVStates) -> bool:
+    if isinstance(keys, RingStates) and query.dtype != torch.float32:
+        # The kernels have made them, so that nothing else has to be looked at in a decode step.
+        return uses_triton(query.device)
+    return kernels_take(query.device, query.dtype, keys.packed.quantizer, values.packed.quantizer)
 
 
 def needs_gradient(

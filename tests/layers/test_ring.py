@@ -342,3 +342,18 @@ def test_assisted_decoding_and_beams_through_the_kernels():
                 )
             )
         assert torch.equal(*texts)
+
+
+@torch.no_grad()
+def test_a_backend_that_is_asked_for_reads_the_ring_too(monkeypatch):
+    """In comparisons of torch with the kernels, over what the kernels have written."""
+    states, target = tokens(60).bfloat16(), layer()
+    *_, (keys, values) = feed(target, states, (40, 1), "triton")
+    assert isinstance(keys.states, RingStates)
+    query = torch.randn(*keys.shape[:2], 1, keys.shape[3], device=DEVICE).bfloat16()
+    with backend("triton"):
+        expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+    monkeypatch.setattr("rotorquant_hf.attention.triton_attention.attend_packed", None)
+    with backend("torch"):
+        found = torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-2)
