@@ -114,7 +114,6 @@ class RotorQuantCache(Cache):
             if calibration is not None:
                 calibration.check(config, self.settings)
             layers = _layers_of_model(self.settings, config, calibration)
-            _warn_of_nothing(layers, config, self.settings)
         super().__init__(
             layers,
             make_layer,  # type: ignore[arg-type]  # called without arguments, as a class would be
@@ -357,7 +356,7 @@ def _layers_of_model(
                 f"{name} has {len(bits)} numbers, but the model has {len(types)} layers"
             )
     uncompressed = {index % len(types) for index in settings.exact_layers}
-    return [
+    layers = [
         _make_layer(
             settings.of_layer(index),
             kind,
@@ -368,24 +367,15 @@ def _layers_of_model(
         )
         for index, (kind, options) in enumerate(zip(types, kwargs, strict=True))
     ]
-
-
-def _warn_of_nothing(
-    layers: list[Any], config: PreTrainedConfig, settings: RotorQuantConfig
-) -> None:
-    """Say so if no layer of a model is compressed, unless that is what the settings ask for."""
-    if any(isinstance(x, RotorQuantLayer) for x in layers):
-        return
-    uncompressed = {index % len(layers) for index in settings.exact_layers}
-    types, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    kinds = sorted({kind for index, kind in enumerate(types) if index not in uncompressed})
-    if kinds:
+    others = sorted({kind for index, kind in enumerate(types) if index not in uncompressed})
+    if others and not any(isinstance(x, RotorQuantLayer) for x in layers):
         warnings.warn(
             f"no layer of this model ({config.model_type}) is compressed: its layers are of type "
-            f"{', '.join(kinds)}, for which the cache has Transformers' own; full and sliding "
+            f"{', '.join(others)}, for which the cache has Transformers' own; full and sliding "
             "attention is compressed",
             stacklevel=3,
         )
+    return layers
 
 
 def _make_layer(

@@ -68,11 +68,15 @@ def check_windows(ids: Tensor) -> None:
         raise ValueError(f"ids have shape {tuple(ids.shape)}, {ids.dtype}; pass (windows, tokens)")
 
 
-def fill(model: PreTrainedModel, ids: Tensor, cache: RotorQuantCache) -> None:
-    """Read token ids (1, tokens) into a cache, without the logits that nobody looks at."""
+def fill(model: PreTrainedModel, ids: Tensor, cache: RotorQuantCache, **inputs: Any) -> None:
+    """Read token ids (rows, tokens) into a cache, without the logits that nobody looks at.
+
+    Args:
+        **inputs: what else the model gets.
+    """
     takes = inspect.signature(model.forward).parameters
     last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-    model(ids, past_key_values=cache, **last_logits)
+    model(ids, past_key_values=cache, **last_logits, **inputs)
 
 
 def _statistics(

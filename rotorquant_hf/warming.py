@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 from collections import Counter
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from rotorquant_hf.backend import uses_triton
 from rotorquant_hf.cache import RotorQuantCache
+from rotorquant_hf.calibrating import fill
 from rotorquant_hf.calibration import Calibration
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
@@ -85,9 +85,7 @@ def _feed(
         mask = torch.ones(batch, past + length, dtype=torch.long, device=model.device)
         mask[0, 0] = 0
         options["attention_mask"] = mask
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = 1
-    model(ids, past_key_values=cache, **options)
+    fill(model, ids, cache, **options)
 
 
 def _variants() -> Counter[str]:

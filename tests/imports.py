@@ -26,8 +26,8 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("memory", "calibration", "model_rope"),
     ("serialization",),
     ("cache",),
-    ("capturable", "calibrating", "warming"),
-    ("graph", "allocating"),
+    ("capturable", "calibrating"),
+    ("graph", "allocating", "warming"),
     ("decoding",),
     ("rotorquant_hf",),
 )

@@ -70,9 +70,9 @@ def compile_kernel(
 
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    unknown = {*kernel.do_not_specialize, *kernel.do_not_specialize_on_alignment}
     for i, name in enumerate(kernel.arg_names):
         aligned = name in pointers or re.fullmatch(r"stride_[kvst]\w+", name)
-        unknown = {*kernel.do_not_specialize, *kernel.do_not_specialize_on_alignment}
         if aligned and name not in unknown:
             attributes[(i,)] = [["tt.divisibility", 16]]
         if name in pointers:

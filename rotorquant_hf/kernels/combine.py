@@ -45,7 +45,6 @@ class Combine:
         options = combine_options(d, total * rows)
         columns = pieces(options["PAD_D"], options["COLUMNS"])
         self._grid = (pieces(rows, options["ROWS"]) * total * columns, 1, 1)
-        self._sinks = sinks
         self._unread = scale  # where the kernel takes a pointer that it does not read
         self._launch = Launch(
             combine_kernel,

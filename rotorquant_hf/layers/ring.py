@@ -54,7 +54,7 @@ class RingBuffer:
         sliding_window: int = 0,
         stand_ins: StandIns | None = None,
     ) -> None:
-        from rotorquant_hf.kernels.push import LENGTHS, STATE
+        from rotorquant_hf.kernels.push import STATE
 
         self.store, self.sinks, self.config = store, sinks, config
         store.reserve(0)  # the same rows for keys and values
@@ -66,7 +66,6 @@ class RingBuffer:
             self.rings = (_ring(recent[0], slots), _ring(recent[1], slots))
             self.lengths = torch.zeros(STATE, dtype=torch.int32, device=recent[0].device)
             self._feedback = store.keys.feedback(position)
-        self._attended = self.lengths[LENGTHS]
         self._push_tokens: Any = None  # bound to this memory, as the next is
         self._memory: tuple[RingMemory, ...] = ()
         self._segment = position // SEGMENT
@@ -209,25 +208,25 @@ class RingBuffer:
             memory.rows is not side.buffers.tensors
             for memory, side in zip(self._memory, sides, strict=True)
         ):
-            self._memory = tuple(
-                RingMemory(
-                    sinks,
-                    ring,
-                    side.buffers.tensors,
-                    statistics,
-                    quantizer,
-                    self._attended,
-                    self._stand_ins,
-                )
-                for side, sinks, ring in zip(sides, self.sinks, self.rings, strict=True)
-                for quantizer, statistics, _ in [side.coding()]
-            )
+            self._memory = self._where_it_is()
         buffers = sides[0].buffers
         packed = len(buffers)
         # A graph is replayed while tokens are packed: its grid is laid out for all the rows.
         laid_out = buffers.capacity if self.captured else packed
         lengths = buffers.start, packed, self.begin, self.count, laid_out, self.clock
         return RingStates(self._memory[0], *lengths), RingStates(self._memory[1], *lengths)
+
+    def _where_it_is(self) -> tuple[RingMemory, ...]:
+        """The memory of keys and values, as it is now."""
+        from rotorquant_hf.kernels.push import LENGTHS
+
+        lengths, found = self.lengths[LENGTHS], []
+        for side, sinks, ring in zip(self.store.sides, self.sinks, self.rings, strict=True):
+            quantizer, statistics, rows = side.coding()
+            found.append(
+                RingMemory(sinks, ring, rows, statistics, quantizer, lengths, self._stand_ins)
+            )
+        return tuple(found)
 
     def recent(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the recent tokens, oldest first, copied."""

@@ -38,7 +38,6 @@ class Machine:
 
     Args:
         text: a PTX module. shared: bytes of shared memory of a program.
-
     """
 
     def __init__(self, text: str, shared: int) -> None:
@@ -318,8 +317,12 @@ class Machine:
 
     # Matrices
 
-    def _rows(self, operand: Operand, count: int) -> Callable[[], tuple[Array, Array]]:
+    def _rows(
+        self, statement: Statement, operand: Operand, count: int
+    ) -> Callable[[], tuple[Array, Array]]:
         """Threads that name rows of `count` matrices of every warp, and all threads' addresses."""
+        if f"m8n8.x{count}" not in statement.name:
+            raise UnknownPtx(statement.text)
         address = self._address(operand, 32)
         naming = self._threads % 32 < 8 * count
         return lambda: (naming, address())
@@ -329,9 +332,7 @@ class Machine:
         transposed = "trans" in statement.modifiers
         writers = [self._registers.writer(x) for x in _parts(target)]
         count, name, what = len(writers), statement.name, statement.text
-        if f"m8n8.x{count}" not in name:
-            raise UnknownPtx(what)
-        rows = self._rows(source, count)
+        rows = self._rows(statement, source, count)
 
         def execute(active: Array) -> None:
             naming, places = rows()
@@ -349,10 +350,8 @@ class Machine:
         target, source = statement.operands
         transposed = "trans" in statement.modifiers
         readers = [self._registers.reader(x, 32) for x in _parts(source)]
-        count, name, what = len(readers), statement.name, statement.text
-        if f"m8n8.x{count}" not in name:
-            raise UnknownPtx(what)
-        rows = self._rows(target, count)
+        name, what = statement.name, statement.text
+        rows = self._rows(statement, target, len(readers))
 
         def execute(active: Array) -> None:
             naming, places = rows()

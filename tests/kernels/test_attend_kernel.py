@@ -10,16 +10,16 @@ from rotorquant_hf.attention import triton_attention
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
 from rotorquant_hf.attention.states import CachedStates
-from rotorquant_hf.attention.triton_attention import Device, Tiling, attend_packed, choose_tiling
+from rotorquant_hf.attention.triton_attention import Tiling, attend_packed, choose_tiling
 from rotorquant_hf.kernels.combine import Combine
 from rotorquant_hf.kernels.launch import Launch
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
+from tests.helpers.launches import H100
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts float32 off to bfloat16 where hardware rounds: twice the rounding error.
 BFLOAT16 = 2e-3 if DEVICE == "cuda" else 4e-3
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: BFLOAT16}
-H100 = Device(processors=132, shared=228 << 10)
 
 
 def states(
