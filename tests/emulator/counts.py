@@ -2,7 +2,9 @@
 
 Shared memory has 32 banks of 4 bytes. A warp's access is served in wavefronts, each of which takes
 one word of every bank; accesses of 8 and 16 bytes go by half and quarter warps. Without conflicts
-of banks the wavefronts are the ideal ones. Global memory is accessed in sectors of 32 bytes.
+of banks the wavefronts are the ideal ones. Global memory is accessed in sectors of 32 bytes: those
+that go to the second-level cache are counted. Loads but `cp.async.cg` go through the first-level
+cache, which is taken to keep what its program has read.
 What `wgmma` itself reads of shared memory is not counted.
 """
 
@@ -27,7 +29,7 @@ class Counts:
         programs: that ran. barriers: that a program waited at, summed over programs.
         instructions: of warps.
         wavefronts, ideal: of shared memory, with and without bank conflicts.
-        sectors: of global memory. useful: bytes that threads asked for in them.
+        sectors: asked of the second-level cache. useful: bytes that threads asked for.
     """
 
     programs: int = 0
@@ -37,6 +39,11 @@ class Counts:
     ideal: Counter[str] = field(default_factory=Counter)
     sectors: Counter[str] = field(default_factory=Counter)
     useful: Counter[str] = field(default_factory=Counter)
+    _kept: set[int] = field(default_factory=set, repr=False)  # sectors in the first-level cache
+
+    def begin_program(self) -> None:
+        """A program begins: nothing is in its first-level cache."""
+        self._kept.clear()
 
     def shared(self, name: str, places: Array, active: Array, size: int) -> None:
         """An access of `size` bytes by every active thread, at places (threads,)."""
@@ -47,9 +54,14 @@ class Counts:
 
     def of_global(self, name: str, addresses: Array, active: Array, size: int) -> None:
         """An access of `size` bytes by every active thread, at addresses (threads,)."""
-        warps = np.arange(len(addresses)) // 32
-        keys = warps[active] << np.int64(48) | addresses[active].astype(np.int64) // _SECTOR
-        self.sectors[name] += len(np.unique(keys))
+        sectors = addresses[active].astype(np.int64) // _SECTOR
+        if name.startswith("st") or ".cg." in name:
+            warps = np.arange(len(addresses)) // 32
+            self.sectors[name] += len(np.unique(warps[active] << np.int64(48) | sectors))
+        else:
+            new = set(sectors.tolist()) - self._kept
+            self.sectors[name] += len(new)
+            self._kept |= new
         self.useful[name] += size * int(active.sum())
 
 

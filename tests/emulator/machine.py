@@ -109,6 +109,7 @@ class Machine:
             registers.special[f"%ctaid.{axis}"] = np.full_like(lane, place)
             registers.special[f"%nctaid.{axis}"] = np.full_like(lane, size)
         self._clock.begin_program()
+        self._counts.begin_program()
         self._shared = SharedMemory(self._shared_size, self._clock, self._faults)
         place, executed, statements = 0, self._executed, self.kernel.statements
         for _ in range(_MAX_STATEMENTS):

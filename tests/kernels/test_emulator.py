@@ -78,9 +78,24 @@ def test_wavefronts(places: Array, size: int, wavefronts: int, ideal: int) -> No
 def test_sectors() -> None:
     counts = Counts()
     counts.of_global("ld", 1024 + 4 * LANES, ALL, 4)
-    counts.of_global("ld", 1024 + 64 * LANES, LANES < 8, 4)
+    counts.of_global("ld", 4096 + 64 * LANES, LANES < 8, 4)
     assert counts.sectors["ld"] == 4 + 8
     assert counts.useful["ld"] == 4 * 40
+
+
+@pytest.mark.parametrize(
+    ("name", "sectors"),
+    [("ld.global.b32", 4), ("cp.async.ca.shared.global", 4), ("cp.async.cg.shared.global", 8),
+     ("st.global.b32", 8)],
+)  # fmt: skip
+def test_what_is_in_the_first_level_cache_is_not_asked_for_again(name: str, sectors: int) -> None:
+    counts = Counts()
+    for _ in range(2):
+        counts.of_global(name, 1024 + 4 * LANES, ALL, 4)
+    assert counts.sectors[name] == sectors
+    counts.begin_program()
+    counts.of_global(name, 1024 + 4 * LANES, ALL, 4)
+    assert counts.sectors[name] == sectors + 4
 
 
 def test_swizzled_lines_take_every_byte_once() -> None:
