@@ -72,7 +72,7 @@ def compile_kernel(
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     unknown = {*kernel.do_not_specialize, *kernel.do_not_specialize_on_alignment}
     for i, name in enumerate(kernel.arg_names):
-        aligned = name in pointers or re.fullmatch(r"stride_[kvst]\w+", name)
+        aligned = name in pointers or re.fullmatch(r"stride_[krsv]\w+", name)
         if aligned and name not in unknown:
             attributes[(i,)] = [["tt.divisibility", 16]]
         if name in pointers:

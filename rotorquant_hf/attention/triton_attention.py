@@ -14,7 +14,7 @@ from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.states import KVStates, unit_stride
 from rotorquant_hf.backend import is_capturing, runs_ptx
 from rotorquant_hf.kernels.attend import ADDED_MASK, BOOL_MASK, NO_MASK, attend_kernel
-from rotorquant_hf.kernels.combine import Combine
+from rotorquant_hf.kernels.combine import MAX_EXACT_SPLITS, Combine
 from rotorquant_hf.kernels.launch import Launch
 from rotorquant_hf.kernels.lookup import centroid_table, ptx_words, table_unit
 from rotorquant_hf.kernels.queries import PrepareQueries
@@ -38,6 +38,7 @@ class Tiling:
         block_m: query rows of a program. block_n: packed tokens of a step.
         exact_n: full-precision tokens of a step.
         splits: programs that share the packed tokens. warps, stages: of Triton.
+        exact_splits: programs that share the tokens in full precision.
         direct: keys are looked up in the registers that the product takes; see `slot_centroids`.
         registers: limit of a thread's; None for none.
     """
@@ -50,6 +51,7 @@ class Tiling:
     stages: int
     direct: bool = False
     registers: int | None = None
+    exact_splits: int = 1
 
 
 @dataclass(frozen=True)
@@ -109,22 +111,27 @@ def choose_tiling(
         stages=1 if wide else 3,
         direct=half and d <= 128,
         registers=registers,
+        # A processor takes a program's tokens in full precision one step after the other. Where
+        # programs are few, all wait for it.
+        exact_splits=MAX_EXACT_SPLITS if 8 * programs <= device.processors else 1,
     )
 
 
 def _splits(programs: int, tokens: int, block_n: int, resident: int) -> int:
     """How many programs share the packed tokens, so that the last to begin ends early.
 
-    Programs run in waves of `resident`; each split takes its steps, and about two more to begin
-    and to end. One program more, for tokens in full precision, is among those of every kv head.
+    Programs run in waves of `resident`; each split takes its steps, and about four more to begin,
+    to end and to be added up. What begins together does not end together: a fifth of a program's
+    time is lost at the end. One program more, for tokens in full precision, is among those of every
+    kv head.
     """
 
-    def steps(splits: int) -> int:
+    def time(splits: int) -> float:
         waves = pieces(programs * (splits + 1), resident)
-        return waves * (pieces(pieces(tokens, splits), block_n) + 2)
+        return (waves + 0.2) * (pieces(pieces(tokens, splits), block_n) + 4)
 
     most = max(1, min(pieces(tokens, _MIN_SPLIT), 4 * pieces(resident, programs)))
-    return min(range(1, most + 1), key=steps)
+    return min(range(1, most + 1), key=time)
 
 
 def default_tiling(query: Tensor, keys: KVStates, values: KVStates) -> Tiling:
@@ -239,7 +246,7 @@ class _Plan:
         tiling: Tiling | None,
     ) -> None:
         self._tilings = _default_tilings(query, keys, values)
-        self._splits = None if tiling is None else tiling.splits
+        self._splits = None if tiling is None else (tiling.splits, tiling.exact_splits)
         tiling = tiling or self._tilings(tokens=values.max_packed)
         batch, query_heads, n, d_k = query.shape
         heads, d_v = values.shape[1], values.shape[3]
@@ -323,8 +330,8 @@ class _Plan:
         self, query: Tensor, keys: KVStates, options: AttentionOptions, from_end: int
     ) -> Tensor:
         rotated, projected, factors = self._prepare(query)
-        splits = self._splits or self._tilings(tokens=keys.max_packed).splits
-        splits += 1  # the last is that of the full-precision tokens
+        splits, exact_splits = self._splits or self._chosen_splits(keys.max_packed)
+        splits += exact_splits
         sums = query.new_empty(self._total, splits, self._rows, self._d_v, dtype=torch.float32)
         stats = query.new_empty(2, self._total, splits, self._rows, dtype=torch.float32)
         out = query.new_empty(self._out)
@@ -347,10 +354,15 @@ class _Plan:
             stats,
             stats.stride(0),
             splits,
+            exact_splits,
         )
         logits = None if options.sink_logits is None else options.sink_logits.contiguous()
-        self._combine(sums, stats, out, logits)
+        self._combine(sums, stats, out, logits, exact_splits)
         return out
+
+    def _chosen_splits(self, tokens: int) -> tuple[int, int]:
+        tiling = self._tilings(tokens=tokens)
+        return tiling.splits, tiling.exact_splits
 
 
 def _strides(name: str, axes: str, x: Tensor) -> dict[str, int]:

@@ -1,9 +1,9 @@
 """The attention kernel: softmax(q K^T) V over packed and full-precision tokens, in splits.
 
 One program holds a tile of query rows of one kv head (all query heads of its group, all query
-tokens) and walks over its share of the tokens; `combine` puts the shares together. Splits
-[0, packed_splits) take the packed tokens, the last split those in full precision (sinks
-and recent tokens).
+tokens) and walks over its share of the tokens; `combine` puts the shares together. The first
+splits take the packed tokens, the last `exact_splits` those in full precision (sinks and recent
+tokens).
 
 A packed key's score is q~ . c s + offset and a packed value's contribution p s c, with centroids
 c read by `lookup` and everything else outside the loop over elements (see `queries`, `combine`).
@@ -27,6 +27,7 @@ from rotorquant_hf.kernels.lookup import (
     slot_centroids,
     slot_signs,
     slots,
+    unknown_zero,
 )
 
 NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2
@@ -40,7 +41,7 @@ _MIN_EXPONENT = tl.constexpr(-24)
 # The rows' strides and pointers are, where that lets the codes be read 16 bytes at a time.
 @triton.jit(
     do_not_specialize=[
-        *("rows", "from_end", "splits", "stride_f", "stride_stats", "recent_slots"),
+        *("rows", "from_end", "splits", "exact_splits", "stride_f", "stride_stats", "recent_slots"),
         *("stride_ksb", "stride_ksh", "stride_knb", "stride_knh", "stride_vsb", "stride_vsh"),
         *("stride_mb", "stride_mh", "stride_mn"),
     ],
@@ -68,6 +69,7 @@ def attend_kernel(
     p_stats,
     stride_stats,
     splits,
+    exact_splits,
     # From here on what stays from step to step.
     # packed keys and values (batch, heads, capacity, ...), contiguous from the capacity on
     p_kcodes,
@@ -157,9 +159,10 @@ def attend_kernel(
     p_stat = p_stats + (i_bh * splits + i_split) * rows + o_r
     p_sum = p_sums + ((i_bh * splits + i_split) * rows + o_r[None, :]) * D_V  # [1, BLOCK_M]
 
-    if i_split < splits - 1:
-        # Whole steps of BLOCK_N for each split; the last ones may be left without any token.
-        share = tl.cdiv(tl.cdiv(n_packed, splits - 1), BLOCK_N) * BLOCK_N
+    packed_splits = splits - exact_splits
+    # Whole steps for each split; the last ones may be left without any token.
+    if i_split < packed_splits:
+        share = tl.cdiv(tl.cdiv(n_packed, packed_splits), BLOCK_N) * BLOCK_N
         top, mass = _packed_split(
             p_rotated + i_bh * rows * D_K,
             p_projected + i_bh * rows * SIGNS,
@@ -203,6 +206,8 @@ def attend_kernel(
             BLOCK_N,
         )
     else:
+        i_exact = i_split - packed_splits
+        share = tl.cdiv(tl.cdiv(n_recent, exact_splits), EXACT_N) * EXACT_N
         top, mass = _full_precision_split(
             p_q + i_b * stride_qb + (i_h * group + o_r % group) * stride_qh,
             (o_r // group).to(tl.int64) * stride_qn,
@@ -216,10 +221,11 @@ def attend_kernel(
             p_recent_v + i_b * stride_rvb + i_h * stride_rvh,
             stride_rvt,
             recent_slots,
-            n_sinks,
-            n_packed,
             recent_begin,
-            n_recent,
+            tl.where(i_exact == 0, n_sinks, 0),
+            i_exact * share,
+            tl.minimum((i_exact + 1) * share, n_recent),
+            n_sinks + n_packed,
             m_r,
             o_last,
             p_mrow,
@@ -300,8 +306,9 @@ def _packed_split(
     o_vs = tl.arange(0, max(16, triton.next_power_of_2(VS)))  # [VS]
     o_sg = tl.arange(0, max(16, triton.next_power_of_2(SIGN_BYTES)))  # [SIGN_BYTES]
     DTYPE: tl.constexpr = p_rotated.dtype.element_ty
-    k_table = load_table(p_ktable, p_kwords, K_BITS, PTX, DIRECT)
-    v_table = load_table(p_vtable, p_vwords, V_BITS, PTX)
+    nothing = unknown_zero(packed_begin, PTX)
+    k_table = load_table(p_ktable, p_kwords, o_ks, KS, K_BITS, PTX, DIRECT)
+    v_table = load_table(p_vtable, p_vwords, o_vs, VS, V_BITS, PTX)
 
     # The queries stay in registers through the whole walk, one tile per slot. Their padding is
     # zero, so the padding of the centroids may be anything.
@@ -324,7 +331,7 @@ def _packed_split(
 
     # Running softmax: the sums are in units of 2^top, and mass is the sum of 2^(logit - top).
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
+    mass = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc = ()  # VSLOTS of [VS, BLOCK_M]
     for _ in tl.static_range(VSLOTS):
         acc = acc + (tl.zeros([o_vs.shape[0], BLOCK_M], tl.float32),)  # noqa: RUF005
@@ -332,20 +339,20 @@ def _packed_split(
     # Scales come a step ahead: their loads are too narrow for the compiler to prefetch.
     o_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     o_row = (packed_begin + o_n).to(tl.int64)
-    next_k_scale = tl.load(p_kscale + o_row, mask=o_n < end, other=0)
-    next_v_scale = tl.load(p_vscale + o_row, mask=o_n < end, other=0)
+    next_scales = _scales(p_kscale, p_vscale, o_row, o_n < end)
     for t in range(start, end, BLOCK_N):
         o_n = t + tl.arange(0, BLOCK_N)
         m_n = o_n < end
         o_row = (packed_begin + o_n).to(tl.int64)
-        k_scale, v_scale = next_k_scale.to(tl.float32), next_v_scale.to(tl.float32)
+        k_scale = next_scales.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        v_scale = (next_scales >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         m_next = o_n + BLOCK_N < end
-        next_k_scale = tl.load(p_kscale + o_row + BLOCK_N, mask=m_next, other=0)
-        next_v_scale = tl.load(p_vscale + o_row + BLOCK_N, mask=m_next, other=0)
+        next_scales = _scales(p_kscale, p_vscale, o_row + BLOCK_N, m_next)
 
         # Scores. Each byte is loaded once, and every slot of it looked up in turn.
         p_code = p_kcodes + o_row * K_ROW
-        tiles = load_planes(p_code[:, None], o_ks, m_n[:, None], KS, K_BITS)  # [BLOCK_N, KS] each
+        # [BLOCK_N, KS] each
+        tiles = load_planes(p_code[:, None], o_ks, m_n[:, None], nothing, KS, K_BITS)
         b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for k in tl.static_range(KSLOTS):
             # [BLOCK_N, KS]
@@ -386,11 +393,12 @@ def _packed_split(
         e = tl.maximum(e, _MIN_EXPONENT)  # a scale of 0 must not hide its token's mass
         unit = ((127 - e) << 23).to(tl.float32, bitcast=True)  # 2^-e
         b_p, keep, top = _rescale(b_z + e.to(tl.float32)[:, None], top)  # [BLOCK_N, BLOCK_M]
-        mass = mass * keep + tl.sum(b_p * unit[:, None], axis=0)  # p without 2^e
+        mass = mass * keep[None, :] + b_p * unit[:, None]  # p without 2^e
         b_w = (b_p * (v_scale * unit)[:, None]).to(DTYPE)
 
         p_code = p_vcodes + o_row * V_ROW
-        tiles = load_planes(p_code[:, None], o_vs, m_n[:, None], VS, V_BITS)  # [BLOCK_N, VS] each
+        # [BLOCK_N, VS] each
+        tiles = load_planes(p_code[:, None], o_vs, m_n[:, None], nothing, VS, V_BITS)
         new = ()
         for k in tl.static_range(VSLOTS):
             b_c = slot_centroids(tiles, o_vs, v_table, VS, V_BITS, k, PTX)  # [BLOCK_N, VS]
@@ -401,7 +409,15 @@ def _packed_split(
     m_o = m_r[None, :] & (o_vs < VS)[:, None]
     for k in tl.static_range(VSLOTS):
         tl.store(p_sum + k * VS + o_vs[:, None], acc[k], mask=m_o)
-    return top, mass
+    return top, tl.sum(mass, axis=0)
+
+
+@triton.jit
+def _scales(p_kscale, p_vscale, o_row, m_n):
+    """The scales of rows of keys (lower half) and values: words, which change layout at once."""
+    k_scale = tl.load(p_kscale + o_row, mask=m_n, other=0).to(tl.int16, bitcast=True)
+    v_scale = tl.load(p_vscale + o_row, mask=m_n, other=0).to(tl.int16, bitcast=True)
+    return (k_scale.to(tl.int32) & 0xFFFF) | (v_scale.to(tl.int32) << 16)
 
 
 @triton.jit
@@ -418,10 +434,11 @@ def _full_precision_split(
     p_recent_v,
     stride_rv,
     recent_slots,
-    n_sinks,
-    n_packed,
     recent_begin,
-    n_recent,
+    sinks,
+    start,
+    end,
+    before,
     m_r,
     o_last,
     p_mrow,
@@ -437,7 +454,11 @@ def _full_precision_split(
     BLOCK_M: tl.constexpr,
     EXACT_N: tl.constexpr,
 ):
-    """Attention over sinks and recent tokens; stores the sums, returns top and mass."""
+    """Attention over sinks and recent tokens; stores the sums, returns top and mass.
+
+    Over the first `sinks` sinks and the recent tokens [start, end), before which lie `before`
+    others in the text.
+    """
     # tf32 holds float16 and bfloat16 exactly, and three bits more of p than bfloat16 would.
     HALF: tl.constexpr = p_q.dtype.element_ty != tl.float32
     PRECISION: tl.constexpr = "tf32" if HALF else "tf32x3"
@@ -453,10 +474,10 @@ def _full_precision_split(
     for part in tl.static_range(2):
         p_k, stride_k = (p_recent_k, stride_rk) if part else (p_sink_k, stride_sk)
         p_v, stride_v = (p_recent_v, stride_rv) if part else (p_sink_v, stride_sv)
-        count = n_recent if part else n_sinks
-        for t in range(0, count, EXACT_N):
+        first, last = (start, end) if part else (0, sinks)
+        for t in range(first, last, EXACT_N):
             o_n = t + tl.arange(0, EXACT_N)  # [EXACT_N]
-            m_n = o_n < count
+            m_n = o_n < last
             o_slot = (recent_begin + o_n) % recent_slots if part else o_n
             o_slot = o_slot.to(tl.int64)[:, None]
             m_k = m_n[:, None] & (o_dk < D_K)[None, :]
@@ -464,7 +485,7 @@ def _full_precision_split(
             b_s = tl.dot(b_k.to(tl.float32), b_q, input_precision=PRECISION)  # [EXACT_N, BLOCK_M]
             b_z = _logits(
                 b_s,
-                o_n + (n_sinks + n_packed if part else 0),
+                o_n + (before if part else 0),
                 m_n,
                 o_last,
                 p_mrow,
@@ -512,10 +533,10 @@ def _logits(
         b_z = softcap * _LOG2_E * (1 - 2 / (b_t + 1))
     else:
         b_z = b_s * (scale * _LOG2_E)
-    m_seen = m_n[:, None] & m_r[None, :]
+    m_seen = m_n[:, None]
     if MASK != 0:
         p_tile = p_mrow[None, :] + o_col.to(tl.int64)[:, None] * stride_mt
-        b_mask = tl.load(p_tile, mask=m_seen, other=0)
+        b_mask = tl.load(p_tile, mask=m_seen & m_r[None, :], other=0)
         if MASK == 1:
             m_seen = m_seen & (b_mask != 0)
         else:

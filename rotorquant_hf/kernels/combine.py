@@ -22,8 +22,9 @@ from rotorquant_hf.kernels.lookup import table_unit
 from rotorquant_hf.kernels.sizes import padded, pieces
 from rotorquant_hf.quant.packed import PackedSpan
 
-# A decode step at small batches has few rows in all: each is a program of its own then.
-_FEW_ROWS = 512
+MAX_EXACT_SPLITS = 4
+# Those of a decode step at batch 4, of a model with 32 heads.
+_FEW_ROWS = 128
 
 
 class Combine:
@@ -44,7 +45,7 @@ class Combine:
         rows, total = n * group, batch * heads
         options = combine_options(d, total * rows)
         columns = pieces(options["PAD_D"], options["COLUMNS"])
-        self._grid = (pieces(rows, options["ROWS"]) * total * columns, 1, 1)
+        self._grid = (pieces(total * rows, options["ROWS"]) * columns, 1, 1)
         self._unread = scale  # where the kernel takes a pointer that it does not read
         self._launch = Launch(
             combine_kernel,
@@ -55,57 +56,74 @@ class Combine:
             heads=heads,
             group=group,
             rows=rows,
+            total=total * rows,
             d=d,
             centroid_unit=table_unit(values.quantizer.stage_one.bits) / math.sqrt(d),
             MEAN=mean is not None,
             SINKS=sinks,
+            EXACT=MAX_EXACT_SPLITS,
             **options,
         )
 
     def __call__(
-        self, sums: Tensor, stats: Tensor, out: Tensor, sink_logits: Tensor | None
+        self,
+        sums: Tensor,
+        stats: Tensor,
+        out: Tensor,
+        sink_logits: Tensor | None,
+        exact_splits: int,
     ) -> None:
         """Combine the splits.
 
         Args:
             sums: (batch * kv heads, splits, rows, d) float32. stats: (2, batch * kv heads, splits,
-                rows) float32: references and masses. All splits but the last are of packed tokens.
+                rows) float32: references and masses.
             out: (batch, query heads, n, d), of any dtype and strides.
             sink_logits: (query heads,), or None.
+            exact_splits: how many of the splits, the last ones, are of tokens in full precision;
+                at most MAX_EXACT_SPLITS.
         """
-        splits = sums.shape[1]
         logits = self._unread if sink_logits is None else sink_logits
-        self._launch(self._grid, sums, stats, stats.stride(0), logits, out, *out.stride(), splits)
+        self._launch(
+            self._grid,
+            sums,
+            stats,
+            stats.stride(0),
+            logits,
+            out,
+            *out.stride(),
+            sums.shape[1],
+            exact_splits,
+        )
 
 
 def combine_options(d: int, rows: int) -> dict[str, Any]:
     """How `combine_kernel` is compiled for head dim d and `rows` query rows of all kv heads.
 
-    Where rows are few, a program has one of them and a narrow piece of the rotation, and adds up
-    many splits at a time.
+    A program has few rows and a narrow piece of the rotation. Where rows are few, splits are many,
+    and it adds up many of them at a time.
     """
     width = padded(d)
-    if rows <= _FEW_ROWS:
-        columns = 4096 if rows <= _FEW_ROWS // 4 else 8192
+    if rows <= _FEW_ROWS or width > 256:
         return {
             "ROWS": 1,
             "PAD_D": width,
-            "COLUMNS": min(width, max(16, columns // width)),
+            "COLUMNS": min(width, max(16, 4096 // width)),
             "SPLITS": max(1, 8192 // width),
             "STATS": 128,
-            "num_warps": 4,
+            "num_warps": 4 if width <= 256 else 8,
         }
     return {
-        "ROWS": 16,
+        "ROWS": 2,
         "PAD_D": width,
-        "COLUMNS": min(width, max(16, 16384 // width)),
-        "SPLITS": max(1, 4096 // (16 * width)),
+        "COLUMNS": min(width, max(16, 2048 // width)),
+        "SPLITS": 2048 // width,
         "STATS": 16,
-        "num_warps": 8,
+        "num_warps": 2 if width <= 128 else 4,
     }
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "stride_stats"])
+@triton.jit(do_not_specialize=["rows", "total", "splits", "exact_splits", "stride_stats"])
 def combine_kernel(
     p_sums,
     p_stats,
@@ -117,6 +135,7 @@ def combine_kernel(
     stride_on,
     stride_od,
     splits,
+    exact_splits,
     # from here on what stays from step to step
     p_channel_scale,
     stride_channel_scale,
@@ -125,6 +144,7 @@ def combine_kernel(
     heads,
     group,
     rows,
+    total,
     d,
     centroid_unit,
     MEAN: tl.constexpr,
@@ -134,24 +154,26 @@ def combine_kernel(
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
     STATS: tl.constexpr,
+    EXACT: tl.constexpr,  # exact_splits at most
 ):
-    """Grid: pieces of the output's columns, of each batch * kv heads, of each tiles of query rows.
+    """Grid: tiles of the query rows of all kv heads, of each all pieces of COLUMNS of the output.
 
     The loads of many splits are under way at once: one after the other their latency would be
     most of the time of a decode step's attention at batch 1.
     """
-    packed_splits = splits - 1
-    i_program, tiles = tl.program_id(0), tl.cdiv(rows, ROWS)
-    columns: tl.constexpr = (PAD_D + COLUMNS - 1) // COLUMNS
-    total = tl.num_programs(0) // (tiles * columns)
-    i_bh = (i_program // tiles % total).to(tl.int64)
-    o_r = i_program % tiles * ROWS + tl.arange(0, ROWS)
+    COUNT: tl.constexpr = (PAD_D + COLUMNS - 1) // COLUMNS
+    packed_splits = splits - exact_splits
+    i_program = tl.program_id(0)
+    o_row = i_program // COUNT * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, PAD_D)  # of the sums
-    o_c = i_program // (tiles * total) * COLUMNS + tl.arange(0, COLUMNS)  # of the output
-    m_r, m_d, m_c = o_r < rows, o_d < d, o_c < d
-    o_h = i_bh % heads * group + o_r % group
-    p_stat = p_stats + i_bh * splits * rows + o_r[None, :]
-    p_sum = p_sums + (i_bh * splits * rows + o_r[:, None]) * d
+    o_c = i_program % COUNT * COLUMNS + tl.arange(0, COLUMNS)  # of the output
+    m_r, m_d, m_c = o_row < total, o_d < d, o_c < d
+    m_rc = m_r[:, None] & m_c[None, :]
+    o_bh, o_r = (o_row // rows).to(tl.int64), o_row % rows
+    o_h = o_bh % heads * group + o_r % group
+    o_first = o_bh * splits * rows + o_r  # of a row, its first split
+    p_stat = p_stats + o_first[None, :]
+    p_sum = p_sums + o_first[:, None] * d
 
     # Row k of T, as T^-1 is T^T. Asked for first: nothing below waits for it until the end.
     p_t = p_rotation + o_d[:, None] * d + o_c[None, :]
@@ -192,27 +214,23 @@ def combine_kernel(
         p_i = p_sum[None, :, :] + o_i[:, None, None] * rows * d + o_d[None, None, :]
         b_i = tl.load(p_i, mask=m_i[:, :, None] & m_d[None, None, :], other=0)
         b_sum += tl.sum(b_i * tl.exp2(b_m - base[None, :])[:, :, None], axis=0)
-    if ROWS == 1:
-        b_out = tl.sum(tl.trans(b_sum) * b_t, axis=0)[None, :]  # [1, COLUMNS]
-    else:
-        b_out = tl.dot(b_sum, b_t, input_precision="tf32x3")
-    p_w = (
-        p_channel_scale
-        + i_bh * tl.where(stride_channel_scale == 1, d, 1)
-        + o_c * stride_channel_scale
-    )
-    b_out *= centroid_unit * tl.load(p_w, mask=m_c, other=0)[None, :]
+    b_out = tl.sum(b_sum[:, :, None] * b_t[None, :, :], axis=1)  # [ROWS, COLUMNS]
+    p_w = p_channel_scale + o_bh[:, None] * tl.where(stride_channel_scale == 1, d, 1)
+    p_w += o_c[None, :] * stride_channel_scale
+    b_out *= centroid_unit * tl.load(p_w, mask=m_rc, other=0)
     if MEAN:
-        b_mean = tl.load(p_mean + i_bh * d + o_c, mask=m_c, other=0)
-        b_out += packed_mass[:, None] * b_mean[None, :]
-    # The full-precision sums, of the last split, are in the model's space already.
-    m_rc = m_r[:, None] & m_c[None, :]
-    p_m = p_stats + (i_bh * splits + packed_splits) * rows + o_r
-    b_m = tl.load(p_m, mask=m_r, other=float("-inf"))
-    b_i = tl.load(p_sum + packed_splits * rows * d + o_c[None, :], mask=m_rc, other=0)
-    b_out += b_i * tl.exp2(b_m - base)[:, None]
+        b_mean = tl.load(p_mean + o_bh[:, None] * d + o_c[None, :], mask=m_rc, other=0)
+        b_out += packed_mass[:, None] * b_mean
+    # The full-precision sums, of the last splits, are in the model's space already.
+    for k in tl.static_range(EXACT):
+        i = packed_splits + k
+        m_i = o_row < tl.where(i < splits, total, 0)
+        b_m = tl.load(p_stats + o_first + i * rows, mask=m_i, other=float("-inf"))
+        m_i = m_i[:, None] & m_c[None, :]
+        b_i = tl.load(p_sum + i * rows * d + o_c[None, :], mask=m_i, other=0)
+        b_out += b_i * tl.exp2(b_m - base)[:, None]
     b_out *= inverse[:, None]
-    p_row = p_out + i_bh // heads * stride_ob + o_h * stride_oh
+    p_row = p_out + o_bh // heads * stride_ob + o_h * stride_oh
     p_row += (o_r // group).to(tl.int64) * stride_on
     tl.store(
         p_row[:, None] + o_c[None, :] * stride_od,

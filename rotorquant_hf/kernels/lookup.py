@@ -28,6 +28,7 @@ from torch import Tensor
 
 from rotorquant_hf.quant.lloyd_max import LloydMaxCodebook
 
+NOTHING = tl.constexpr("and.b32 $0, $1, 0;")
 PER_THREAD = tl.constexpr(
     "{.reg .b32 t; mov.u32 t, %lanemask_eq; popc.b32 t, t; add.u32 t, t, $1; sub.u32 $0, t, 1;}"
 )
@@ -95,25 +96,45 @@ def _word(values: Tensor) -> int:
 
 
 @triton.jit
-def load_planes(p_row, o_s, m_row, S: tl.constexpr, BITS: tl.constexpr):
+def load_planes(p_row, o_s, m_row, nothing, S: tl.constexpr, BITS: tl.constexpr):
     """The bytes of rows of codes, a tile (N, columns) per plane.
+
+    Copies of 16 bytes, the widest, go past the first-level cache. Where the planes of two rows
+    share a sector of 32 bytes, they would be fetched twice; and where a thread would get a whole
+    row of a plane, the banks of shared memory conflict. There the compiler is not told that the
+    rows are aligned to more than 8 bytes, and copies 8 at a time.
 
     Args:
         p_row: (N, 1) pointers to the rows. o_s: (columns,), S of them in use. m_row: (N, 1).
+        nothing: 0, of which the compiler knows no more than that it is a number.
     """
     m = m_row & (o_s < S)[None, :]
     W0: tl.constexpr = plane_width(BITS, 0)
-    tiles = (tl.load(p_row + o_s[None, :], mask=m, other=0),)  # [N, columns] of uint8
+    p_plane = p_row + 8 * nothing if S <= 16 else p_row
+    tiles = (tl.load(p_plane + o_s[None, :], mask=m, other=0),)  # [N, columns] of uint8
     W1: tl.constexpr = plane_width(BITS, 1)
     if W1 > 0:
         S1: tl.constexpr = S * W1 // W0
-        tiles = tiles + (tl.load(p_row + S + (o_s % S1)[None, :], mask=m, other=0),)  # noqa: RUF005
+        p_plane = p_row + 8 * nothing if S * 8 // W0 * BITS // 8 % 32 != 0 else p_row
+        tiles = tiles + (_narrow_plane(p_plane + S, o_s, m_row, S, S1),)  # noqa: RUF005
         W2: tl.constexpr = plane_width(BITS, 2)
         if W2 > 0:
             S2: tl.constexpr = S * W2 // W0
-            p_tile = p_row + S + S1 + (o_s % S2)[None, :]
-            tiles = tiles + (tl.load(p_tile, mask=m, other=0),)  # noqa: RUF005
+            tiles = tiles + (_narrow_plane(p_plane + S + S1, o_s, m_row, S, S2),)  # noqa: RUF005
     return tiles
+
+
+@triton.jit
+def _narrow_plane(p_plane, o_s, m_row, S: tl.constexpr, WIDTH: tl.constexpr):
+    """A plane of WIDTH bytes a row, fewer than S: each byte at all columns that read it."""
+    N: tl.constexpr = m_row.shape[0]
+    if o_s.shape[0] == S:  # a power of 2, and so is WIDTH: each byte is loaded once
+        tile = tl.load(p_plane + tl.arange(0, WIDTH)[None, :], mask=m_row, other=0)
+        tile = tl.broadcast_to(tile[:, None, :], (N, S // WIDTH, WIDTH))
+        return tl.reshape(tile, (N, S))
+    else:
+        m = m_row & (o_s < S)[None, :]
+        return tl.load(p_plane + (o_s % WIDTH)[None, :], mask=m, other=0)
 
 
 @triton.jit
@@ -142,18 +163,43 @@ def unpack_slot(tiles, o_s, S: tl.constexpr, BITS: tl.constexpr, k: tl.constexpr
 
 
 @triton.jit
+def unknown_zero(x, PTX: tl.constexpr):
+    """0, of which the compiler knows no more than that it is a number made of the number x."""
+    if PTX:
+        x = tl.inline_asm_elementwise(NOTHING, "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+        return x
+    else:
+        return 0
+
+
+@triton.jit
 def load_table(
-    p_table, p_words, BITS: tl.constexpr, PTX: tl.constexpr, DIRECT: tl.constexpr = False
+    p_table,
+    p_words,
+    o_s,
+    S: tl.constexpr,
+    BITS: tl.constexpr,
+    PTX: tl.constexpr,
+    DIRECT: tl.constexpr = False,
 ):
-    """What `slot_centroids` looks up in: a pointer, or four words in registers."""
+    """What `slot_centroids` looks up in: a pointer, or four words in registers and the columns.
+
+    DIRECT: see there.
+    """
     if PTX and (BITS == 2 or BITS == 3 or BITS == 4):
         o_w = tl.zeros([1, 1], tl.int32) if DIRECT else 0
+        upper_half = p_words
+        if BITS == 3:
+            if DIRECT:
+                upper_half = tl.load(p_words + 4 + o_s // (S // 2) % 2).to(tl.uint8)[None, :]
+            else:
+                upper_half = tl.where(o_s >= S // 2, 255, 0).to(tl.uint8)[None, :]
         table = (
             _per_thread(tl.load(p_words + o_w)),
             _per_thread(tl.load(p_words + o_w + 1)),
             _per_thread(tl.load(p_words + o_w + 2)),
             _per_thread(tl.load(p_words + o_w + 3)),
-            p_words + 4,
+            upper_half,
         )
     else:
         table = (p_table, p_table, p_table, p_table, p_words)
@@ -183,14 +229,9 @@ def slot_centroids(
     behind the product's other operand are bytes, and it would order that operand for these.
     """
     if PTX and (BITS == 2 or BITS == 3 or BITS == 4):
-        second = tiles[0]
-        upper_half = tiles[0]
+        second, upper_half = tiles[0], tiles[0]
         if BITS == 3:
-            second = tiles[1]
-            if DIRECT:
-                upper_half = tl.load(table[4] + o_s // (S // 2) % 2).to(tl.uint8)[None, :]
-            else:
-                upper_half = tl.where(o_s >= S // 2, 255, 0).to(tl.uint8)[None, :]
+            second, upper_half = tiles[1], table[4]
         return tl.inline_asm_elementwise(
             ptx_centroids(BITS, k),
             _CENTROID_OPERANDS,

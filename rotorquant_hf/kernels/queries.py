@@ -6,8 +6,12 @@ on the query alone is done once, here:
 
     rotated = T(q w),  projected = S T(q w),  offset = <q, mean>.
 
-The first two are stored as unit-sized float16 rows with a float32 factor each, so inputs of any
-magnitude stay within the range of float16 (or as float32 with factor 1, for float32 attention).
+The first two are stored as float16 rows in units of the largest |q w| of the row, a float32
+factor, so inputs of any magnitude stay within the range of float16: in that unit |T(q w)| is at
+most sqrt(d), and |S T(q w)| a few times sqrt(d m). (Or as float32 with factor 1, for float32
+attention.)
+
+Rows are those of all kv heads, one after the other: they share T and S.
 """
 
 from __future__ import annotations
@@ -24,8 +28,6 @@ from rotorquant_hf.kernels.launch import Launch
 from rotorquant_hf.kernels.sizes import padded, pieces
 from rotorquant_hf.quant.packed import PackedSpan
 from rotorquant_hf.quant.quantizer import Quantizer
-
-_ROWS = 16
 
 
 class PreparedQueries(NamedTuple):
@@ -60,7 +62,9 @@ class PrepareQueries:
         group = query_heads // heads
         rows = n * group
         self._shape, self._d, self._m, self._dtype = (batch * heads, rows), d, m, dtype
-        self._grid = (pieces(rows, _ROWS) * batch * heads, 1, 1)
+        options = prepare_options(d, m)
+        columns = pieces(max(options["PAD_D"], options["PAD_M"]), options["COLUMNS"])
+        self._grid = (pieces(batch * heads * rows, options["ROWS"]) * columns, 1, 1)
         self._launch = Launch(
             prepare_kernel,
             p_channel_scale=scale,
@@ -68,7 +72,7 @@ class PrepareQueries:
             p_mean=scale if mean is None else mean,
             p_rotation=rotation,
             p_projection=_projection(keys.quantizer) if m else rotation,
-            stride_f=batch * heads * rows,
+            total=batch * heads * rows,
             heads=heads,
             group=group,
             rows=rows,
@@ -76,7 +80,7 @@ class PrepareQueries:
             m=m,
             MEAN=mean is not None,
             HALF=dtype == torch.float16,
-            **prepare_options(d, m),
+            **options,
         )
 
     def __call__(self, query: Tensor) -> PreparedQueries:
@@ -93,13 +97,13 @@ def prepare_options(d: int, m: int) -> dict[str, Any]:
     """How `prepare_kernel` is compiled for head dim d and m projections, 0 for none."""
     return {
         "PROD": m > 0,
-        "ROWS": _ROWS,
+        "ROWS": 16,
         "PAD_D": padded(d),
         "PAD_M": padded(m),
-        "CHUNK": 16 if m or d > 128 else 32,
-        "num_warps": 8 if m or d > 256 else 4,
-        # Of a wide rotation one chunk at a time: two take more shared memory than an sm_89 has.
-        "num_stages": 1 if d > 256 else 3,
+        "COLUMNS": 32,
+        "CHUNK": min(128, padded(d)),
+        "num_warps": 4,
+        "num_stages": 1,  # chunks are few
     }
 
 
@@ -111,7 +115,7 @@ def _projection(quantizer: Quantizer) -> Tensor:
     return (quantizer.sign_matrix.double() @ rotation.double()).float()
 
 
-@triton.jit(do_not_specialize=["rows", "stride_f"])
+@triton.jit(do_not_specialize=["rows", "total"])
 def prepare_kernel(
     p_q,
     stride_qb,
@@ -127,7 +131,7 @@ def prepare_kernel(
     p_mean,
     p_rotation,
     p_projection,
-    stride_f,
+    total,
     heads,
     group,
     rows,
@@ -139,24 +143,28 @@ def prepare_kernel(
     ROWS: tl.constexpr,
     PAD_D: tl.constexpr,
     PAD_M: tl.constexpr,
+    COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Grid: batch * kv heads, of each all tiles of query rows."""
-    i_program, tiles = tl.program_id(0), tl.cdiv(rows, ROWS)
-    i_bh = (i_program // tiles).to(tl.int64)
-    o_r = i_program % tiles * ROWS + tl.arange(0, ROWS)
-    o_d, o_m = tl.arange(0, PAD_D), tl.arange(0, PAD_M)
-    m_r, m_d, m_m = o_r < rows, o_d < d, o_m < m
+    """Grid: tiles of the rows of all kv heads, of each all pieces of COLUMNS results.
 
-    p_row = p_q + i_bh // heads * stride_qb
-    p_row += (i_bh % heads * group + o_r % group) * stride_qh
+    A piece takes all channels of the queries. `total` is the number of rows.
+    """
+    COUNT: tl.constexpr = (max(PAD_D, PAD_M) + COLUMNS - 1) // COLUMNS
+    i_program = tl.program_id(0)
+    o_row = i_program // COUNT * ROWS + tl.arange(0, ROWS)
+    o_c = i_program % COUNT * COLUMNS + tl.arange(0, COLUMNS)
+    m_r = o_row < total
+    o_bh, o_r = (o_row // rows).to(tl.int64), o_row % rows
+    p_row = p_q + o_bh // heads * stride_qb
+    p_row += (o_bh % heads * group + o_r % group) * stride_qh
     p_row += (o_r // group).to(tl.int64) * stride_qn
     # Scales are (heads, d), or (heads, 1) of which the one is read for every channel.
-    p_w = p_channel_scale + i_bh * tl.where(stride_channel_scale == 1, d, 1)
+    p_w = p_channel_scale + o_bh * tl.where(stride_channel_scale == 1, d, 1)
     offset = tl.zeros([ROWS], tl.float32)  # <q, mean>
-    b_y = tl.zeros([ROWS, PAD_D], tl.float32)  # T(q w)
-    b_g = tl.zeros([ROWS, PAD_M], tl.float32)  # S T(q w)
-    # Some channels at a time: T and S are too large for registers.
+    peak = tl.zeros([ROWS], tl.float32)  # the largest |q w|
+    b_y = tl.zeros([ROWS, COLUMNS], tl.float32)  # T(q w)
+    b_g = tl.zeros([ROWS, COLUMNS], tl.float32)  # S T(q w)
     for k in range(0, d, CHUNK):
         o_k = k + tl.arange(0, CHUNK)
         m_k = o_k < d
@@ -164,38 +172,31 @@ def prepare_kernel(
         b_q = tl.load(p_row[:, None] + o_k[None, :] * stride_qd, mask=m_q, other=0)
         b_q = b_q.to(tl.float32)  # [ROWS, CHUNK]
         if MEAN:
-            b_mean = tl.load(p_mean + i_bh * d + o_k, mask=m_k, other=0)
-            offset += tl.sum(b_q * b_mean[None, :], axis=1)
-        b_q *= tl.load(p_w + o_k * stride_channel_scale, mask=m_k, other=0)[None, :]
+            b_mean = tl.load(p_mean + o_bh[:, None] * d + o_k[None, :], mask=m_q, other=0)
+            offset += tl.sum(b_q * b_mean, axis=1)
+        b_q *= tl.load(p_w[:, None] + o_k[None, :] * stride_channel_scale, mask=m_q, other=0)
+        peak = tl.maximum(peak, tl.max(tl.abs(b_q), axis=1))
         # Row k of T^T is column k of T.
-        p_t = p_rotation + o_d[None, :] * d + o_k[:, None]
-        b_t = tl.load(p_t, mask=m_d[None, :] & m_k[:, None], other=0)  # [CHUNK, PAD_D]
+        p_t = p_rotation + o_c[None, :] * d + o_k[:, None]
+        b_t = tl.load(p_t, mask=(o_c < d)[None, :] & m_k[:, None], other=0)  # [CHUNK, COLUMNS]
         b_y = tl.dot(b_q, b_t, b_y, input_precision="tf32x3")
         if PROD:
-            p_s = p_projection + o_m[None, :] * d + o_k[:, None]
-            b_s = tl.load(p_s, mask=m_m[None, :] & m_k[:, None], other=0)  # [CHUNK, PAD_M]
+            p_s = p_projection + o_c[None, :] * d + o_k[:, None]
+            b_s = tl.load(p_s, mask=(o_c < m)[None, :] & m_k[:, None], other=0)
             b_g = tl.dot(b_q, b_s, b_g, input_precision="tf32x3")
 
-    p_factor = p_factors + i_bh * rows + o_r
-    tl.store(p_factor + 2 * stride_f, offset, mask=m_r)
-    b_unit, factor = _unit_rows(b_y, HALF)
-    p_out = p_rotated + (i_bh * rows + o_r[:, None]) * d + o_d[None, :]
-    b_unit = b_unit.to(p_rotated.dtype.element_ty)
-    tl.store(p_out, b_unit, mask=m_r[:, None] & m_d[None, :])
-    tl.store(p_factor, factor, mask=m_r)
-    if PROD:
-        b_unit, factor = _unit_rows(b_g, HALF)
-        p_out = p_projected + (i_bh * rows + o_r[:, None]) * m + o_m[None, :]
-        b_unit = b_unit.to(p_projected.dtype.element_ty)
-        tl.store(p_out, b_unit, mask=m_r[:, None] & m_m[None, :])
-        tl.store(p_factor + stride_f, factor, mask=m_r)
-
-
-@triton.jit
-def _unit_rows(b_y, HALF: tl.constexpr):
-    """Rows divided by their largest magnitude, and that magnitude; unchanged and 1 unless HALF."""
-    factor = tl.full([b_y.shape[0]], 1.0, tl.float32)
+    factor = tl.full([ROWS], 1.0, tl.float32)
     if HALF:
-        peak = tl.max(tl.abs(b_y), axis=1)
         factor = tl.where(peak > 0, peak, 1.0)
-    return b_y / factor[:, None], factor
+    p_factor = p_factors + o_row
+    m_first = o_row < tl.where(i_program % COUNT == 0, total, 0)  # one piece stores what all have
+    tl.store(p_factor, factor, mask=m_first)
+    tl.store(p_factor + 2 * total, offset, mask=m_first)
+    p_out = p_rotated + o_row.to(tl.int64)[:, None] * d + o_c[None, :]
+    b_y = (b_y / factor[:, None]).to(p_rotated.dtype.element_ty)
+    tl.store(p_out, b_y, mask=m_r[:, None] & (o_c < d)[None, :])
+    if PROD:
+        tl.store(p_factor + total, factor, mask=m_first)
+        p_out = p_projected + o_row.to(tl.int64)[:, None] * m + o_c[None, :]
+        b_g = (b_g / factor[:, None]).to(p_projected.dtype.element_ty)
+        tl.store(p_out, b_g, mask=m_r[:, None] & (o_c < m)[None, :])

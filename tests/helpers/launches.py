@@ -19,12 +19,17 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from rotorquant_hf.attention import triton_attention
 from rotorquant_hf.backend import backend
+from rotorquant_hf.kernels.append import append_kernel
 from rotorquant_hf.kernels.attend import attend_kernel
+from rotorquant_hf.kernels.combine import combine_kernel
+from rotorquant_hf.kernels.push import push_kernel
+from rotorquant_hf.kernels.queries import prepare_kernel
 
 Variant = tuple[str, tuple[tuple[str, str], ...]]
 """A kernel's name, and what it is compiled for: names and values of arguments and options."""
 
 H100 = triton_attention.Device(132, 228 << 10)
+KERNELS = (append_kernel, attend_kernel, combine_kernel, prepare_kernel, push_kernel)
 
 
 Kernel = JITFunction | InterpretedFunction
@@ -52,18 +57,18 @@ def recorded(monkeypatch: Any) -> Iterator[list[Variant]]:
     """The variants of all launches within, in their order, of work on the CPU.
 
     Nothing is computed: what kernels would write stays as it was made, and hundreds of steps take a
-    second. Kernels have their `device_caches` as if they had been compiled.
+    second. Kernels have `device_caches` as if these were all that had been compiled.
     """
     variants: list[Variant] = []
 
     def recording(self: Kernel, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         variant = variant_of(self, args, kwargs)
-        if all(kernel != variant[0] for kernel, _ in variants):
-            patch.setattr(self, "device_caches", {0: ({},)}, raising=False)
         self.device_caches[0][0][variant] = None
         variants.append(variant)
 
     with monkeypatch.context() as patch, backend("triton"):
+        for kernel in KERNELS:
+            patch.setattr(kernel, "device_caches", {0: ({},)}, raising=False)
         patch.setattr(type(attend_kernel), "run", recording)
         patch.setattr(triton_attention.Device, "of", lambda device: H100)
         # On the CPU entries are looked at, and here nobody has written them.

@@ -17,8 +17,9 @@ from rotorquant_hf.store.kv_store import RotorQuantKVCache
 from tests.helpers.launches import H100
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter cuts float32 off to bfloat16 where hardware rounds: twice the rounding error.
-BFLOAT16 = 2e-3 if DEVICE == "cuda" else 4e-3
+# The interpreter cuts float32 off to bfloat16 where hardware rounds: twice the rounding error,
+# which is 3.3e-3 +- 0.3e-3 here.
+BFLOAT16 = 2e-3 if DEVICE == "cuda" else 5e-3
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: BFLOAT16}
 
 
@@ -213,11 +214,12 @@ def test_parts_may_be_empty(parts, dtype):
     assert error(query(dtype=dtype), keys, values, options) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("exact_splits", [1, 2, 4])
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 @pytest.mark.parametrize("blocks", [(16, 16, 16), (16, 64, 32), (32, 32, 16)])
-def test_tilings_agree(splits, blocks):
+def test_tilings_agree(splits, exact_splits, blocks):
     keys, values = states(tokens=150, tail=33)
-    tiling = Tiling(*blocks, splits, warps=4, stages=2)
+    tiling = Tiling(*blocks, splits, warps=4, stages=2, exact_splits=exact_splits)
     options = AttentionOptions(scale=0.125, causal=True)
     assert error(query(n=5), keys, values, options, tiling) < 1e-5
 
@@ -297,8 +299,8 @@ def test_default_tiling_covers_the_rows_and_fills_the_processors():
     assert small.block_m == 8
     assert small.splits == 4096 // 256
     # Eight programs a processor: 1056 in a wave, with the one of each head for exact tokens.
-    assert choose(4, 8, 1 << 20).splits == 1056 // 8 - 1
-    assert choose(4, 8, 1 << 20, signs=True).splits < 1056 // 8 - 1
+    assert -(choose(4, 8, 1 << 20).splits + 1) % (1056 // 8) < 6  # hardly any is left empty
+    assert choose(4, 8, 1 << 20, signs=True).splits < choose(4, 8, 1 << 20).splits
     assert choose(4, 64, 32768).splits + 1 in (1056 // 64, 2 * 1056 // 64, 3 * 1056 // 64)
     assert choose(4096, 8, 1 << 20).splits <= 4
     assert choose(4, 256, 1 << 20, torch.float32).block_m == 16

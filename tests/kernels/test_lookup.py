@@ -98,8 +98,8 @@ def _unpack_kernel(p_codes, p_table, p_out, D: tl.constexpr, PAD: tl.constexpr, 
     o_s = tl.arange(0, PAD)
     i = tl.program_id(0)
     p_row = p_codes + i * (D * BITS // 8) + tl.zeros([1, 1], tl.int32)
-    tiles = lookup.load_planes(p_row, o_s, tl.full([1, 1], 1, tl.int1), S, BITS)
-    table = lookup.load_table(p_table, p_table, BITS, False)
+    tiles = lookup.load_planes(p_row, o_s, tl.full([1, 1], 1, tl.int1), 0, S, BITS)
+    table = lookup.load_table(p_table, p_table, o_s, S, BITS, False)
     for k in tl.static_range(lookup.slots(BITS)):
         b_c = lookup.slot_centroids(tiles, o_s, table, S, BITS, k, False)
         tl.store(p_out + i * D + k * S + o_s[None, :], b_c, mask=(o_s < S)[None, :])

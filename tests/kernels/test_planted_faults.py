@@ -73,7 +73,6 @@ def allow_one_more(text: str) -> str:
 
 STEP = Attend(bits(3), 64, context=170, heads=2)
 BARRIER = r"bar\.sync\s+0;"
-COPY = r"(cp\.async\.ca\.shared\.global \[[^]]*\], \[[^]]*\], 0x8, )%r\d+"
 # Threads from 41 on go where the program would go in another case.
 LEAVES = "{.reg .pred q; .reg .b32 t; mov.u32 t, %tid.x; setp.gt.u32 q, t, 40; @q bra \\1;}"
 PLANTED: dict[str, tuple[str, Edit, str]] = {
@@ -101,7 +100,11 @@ PLANTED: dict[str, tuple[str, Edit, str]] = {
         nth(r"mov\.u32\s+%r\d+, %tid\.x;", ""),
         "never written",
     ),
-    "rows-beyond-the-queries": ("prepare_kernel", nth(COPY, r"\g<1>8"), "out of bounds"),
+    "rows-beyond-the-queries": (
+        "prepare_kernel",
+        nth(r"@%p\d+ (ld\.global\.v\S+)", r"\1"),
+        "out of bounds",
+    ),
     "tokens-beyond-the-last": (
         "attend_kernel",
         nth(r"@%p\d+ (ld\.global\.b16)", r"\1", 2),

@@ -105,12 +105,15 @@ def test_what_is_recorded_is_what_triton_compiles():
     def variant(heads, rows=3, dtype=torch.float32):
         x = torch.empty(16, dtype=dtype)
         numbers = dict.fromkeys(("stride_ob", "stride_oh", "stride_on", "stride_od"), 64)
-        numbers |= {"group": 4, "d": 64, "splits": 2, "stride_stats": 12}
-        constants = dict.fromkeys(("MEAN", "SINKS", "ROWS", "PAD_D", "COLUMNS", "SPLITS"), 1)
+        numbers |= {"group": 4, "d": 64, "splits": 2, "exact_splits": 1, "stride_stats": 12}
+        constants = dict.fromkeys(
+            ("MEAN", "SINKS", "ROWS", "PAD_D", "COLUMNS", "SPLITS", "EXACT"), 1
+        )
         pointers = ("p_sums", "p_stats", "p_channel_scale", "p_mean", "p_rotation")
         arguments = dict.fromkeys((*pointers, "p_sink_logits", "p_out"), x) | numbers | constants
         arguments |= {"stride_channel_scale": 1, "centroid_unit": 0.5, "STATS": 1}
-        return variant_of(combine_kernel, (), arguments | {"heads": heads, "rows": rows})
+        sizes = {"heads": heads, "rows": rows, "total": heads * rows}
+        return variant_of(combine_kernel, (), arguments | sizes)
 
     kinds = [variant(1), variant(16), variant(3), variant(3, dtype=torch.float16)]
     assert len(set(kinds)) == 4
