@@ -148,8 +148,11 @@ class PackedSide:
 
     def empty_rows(self, batch: int, heads: int) -> dict[str, Tensor]:
         """Rows of no tokens, (batch, heads, 0, ...), of the shapes and dtypes of `encode`."""
-        rows = self.quantizer.encode(torch.empty(0, self.d, device=self.device))
-        return {name: row.new_empty(batch, heads, 0, *row.shape[1:]) for name, row in rows.items()}
+        kinds = self.quantizer.row_kinds(self.device)
+        return {
+            name: torch.empty(batch, heads, 0, *kind.shape, dtype=kind.dtype, device=self.device)
+            for name, kind in kinds.items()
+        }
 
     def span(self, start: int = 0, end: int | None = None) -> PackedSpan:
         """The packed tokens [start, end), sharing this side's memory.
