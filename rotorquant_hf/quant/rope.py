@@ -22,7 +22,7 @@ from torch import Tensor
 LAYOUTS = ("half", "interleaved")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared as an object: tensors have no one truth
 class Rope:
     """The turning of the first 2 r channels of vectors; the others stay.
 

@@ -214,11 +214,16 @@ class RotorQuantKVCache:
 
         batch, heads, tokens, _ = keys.shape
         self.reserve(tokens, batch, heads)
-        for segment, feedback in self.keys.feedbacks(position, tokens):
+        end, parts = self.keys.buffers.end, self.keys.segments(position, tokens)
+        # Those of all segments come to the device in one copy. Rows have 16 bytes, as Triton
+        # compiles a kernel anew for pointers that are no multiple of that.
+        rows = [[0, part.stop - part.start, end + part.start, 0] for part in parts]
+        bounds = on_device(rows, self.device)[:, :3]
+        feedbacks = self.keys.feedbacks(position, tokens)
+        for (segment, feedback), of_segment in zip(feedbacks, bounds, strict=True):
             k, v = keys[:, :, segment], values[:, :, segment]
-            bounds = on_device([0, k.shape[2], self.keys.buffers.end], self.device)
             append_block(
-                bounds,
+                of_segment,
                 k.shape[2],
                 AppendPart(k, *self.keys.coding(), feedback),
                 AppendPart(v, *self.values.coding()),
