@@ -287,13 +287,8 @@ class RotorQuantLayer(CacheLayerMixin):
         if not queries:
             return
         with torch.inference_mode(False), torch.no_grad():
-            positions = [torch.arange(i, i + q.shape[2], device=q.device) for i, q in queries]
-            seen = QueryMoment.of(
-                torch.cat([query for _, query in queries], dim=2),
-                self._sinks[0].shape[1],
-                self.rope,
-                torch.cat(positions),
-            )
+            query, positions = _in_one(queries)
+            seen = QueryMoment.of(query, self._sinks[0].shape[1], self.rope, positions)
             self.moment = seen if self.moment is None else self.moment.merged(seen)
 
     def settle(self) -> None:
@@ -654,6 +649,15 @@ class RotorQuantLayer(CacheLayerMixin):
         per_token = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
         packed = len(self.store)
         return (keys.shape[2] + packed + self.recent_length) * per_token, packed * per_token
+
+
+def _in_one(queries: list[tuple[int, Tensor]]) -> tuple[Tensor, range | Tensor]:
+    """Queries (batch, query heads, n, d) by the positions of their first, and all positions."""
+    if len(queries) == 1:
+        position, query = queries[0]
+        return query, range(position, position + query.shape[2])
+    positions = [torch.arange(i, i + q.shape[2], device=q.device) for i, q in queries]
+    return torch.cat([query for _, query in queries], dim=2), torch.cat(positions)
 
 
 def _on_device(rope: Rope, device: torch.device) -> Rope:

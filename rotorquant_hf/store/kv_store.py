@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rotorquant_hf.backend import kernels_take, on_device
 from rotorquant_hf.config import RotorQuantConfig
-from rotorquant_hf.quant.channels import ChannelStatistics
+from rotorquant_hf.quant.channels import ChannelStatistics, Measured
 from rotorquant_hf.quant.checks import check_finite, check_vectors
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.quantizer import Quantizer
@@ -188,9 +188,9 @@ class RotorQuantKVCache:
     ) -> None:
         if self.has_statistics:
             return
-        keys, values = sample
-        positions = torch.arange(position, position + keys.shape[2], device=keys.device)
-        self.keys.take_statistics(keys, positions, queries)
+        tokens = sample[0].shape[2]
+        keys, values = Measured.of_both(*sample)
+        self.keys.take_statistics(keys, range(position, position + tokens), queries)
         self.values.take_statistics(values)
 
     def _append(self, keys: Tensor, values: Tensor, position: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from rotorquant_hf.quant.channels import SEGMENT, ChannelStatistics
+from rotorquant_hf.quant.channels import SEGMENT, ChannelStatistics, Measured
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.packed import PackedSpan
 from rotorquant_hf.quant.quantizer import Quantizer, QuantizerSpec
@@ -80,13 +80,18 @@ class PackedSide:
         return len(self.buffers)
 
     def take_statistics(
-        self, block: Tensor, positions: Tensor | None = None, queries: QueryMoment | None = None
+        self,
+        block: Tensor | Measured,
+        positions: range | Tensor | None = None,
+        queries: QueryMoment | None = None,
     ) -> None:
         """Fix the channel statistics, unless they are.
 
         Args:
-            block: the vectors that they are taken from, (batch, heads, tokens, d).
-            positions: (tokens,), where in the text these are; needed if RoPE turns them.
+            block: the vectors that they are taken from, (batch, heads, tokens, d), or what is
+                measured of them.
+            positions: where in the text these are, as in `ChannelStatistics.of_block`; needed if
+                RoPE turns them.
             queries: of the queries that read such vectors.
         """
         if self.statistics is not None:
@@ -94,7 +99,9 @@ class PackedSide:
         statistics = ChannelStatistics.of_block(
             block, self._equalize, self._center, self._rope_layout, self._rope, positions
         )
-        self.statistics = statistics if queries is None else statistics.read_by(queries)
+        if queries is not None:
+            statistics = statistics.read_by(queries, self._rope)
+        self.statistics = statistics
 
     def append(self, x: Tensor, position: int, expected: int = 0) -> None:
         """Quantise vectors in torch and append their rows; the statistics must be taken.

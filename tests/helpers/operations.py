@@ -7,8 +7,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Memory that nobody writes to.
-_ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_")
+# Memory that nobody writes to, and a view that torch does not call one.
+_NOTHING_TO_DO = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "resize_",
+    "_unsafe_view",
+}
 
 
 class Operations(TorchDispatchMode):
@@ -32,7 +40,7 @@ class Operations(TorchDispatchMode):
         name = func.__name__.split(".")[0]
         if name == "lift_fresh":
             self.brought.append("tensor")
-        if func.is_view or name in _ALLOCATIONS:
+        if func.is_view or name in _NOTHING_TO_DO:
             return result
         self.names.append(name)
         given, made = (
