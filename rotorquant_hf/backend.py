@@ -73,12 +73,16 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def on_device(values: list[int], device: torch.device) -> torch.Tensor:
+def on_device(values: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:
     """An int32 tensor on `device`, without waiting for it."""
-    tensor = torch.tensor(values, dtype=torch.int32)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
+    return brought(torch.tensor(values, dtype=torch.int32), device)
+
+
+def brought(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on `device`; the host does not wait for the work that a GPU has still to do."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import MemoryReport, measure
-from rotorquant_hf.model_rope import rope_of
+from rotorquant_hf.model_rope import ropes_of
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.rope import Rope
 
@@ -356,6 +356,7 @@ def _layers_of_model(
                 f"{name} has {len(bits)} numbers, but the model has {len(types)} layers"
             )
     uncompressed = {index % len(types) for index in settings.exact_layers}
+    ropes = ropes_of(config, types, settings.rope_layout)
     layers = [
         _make_layer(
             settings.of_layer(index),
@@ -363,9 +364,9 @@ def _layers_of_model(
             options,
             index in uncompressed,
             known.get(index),
-            rope_of(config, index, kind, settings.rope_layout),
+            rope,
         )
-        for index, (kind, options) in enumerate(zip(types, kwargs, strict=True))
+        for index, (kind, options, rope) in enumerate(zip(types, kwargs, ropes, strict=True))
     ]
     others = sorted({kind for index, kind in enumerate(types) if index not in uncompressed})
     if others and not any(isinstance(x, RotorQuantLayer) for x in layers):

@@ -115,6 +115,7 @@ def measure(layers: Iterable[Any], tokens: int) -> MemoryReport:
     numbers = packed = 0
     dtype = torch.float32
     tables: dict[int, int] = {}
+    ropes: set[int] = set()
     for layer in layers:
         if isinstance(layer, RotorQuantLayer):
             for name, size in layer.nbytes().items():
@@ -123,6 +124,10 @@ def measure(layers: Iterable[Any], tokens: int) -> MemoryReport:
             numbers, packed = numbers + all_numbers, packed + packed_numbers
             if layer.is_initialized:
                 dtype = layer.dtype
+                if layer.rope is not None and layer.get_seq_length():
+                    if id(layer.rope) in ropes:  # counted with another layer
+                        parts["statistics"] -= layer.rope.frequencies.nbytes
+                    ropes.add(id(layer.rope))
                 if len(layer.store):
                     quantizers = [side.quantizer for side in layer.store.sides]
                     # A rotation is one for all bits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,22 +16,33 @@ from rotorquant_hf.quant.rope import LAYOUTS, Rope
 _CHANGING = ("dynamic", "longrope")
 
 
-def rope_of(config: PreTrainedConfig, layer: int, layer_type: str, layout: str) -> Rope | None:
-    """The turning of the keys of a layer, (1, 1, 1, r) on the CPU.
+def ropes_of(
+    config: PreTrainedConfig, layer_types: Sequence[str], layout: str
+) -> list[Rope | None]:
+    """The turning of the keys of every layer, (1, 1, 1, r) on the CPU.
 
     None where there is none, or it is not the same for all texts, or the config does not tell. A
-    cache looks whether its keys bear it out, and does without where they do not.
+    cache looks whether its keys bear it out, and does without where they do not. Layers of a type
+    share one object, so that it is brought to a device once for all of them.
 
     Args:
         config: the model's.
-        layer: its index.
-        layer_type: "full_attention", "sliding_attention", ...
+        layer_types: of the layers: "full_attention", "sliding_attention", ...
         layout: which channels are a pair; see `Rope`.
     """
     text: Any = config.get_text_config(decoder=True)
     if not getattr(text, "rope_parameters", None):
-        return None
-    text = text.per_layer_config[layer]
+        return [None] * len(layer_types)
+    # The same object for all layers, unless the config has some that differ from the others.
+    configs = [text.per_layer_config[layer] for layer in range(len(layer_types))]
+    kinds = [(id(own), kind) for own, kind in zip(configs, layer_types, strict=True)]
+    some = dict(zip(kinds, configs, strict=True))
+    ropes = {kind: _rope_of(own, kind[1], layout) for kind, own in some.items()}
+    return [ropes[kind] for kind in kinds]
+
+
+def _rope_of(text: Any, layer_type: str, layout: str) -> Rope | None:
+    """That of a layer with this config."""
     parameters = text.rope_parameters
     # Latent attention turns a part of the key that is stored after the rest.
     if layout not in LAYOUTS or not parameters or hasattr(text, "qk_rope_head_dim"):

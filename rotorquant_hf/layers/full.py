@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ from transformers.cache_utils import CacheLayerMixin
 from rotorquant_hf.attention.stand_ins import StandIns
 from rotorquant_hf.attention.states import CachedStates, PlainStates
 from rotorquant_hf.attention.tensor import CompressedTensor
+from rotorquant_hf.backend import brought
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.ring import RingBuffer
 from rotorquant_hf.quant.channels import ChannelStatistics
@@ -40,6 +43,9 @@ from rotorquant_hf.quant.checks import check_finite
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.rope import Rope
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
+
+# Copies of ropes on other devices. A rope is that of many layers, and goes to a device once.
+_copies: WeakKeyDictionary[Rope, dict[torch.device, Rope]] = WeakKeyDictionary()
 
 _NOT_ASSIGNED = (
     "the {0} of a compressed layer are stored quantised, and cannot be assigned; change them by "
@@ -85,7 +91,7 @@ class RotorQuantLayer(CacheLayerMixin):
         if self.rope is not None and self.rope.channels > d_key:
             self.rope = None  # of other heads than these
         if self.rope is not None:
-            self.rope = self.rope.map(lambda x: x.to(self.device))
+            self.rope = _on_device(self.rope, self.device)
         self.store = RotorQuantKVCache(
             d_key, d_value, device=self.device, config=self.config, rope=self.rope
         )
@@ -93,8 +99,8 @@ class RotorQuantLayer(CacheLayerMixin):
             self._store.calibrate(
                 *map(self._of_the_batch, self.calibration, (key_states, value_states))
             )
-        self.sinks = (key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
-        self.recent = (key_states[:, :, :0].clone(), value_states[:, :, :0].clone())
+        none = tuple(x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key_states, value_states))
+        self.sinks = self.recent = (none[0], none[1])
         self.is_initialized = True
 
     def __copy__(self) -> RotorQuantLayer:
@@ -281,13 +287,8 @@ class RotorQuantLayer(CacheLayerMixin):
         if not queries:
             return
         with torch.inference_mode(False), torch.no_grad():
-            positions = [torch.arange(i, i + q.shape[2], device=q.device) for i, q in queries]
-            seen = QueryMoment.of(
-                torch.cat([query for _, query in queries], dim=2),
-                self._sinks[0].shape[1],
-                self.rope,
-                torch.cat(positions),
-            )
+            query, positions = _in_one(queries)
+            seen = QueryMoment.of(query, self._sinks[0].shape[1], self.rope, positions)
             self.moment = seen if self.moment is None else self.moment.merged(seen)
 
     def settle(self) -> None:
@@ -648,6 +649,26 @@ class RotorQuantLayer(CacheLayerMixin):
         per_token = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
         packed = len(self.store)
         return (keys.shape[2] + packed + self.recent_length) * per_token, packed * per_token
+
+
+def _in_one(queries: list[tuple[int, Tensor]]) -> tuple[Tensor, range | Tensor]:
+    """Queries (batch, query heads, n, d) by the positions of their first, and all positions."""
+    if len(queries) == 1:
+        position, query = queries[0]
+        return query, range(position, position + query.shape[2])
+    positions = [torch.arange(i, i + q.shape[2], device=q.device) for i, q in queries]
+    return torch.cat([query for _, query in queries], dim=2), torch.cat(positions)
+
+
+def _on_device(rope: Rope, device: torch.device) -> Rope:
+    """The same rope on a device, the same object for all layers."""
+    if rope.frequencies.device == device:
+        return rope
+    copies = _copies.setdefault(rope, {})
+    if device not in copies:
+        with torch.inference_mode(False):  # for layers outside of it too
+            copies[device] = rope.map(partial(brought, device=device))
+    return copies[device]
 
 
 def _refusing_gradients(states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -21,14 +21,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rotorquant_hf.quant.hessian import LowRankHessian
+from rotorquant_hf.quant.hessian import LowRankHessian, doubled
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.rope import Rope
-from rotorquant_hf.quant.tiles import sampled
+from rotorquant_hf.quant.tiles import last_sampled, sampled, sampled_positions
 
 SEGMENT = 1024
 """Tokens of a text that are coded with the same Hessian: positions 0 ... 1023, 1024 ..., and so on.
@@ -58,6 +59,46 @@ _OFFSET_ENERGY = 25.0
 _OFFSET_SHARE = 0.999
 
 
+class Measured(NamedTuple):
+    """A block of vectors, or a sample of a long one, and what it is like; all float32.
+
+    Attributes:
+        unit: the vectors over `peak`, (batch, heads, tokens, d).
+        peak: a head's largest entry, (batch, heads, 1, 1); 1 for zeros. It is taken out, as squares
+            of 1e-30 or 1e30 leave float32.
+        mean: of `unit`, (batch, heads, 1, d).
+        energy: the mean of the squares of `unit`, (batch, heads, 1, d).
+        total: the sum of `energy`, (batch, heads, 1, 1); 1 for zeros.
+    """
+
+    unit: Tensor
+    peak: Tensor
+    mean: Tensor
+    energy: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Measured:
+        """That of vectors (batch, heads, tokens, d), or with more axes before."""
+        x = sampled(x, _SAMPLE).float()
+        # A NaN (on a GPU nobody looks for them) spoils its own vector, not the unit of the head.
+        peak = torch.linalg.vector_norm(x, ord=math.inf, dim=(-2, -1), keepdim=True)
+        peak = _or_one(peak.nan_to_num(0.0, math.inf))
+        unit = x / peak
+        variance, mean = torch.var_mean(unit, dim=-2, correction=0, keepdim=True)
+        energy = torch.addcmul(variance, mean, mean)
+        total = energy.sum(dim=-1, keepdim=True)
+        return cls(unit, peak, mean, energy, _or_one(total.nan_to_num(0.0)))
+
+    @classmethod
+    def of_both(cls, keys: Tensor, values: Tensor) -> tuple[Measured, Measured]:
+        """Those of keys and of values; of equal shapes in half the operations."""
+        if (keys.shape, keys.dtype) != (values.shape, values.dtype):
+            return cls.of(keys), cls.of(values)
+        both = cls.of(torch.stack([sampled(x, _SAMPLE) for x in (keys, values)]))
+        return cls(*(x[0] for x in both)), cls(*(x[1] for x in both))
+
+
 @dataclass(frozen=True)
 class ChannelStatistics:
     """Scales and means of one layer's keys or values, frozen once taken.
@@ -81,51 +122,51 @@ class ChannelStatistics:
     @classmethod
     def of_block(
         cls,
-        x: Tensor,
+        x: Tensor | Measured,
         power: float,
         center: bool | str = False,
         rope_layout: str = "none",
         rope: Rope | None = None,
-        positions: Tensor | None = None,
+        positions: range | Tensor | None = None,
     ) -> ChannelStatistics:
         """Take the statistics of a block of vectors.
 
         Args:
-            x: (batch, heads, tokens, d), at least one token; of many a sample is looked at.
+            x: (batch, heads, tokens, d), at least one token; of many a sample is looked at. Or what
+                is measured of them.
             power: scale_c is proportional to rms_c^power; 0 is one scale for all channels.
             center: True takes the means of all channels, "auto" only of offset channels (see
                 `_offset_channels`), False none.
             rope_layout: "half", "interleaved" or "none": the channels that RoPE turns together.
                 They share a scale, as their energy moves to and fro, and are centred together.
             rope: how RoPE has turned the vectors by their model's config, if that is known.
-            positions: (tokens,), where in the text they are; needed for `rope`.
+            positions: where in the text they are; needed for `rope`. A range, or (tokens,), of
+                which the host has to ask a GPU for the last.
         """
+        unit, peak, mean, energy, total = x if isinstance(x, Measured) else Measured.of(x)
         if rope is not None and positions is not None:
-            positions = sampled(positions, _SAMPLE, axis=0)
-        x = sampled(x, _SAMPLE)
-        # The largest entry is taken out first: squares of 1e-30 or 1e30 leave float32.
-        peak = torch.linalg.vector_norm(x, ord=math.inf, dim=(2, 3), keepdim=True).float()
-        peak = _or_one(peak)
-        # The scales are those of the uncentred energy: RoPE may turn a constant later, and a
-        # scale taken from the small spread around it would let it drown the head then.
-        x = x.float() / peak
-        energy, mean = x.square().mean(dim=2, keepdim=True), x.mean(dim=2, keepdim=True)
-        total = _or_one(energy.sum(dim=-1, keepdim=True))
-        if rope is not None and positions is not None:
-            before = rope.turn(x, -positions).mean(dim=2, keepdim=True)
-            rope = rope.where(_is_turned(before, mean, total))
+            places = sampled_positions(positions, _SAMPLE, unit.device)
+            before = rope.turn(unit, -places).mean(dim=2, keepdim=True)
+            is_turned = _is_turned(before, mean, total)
             if center is True:
-                horizon = positions.max().clamp(min=_HORIZON)
-                mean = torch.where(rope.turns, rope.spread(before, (horizon,)), mean)
+                if isinstance(positions, range):
+                    last = positions[last_sampled(len(positions), _SAMPLE)]
+                else:
+                    last = int(places.max())
+                spread = rope.spread(before, (max(last, _HORIZON),))
+                mean = torch.where(is_turned, spread, mean)
+            rope = rope.where(is_turned)
         if center == "auto":
             mean = mean * _offset_channels(energy, mean, rope_layout)
         center_point = mean * peak if center else None
         if power == 0:
             return cls(total.sqrt() * peak, center_point, rope=rope)
+        # The scales are those of the uncentred energy: RoPE may turn a constant later, and a
+        # scale taken from the small spread around it would let it drown the head then.
         shared = _share_pairs(energy, rope_layout)
-        scale = shared.clamp(min=_MIN_RMS**2 * total / x.shape[-1]) ** (power / 2)
-        unit = _or_one((energy / scale.square()).sum(dim=-1, keepdim=True).sqrt())
-        return cls(scale * unit * peak, center_point, rope=rope)
+        square = shared.clamp(min=total * (_MIN_RMS**2 / energy.shape[-1])) ** power
+        coded = _or_one((energy / square).sum(dim=-1, keepdim=True))  # energy of x / scale
+        return cls((square * coded).sqrt() * peak, center_point, rope=rope)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by the names that files give them; the scale is called "weight"."""
@@ -158,16 +199,21 @@ class ChannelStatistics:
         x = u * self.scale
         return x if self.mean is None else x + self.mean
 
-    def read_by(self, queries: QueryMoment) -> ChannelStatistics:
-        """The same, with the Hessian of vectors that are read by queries of this moment."""
-        queries = queries.shrunk()
+    def read_by(self, queries: QueryMoment, rope: Rope | None = None) -> ChannelStatistics:
+        """The same, with the Hessian of vectors that are read by queries of this moment.
+
+        Args:
+            queries: theirs.
+            rope: as given to `of_block`: one that layers share, which saves work.
+        """
         moment = queries.mean
         if self.rope is not None and queries.pre_rope is not None:
-            later = self.rope.spread_moment(queries.pre_rope, _READ_AFTER)
+            later = (rope or self.rope).spread_moment(queries.pre_rope, _READ_AFTER)
             moment = torch.where(self.rope.turns, later, moment)
-        scale = self._channel_scales(moment.shape[-1])
-        scale = scale / scale.amax(dim=-1, keepdim=True)  # its square may leave float32
-        return replace(self, hessian=LowRankHessian.of(scale.mT * moment * scale))
+        # In float64, for the square of a scale may leave float32.
+        scale = doubled(self._channel_scales(moment.shape[-1]))
+        hessian = LowRankHessian.of(scale.mT * queries.shrunk(moment) * scale)
+        return replace(self, hessian=hessian.map(lambda x: x.to(self.scale.device)))
 
     @property
     def turns(self) -> bool:
@@ -184,18 +230,21 @@ class ChannelStatistics:
         """`hessian_at` of a position and of the next segments, along a first axis, if any turns."""
         assert self.hessian is not None
         assert self.rope is not None
-        factor = self.hessian.factor.float()
+        factor = self.hessian.factor
         scale = self._channel_scales(factor.shape[-2])
         # The factor's columns are directions of queries, in units of the scales.
-        rows = (factor.mT / scale).repeat(1, 1, count, 1)
-        segments = torch.arange(count, device=factor.device) + position // SEGMENT
-        middles = segments.repeat_interleave(factor.shape[-1]) * SEGMENT + SEGMENT // 2
-        turned = (self.rope.turn(rows, middles) * scale).unflatten(2, (count, -1))
-        turned = turned.movedim(2, 0).mT
-        strength, before = (x.square().sum(dim=(-2, -1), keepdim=True) for x in (turned, factor))
+        rows = factor.mT / scale
+        first = position // SEGMENT * SEGMENT + SEGMENT // 2
+        last = first + (count - 1) * SEGMENT
+        middles = torch.arange(first, last + 1, SEGMENT, device=factor.device)
+        # (count, batch, heads, d, RANK)
+        turned = (self.rope.turn(rows, middles.view(-1, 1, 1, 1)) * scale).mT
+        norm, before = (
+            torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+            for x in (turned, factor)
+        )
         # Of the same strength: unequal scales of a pair would change it.
-        ratio = before / _or_one(strength)
-        return LowRankHessian((turned * ratio.sqrt()).half())
+        return LowRankHessian((turned * (before / _or_one(norm))).half())
 
     def _channel_scales(self, d: int) -> Tensor:
         """The scale of every channel, (batch, heads, 1, d)."""
@@ -217,8 +266,8 @@ class ChannelStatistics:
 
 
 def _or_one(x: Tensor) -> Tensor:
-    """x, and 1 where x is not positive."""
-    return torch.where(x > 0, x, 1.0)
+    """x, of which none is negative, and 1 where it is 0."""
+    return torch.nn.functional.threshold(x, 0.0, 1.0)
 
 
 def _is_turned(before: Tensor, mean: Tensor, total: Tensor) -> Tensor:
@@ -227,9 +276,8 @@ def _is_turned(before: Tensor, mean: Tensor, total: Tensor) -> Tensor:
     Turned back rightly, keys agree with each other at least as well as they do turned; turned by
     angles that are not theirs, hardly. `total` is the energy of the heads, (batch, heads, 1, 1).
     """
-    energies = torch.stack((before, mean)).square().sum(dim=-1, keepdim=True)
-    shares = (energies / total).sum(dim=2, keepdim=True)
-    return shares[0] >= _TURNS * shares[1]
+    excess = torch.addcmul(before.square(), mean, mean, value=-_TURNS)
+    return (excess / total).sum(dim=(1, 3), keepdim=True) >= 0
 
 
 def _offset_channels(energy: Tensor, mean: Tensor, rope_layout: str) -> Tensor:

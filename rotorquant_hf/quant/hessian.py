@@ -12,6 +12,7 @@ which is 4 (d = 64) to 16 (d = 256) times smaller than C, and all that rounding 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,7 +60,7 @@ class LowRankHessian:
         with torch.autocast(hessian.device.type, enabled=False):
             h = doubled(hessian)
             mean = h.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
-            h = h / torch.where(mean == 0, 1.0, mean)
+            h = h / torch.nn.functional.threshold(mean, 0.0, 1.0)  # 1 for 0
             h.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
             basis = _start(d, rank, h.device)
             for _ in range(_ITERATIONS):
@@ -72,15 +73,17 @@ class LowRankHessian:
             rest = (d * (1 + RIDGE) - strength.sum(dim=-1, keepdim=True)) / max(d - rank, 1)
             rest = rest if rank < d else torch.full_like(rest, RIDGE)
             factor = factor * (1 - rest / strength).clamp(min=0).sqrt()
-        factor = torch.nn.functional.pad(factor, (0, RANK - rank)).half()
-        return cls(factor.to(hessian.device))
+        if rank < RANK:
+            factor = torch.nn.functional.pad(factor, (0, RANK - rank))
+        return cls(factor.half().to(hessian.device))
 
     @property
     def level(self) -> Tensor:
         """(..., 1, 1) float32."""
-        factor = self.factor.float()
-        d = factor.shape[-2]
-        return RIDGE + 1 - factor.square().sum(dim=(-2, -1), keepdim=True) / d
+        norm = torch.linalg.vector_norm(
+            self.factor, dim=(-2, -1), keepdim=True, dtype=torch.float32
+        )
+        return RIDGE + 1 - norm.square() / self.factor.shape[-2]
 
     def matrix(self) -> Tensor:
         """H, (..., d, d) float32."""
@@ -122,8 +125,8 @@ def _orthonormal(x: Tensor) -> Tensor:
 def _check_moment(hessian: Tensor, basis: Tensor) -> None:
     if hessian.device.type != "cpu":  # reading the answer would make the host wait for the device
         return
-    negative = hessian.diagonal(dim1=-2, dim2=-1) < 0
-    if not bool(torch.isfinite(basis).all()) or bool(negative.any()):
+    negative = float(hessian.diagonal(dim1=-2, dim2=-1).min()) < 0
+    if negative or not math.isfinite(float(basis.sum())):
         raise ValueError(
             "the hessian is not positive semidefinite, or has NaN or infinite entries; pass second "
             "moments of queries, q' q summed over tokens"

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rotorquant_hf.quant.hessian import doubled
 from rotorquant_hf.quant.rope import Rope
-from rotorquant_hf.quant.tiles import sampled, token_tiles
+from rotorquant_hf.quant.tiles import sampled, sampled_positions
 
 _SAMPLE = 1024  # tokens; every query head of a group has a query of each
 
@@ -30,7 +31,11 @@ class QueryMoment:
 
     @classmethod
     def of(
-        cls, query: Tensor, heads: int, rope: Rope | None = None, positions: Tensor | None = None
+        cls,
+        query: Tensor,
+        heads: int,
+        rope: Rope | None = None,
+        positions: range | Tensor | None = None,
     ) -> QueryMoment:
         """That of queries, as attention to `heads` kv heads gets them.
 
@@ -39,14 +44,15 @@ class QueryMoment:
                 g k ... g k + g - 1 read kv head k. Of many tokens a sample is looked at.
             heads: kv heads.
             rope: how RoPE has turned them; None if that is not known, or there is none.
-            positions: (n,), where in the text they are; needed for `rope`.
+            positions: where in the text they are, a range or (n,); needed for `rope`.
         """
-        query = sampled(query, _SAMPLE)
+        query = sampled(query, _SAMPLE).detach()
+        query = query.to(torch.float32, memory_format=torch.contiguous_format)
         mean = _moment(query, heads)
         count = query.shape[2] * (query.shape[1] // heads)
         if rope is None or positions is None:
             return cls(mean, count)
-        before = rope.turn(query, -sampled(positions, _SAMPLE, axis=0))
+        before = rope.turn(query, -sampled_positions(positions, _SAMPLE, query.device))
         return cls(mean, count, _moment(before, heads))
 
     def merged(self, other: QueryMoment) -> QueryMoment:
@@ -58,18 +64,18 @@ class QueryMoment:
             return QueryMoment(mean, count)
         return QueryMoment(mean, count, torch.lerp(self.pre_rope, other.pre_rope, share))
 
-    def shrunk(self) -> QueryMoment:
-        """The same drawn towards no direction at all as queries are few.
+    def shrunk(self, moment: Tensor) -> Tensor:
+        """A moment of these queries, in float64, drawn to no direction at all as they are few.
 
         Of d queries or fewer the directions in which none looked are unknown, not unimportant.
+
+        Args:
+            moment: (batch, heads, d, d) float32: `mean`, or of the queries at other positions.
         """
-        d = self.mean.shape[-1]
-        level = self.mean.diagonal(dim1=-2, dim2=-1).mean(dim=-1, keepdim=True)
-        level = level * (d / max(self.count, 1))
-        shrunk = self.map(Tensor.clone)
-        for moment in (shrunk.mean, shrunk.pre_rope):
-            if moment is not None:
-                moment.diagonal(dim1=-2, dim2=-1).add_(level)
+        shrunk = doubled(moment)  # a copy
+        diagonal = shrunk.diagonal(dim1=-2, dim2=-1)
+        level = diagonal.mean(dim=-1, keepdim=True)
+        diagonal.add_(level, alpha=moment.shape[-1] / max(self.count, 1))
         return shrunk
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> QueryMoment:
@@ -84,12 +90,9 @@ class QueryMoment:
 
 
 def _moment(query: Tensor, heads: int) -> Tensor:
-    """The mean of q q', (batch, heads, d, d) float32; 0 of no queries."""
+    """The mean of q q' of float32 queries, (batch, heads, d, d) float32; 0 of no queries."""
     batch, query_heads, n, d = query.shape
-    total = torch.zeros(batch, heads, d, d, device=query.device)
-    grouped = query.detach().unflatten(1, (heads, query_heads // heads))
+    count = n * (query_heads // heads)  # of every kv head
+    grouped = query.reshape(batch, heads, count, d)
     with torch.autocast(query.device.type, enabled=False):
-        for tile in token_tiles(n, batch * query_heads * d):
-            part = grouped[:, :, :, tile].flatten(2, 3).float()
-            total += part.mT @ part
-    return total / max(n * (query_heads // heads), 1)
+        return grouped.mT @ grouped / max(count, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,13 @@ class Term:
         return cls(codes, scale, table, padded[table.order])
 
 
+class RowKind(NamedTuple):
+    """What `Quantizer.encode` makes of one vector under one name; a number has the shape ()."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class Quantizer(nn.Module, abc.ABC):
     """A quantiser of vectors of R^d whose reconstructions are sums of `Term`s.
 
@@ -81,6 +88,7 @@ class Quantizer(nn.Module, abc.ABC):
     min_bits: ClassVar[int] = MIN_BITS
     d: int
     bits: int
+    _row_kinds: dict[str, RowKind] | None = None
 
     @classmethod
     @abc.abstractmethod
@@ -107,6 +115,19 @@ class Quantizer(nn.Module, abc.ABC):
         Raises:
             ValueError: on the CPU, for vectors that the rows cannot hold.
         """
+
+    def row_kinds(self, device: torch.device) -> dict[str, RowKind]:
+        """The rows of one vector by name, as `encode` makes them.
+
+        Learned from coding none: some dozens of operations, and so done once.
+
+        Args:
+            device: where the tables are.
+        """
+        if self._row_kinds is None:
+            rows = self.encode(torch.empty(0, self.d, dtype=torch.float32, device=device))
+            self._row_kinds = {name: RowKind(x.shape[1:], x.dtype) for name, x in rows.items()}
+        return self._row_kinds
 
     @abc.abstractmethod
     def terms(self) -> tuple[Term, ...]:

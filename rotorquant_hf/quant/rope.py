@@ -4,17 +4,21 @@ RoPE turns pairs of channels of a vector at position p by angles w p: x_p = R(p)
 arXiv:2104.09864, equation 15). So the mean and the second moment of vectors at some positions are
 not those at others. They are known for all positions once they are known for the x_0.
 
-R(p) is diagonal in the complex numbers a + ib and a - ib of the pairs (a, b): it multiplies them
-by exp(iwp) and exp(-iwp). With phi(w) the mean of exp(iwp) over some positions, in these numbers
+As a complex number z = a + ib, a pair (a, b) is multiplied by exp(iwp). With phi(w) the mean of
+exp(iwp) over some positions,
 
-    the mean of R(p) m       has the elements m_k phi(w_k)
-    the mean of R(p) C R(p)' has the elements C_kl phi(w_k - w_l)
+    the mean of R(p) m        has the pairs m_k phi(w_k)
+    the mean of R(p) C R(p)': take the rows of C by pairs, z = C_a + i C_b. Row k is multiplied by
+        exp(iw_k p), and its columns are turned: a by a cos(w_l p) - b sin(w_l p), b by
+        a sin(w_l p) + b cos(w_l p). The means of these products are
+        (phi(w_k + w_l) + phi(w_k - w_l)) / 2  and  (phi(w_k + w_l) - phi(w_k - w_l)) / 2i
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,7 +26,7 @@ from torch import Tensor
 LAYOUTS = ("half", "interleaved")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared as an object: tensors have no one truth
 class Rope:
     """The turning of the first 2 r channels of vectors; the others stay.
 
@@ -45,51 +49,51 @@ class Rope:
 
         Args:
             x: (batch, heads, n, d).
-            positions: p, (n,), or (1,) for all; negative ones turn back.
+            positions: p, (n,), or (1,) for all; negative ones turn back. With more axes the result
+                has them too: (m, 1, 1, 1) gives (m, batch, heads, n, d).
         """
-        angles = positions.float()[:, None] * self.frequencies
+        angles = positions[..., None] * self.frequencies
         return self._times(x, torch.polar(torch.ones_like(angles), angles))
 
-    def spread(self, x: Tensor, lengths: Sequence[int | Tensor]) -> Tensor:
+    def spread(self, x: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """The mean of R(p) x over positions, float32.
 
         Args:
             x: (batch, heads, n, d).
-            lengths: a mixture, in equal shares, of the positions from 0 to each of these (numbers,
-                or tensors () on the device).
+            lengths: a mixture, in equal shares, of the positions from 0 to each of these.
         """
-        return self._times(x, _mean_turn(self.frequencies, lengths))
+        return self._times(x, _mean_turns(self.frequencies, lengths))
 
-    def spread_moment(self, moment: Tensor, lengths: Sequence[int | Tensor]) -> Tensor:
+    def spread_moment(self, moment: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """The mean of R(p) C R(p)' over positions, float32.
 
         Args:
             moment: C, (batch, heads, d, d), symmetric.
             lengths: as in `spread`.
         """
-        c, w, r = moment.float(), self.frequencies, self.frequencies.shape[-1]
-        a, b = self._pairs
-        aa, ab, ba, bb = c[..., a, a], c[..., a, b], c[..., b, a], c[..., b, b]
-        # The means of z conj(z)' and of z z' for z = a + ib of the pairs.
-        phi = _mean_turn(torch.stack((w.mT - w, w.mT + w)), lengths)
-        same = torch.complex(aa + bb, ba - ab) * phi[0]
-        mirrored = torch.complex(aa - bb, ba + ab) * phi[1]
-        out = c.clone()
-        both = (mirrored + same) / 2
-        out[..., a, a], out[..., b, a] = both.real, both.imag
-        both = (mirrored - same) / 2
-        out[..., b, b], out[..., a, b] = -both.real, both.imag
-        if c.shape[-1] > 2 * r:
-            still = slice(2 * r, None)
-            z = torch.complex(c[..., a, still], c[..., b, still]) * _mean_turn(w, lengths).mT
-            out[..., a, still], out[..., b, still] = z.real, z.imag
-            out[..., still, : 2 * r] = out[..., : 2 * r, still].mT
-        return out
+        c = moment.float()
+        first, second = self._pairs
+        # (..., r, d), its columns by pairs and those that do not turn.
+        a, b, rest = self._split(torch.complex(c[..., first, :], c[..., second, :]))
+        by_cos, by_sin = _mean_products(self.frequencies, lengths)
+        turned = (
+            torch.addcmul(by_cos * a, by_sin, b, value=-1),
+            torch.addcmul(by_cos * b, by_sin, a),
+        )
+        if not rest.shape[-1]:
+            rows = self._join(*turned, rest)
+            return self._join(rows.real.mT, rows.imag.mT, c[..., :0]).mT
+        rest = rest * _mean_turns(self.frequencies, lengths).mT
+        rows = self._join(*turned, rest)
+        # Rows that do not turn: symmetric to the columns, but for the corner where both do not.
+        corner = c[..., self.channels :, self.channels :]
+        still = self._join(rest.real.mT, rest.imag.mT, corner)
+        return self._join(rows.real.mT, rows.imag.mT, still.mT).mT
 
     @property
     def turns(self) -> Tensor:
         """Whether anything turns in a row, (batch or 1, 1, 1, 1)."""
-        return (self.frequencies != 0).any(dim=-1, keepdim=True)
+        return self.frequencies.any(dim=-1, keepdim=True)
 
     def where(self, condition: Tensor) -> Rope:
         """The same where `condition` (batch, 1, 1, 1) holds; elsewhere nothing turns."""
@@ -103,7 +107,7 @@ class Rope:
         """x with its pairs, as complex numbers, multiplied by `factor` (..., r)."""
         a, b, rest = self._split(x.float())
         z = torch.complex(a, b) * factor
-        return self._join(z.real, z.imag, rest)
+        return self._join(z.real, z.imag, rest.expand(*z.shape[:-1], -1))
 
     @property
     def _pairs(self) -> tuple[slice, slice]:
@@ -124,10 +128,26 @@ class Rope:
         return torch.cat((torch.stack((a, b), dim=-1).flatten(-2), rest), dim=-1)
 
 
-def _mean_turn(w: Tensor, lengths: Sequence[int | Tensor]) -> Tensor:
+@lru_cache(maxsize=8)
+def _mean_turns(w: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """`_mean_turn`, kept, as layers share w."""
+    with torch.inference_mode(False):
+        return _mean_turn(w, lengths)
+
+
+def _mean_turn(w: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """phi: the mean of exp(iwp) over the mixture of positions, complex in the shape of w."""
-    means = [  # (exp(iwL) - 1) / iwL = exp(iwL / 2) sin(wL / 2) / (wL / 2)
-        torch.sinc(w * (length / (2 * torch.pi))) * torch.exp(0.5j * length * w)
-        for length in lengths
-    ]
-    return torch.stack(means).mean(dim=0)
+    # (exp(iwL) - 1) / iwL = exp(iwL / 2) sin(wL / 2) / (wL / 2)
+    angles = torch.stack([w * (length / 2) for length in lengths])
+    return torch.polar(torch.sinc(angles / torch.pi), angles).mean(dim=0)
+
+
+@lru_cache(maxsize=4)
+def _mean_products(w: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The means of exp(iw_k p) cos(w_l p) and of exp(iw_k p) sin(w_l p), complex (..., r, r).
+
+    Kept, as layers share w, (..., 1, r).
+    """
+    with torch.inference_mode(False):
+        sums, differences = _mean_turn(w.mT + w, lengths), _mean_turn(w.mT - w, lengths)
+        return (sums + differences) / 2, (sums - differences) / 2j

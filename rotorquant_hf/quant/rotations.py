@@ -60,7 +60,7 @@ class Rotation(nn.Module):
 
     @staticmethod
     def _product(x: Tensor, matrix: Tensor) -> Tensor:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x if x.dtype == torch.float64 else x.float()
         with torch.autocast(x.device.type, enabled=False):  # which would multiply in 16 bits
             return x @ matrix.to(x.dtype)
 

@@ -50,13 +50,12 @@ class Feedback(NamedTuple):
         """That of vectors T(x) whose x have this Hessian."""
         level = hessian.level
         with torch.autocast(level.device.type, enabled=False):
-            factor = rotation.rotate(hessian.factor.float().mT).mT
-            f = doubled(factor)
-            outer = f.unsqueeze(-1) * f.unsqueeze(-2)  # (..., d, RANK, RANK)
-            tail = outer.flip(-3).cumsum(dim=-3).flip(-3)
-            tail += doubled(level).unsqueeze(-1) * torch.eye(f.shape[-1], device=f.device)
+            factor = rotation.rotate(hessian.factor.mT).mT.contiguous()
+            f = doubled(factor).flip(-2)  # backwards: the sums are of those that follow
+            tail = (f.unsqueeze(-1) * f.unsqueeze(-2)).cumsum(dim=-3)  # (..., d, RANK, RANK)
+            tail.diagonal(dim1=-2, dim2=-1).add_(level.to(tail.device))
             gains, _ = torch.linalg.solve_ex(tail, f)
-        return cls(factor.contiguous(), gains.float().to(factor.device), level)
+        return cls(factor, gains.flip(-2).float().to(factor.device), level)
 
     def along(self, x: Tensor) -> Tensor:
         """F' x of vectors (..., n, d): (..., n, RANK)."""

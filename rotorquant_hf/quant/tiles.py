@@ -46,6 +46,29 @@ def sampled(x: Tensor, count: int, axis: int = -2) -> Tensor:
     return x.index_select(axis, _places(tokens, count, x.device))
 
 
+def sampled_positions(positions: range | Tensor, count: int, device: torch.device) -> Tensor:
+    """Where in the text the tokens are that `sampled` takes, (at most count,), on a device.
+
+    Args:
+        positions: of all the tokens, one after the other or (tokens,).
+        count: of the sample.
+        device: of the sample.
+    """
+    if isinstance(positions, Tensor):
+        return sampled(positions, count, axis=0)
+    if len(positions) <= count:
+        return torch.arange(positions.start, positions.stop, device=device)
+    return _places(len(positions), count, device) + positions.start
+
+
+@lru_cache(maxsize=16)
+def last_sampled(tokens: int, count: int) -> int:
+    """The last of so many tokens that `sampled` takes, as the host knows it."""
+    if tokens <= count:
+        return tokens - 1
+    return int(_places(tokens, count, torch.device("cpu"))[-1])
+
+
 @lru_cache(maxsize=16)
 def _places(tokens: int, count: int, device: torch.device) -> Tensor:
     """Indices of the sample; kept, as every layer takes the same of a prompt."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rotorquant_hf.backend import kernels_take, on_device
 from rotorquant_hf.config import RotorQuantConfig
-from rotorquant_hf.quant.channels import ChannelStatistics
+from rotorquant_hf.quant.channels import ChannelStatistics, Measured
 from rotorquant_hf.quant.checks import check_finite, check_vectors
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.quantizer import Quantizer
@@ -188,9 +188,9 @@ class RotorQuantKVCache:
     ) -> None:
         if self.has_statistics:
             return
-        keys, values = sample
-        positions = torch.arange(position, position + keys.shape[2], device=keys.device)
-        self.keys.take_statistics(keys, positions, queries)
+        tokens = sample[0].shape[2]
+        keys, values = Measured.of_both(*sample)
+        self.keys.take_statistics(keys, range(position, position + tokens), queries)
         self.values.take_statistics(values)
 
     def _append(self, keys: Tensor, values: Tensor, position: int) -> None:
@@ -214,11 +214,16 @@ class RotorQuantKVCache:
 
         batch, heads, tokens, _ = keys.shape
         self.reserve(tokens, batch, heads)
-        for segment, feedback in self.keys.feedbacks(position, tokens):
+        end, parts = self.keys.buffers.end, self.keys.segments(position, tokens)
+        # Those of all segments come to the device in one copy. Rows have 16 bytes, as Triton
+        # compiles a kernel anew for pointers that are no multiple of that.
+        rows = [[0, part.stop - part.start, end + part.start, 0] for part in parts]
+        bounds = on_device(rows, self.device)[:, :3]
+        feedbacks = self.keys.feedbacks(position, tokens)
+        for (segment, feedback), of_segment in zip(feedbacks, bounds, strict=True):
             k, v = keys[:, :, segment], values[:, :, segment]
-            bounds = on_device([0, k.shape[2], self.keys.buffers.end], self.device)
             append_block(
-                bounds,
+                of_segment,
                 k.shape[2],
                 AppendPart(k, *self.keys.coding(), feedback),
                 AppendPart(v, *self.values.coding()),

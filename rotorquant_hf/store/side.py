@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from rotorquant_hf.quant.channels import SEGMENT, ChannelStatistics
+from rotorquant_hf.quant.channels import SEGMENT, ChannelStatistics, Measured
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.packed import PackedSpan
 from rotorquant_hf.quant.quantizer import Quantizer, QuantizerSpec
@@ -80,13 +80,18 @@ class PackedSide:
         return len(self.buffers)
 
     def take_statistics(
-        self, block: Tensor, positions: Tensor | None = None, queries: QueryMoment | None = None
+        self,
+        block: Tensor | Measured,
+        positions: range | Tensor | None = None,
+        queries: QueryMoment | None = None,
     ) -> None:
         """Fix the channel statistics, unless they are.
 
         Args:
-            block: the vectors that they are taken from, (batch, heads, tokens, d).
-            positions: (tokens,), where in the text these are; needed if RoPE turns them.
+            block: the vectors that they are taken from, (batch, heads, tokens, d), or what is
+                measured of them.
+            positions: where in the text these are, as in `ChannelStatistics.of_block`; needed if
+                RoPE turns them.
             queries: of the queries that read such vectors.
         """
         if self.statistics is not None:
@@ -94,7 +99,9 @@ class PackedSide:
         statistics = ChannelStatistics.of_block(
             block, self._equalize, self._center, self._rope_layout, self._rope, positions
         )
-        self.statistics = statistics if queries is None else statistics.read_by(queries)
+        if queries is not None:
+            statistics = statistics.read_by(queries, self._rope)
+        self.statistics = statistics
 
     def append(self, x: Tensor, position: int, expected: int = 0) -> None:
         """Quantise vectors in torch and append their rows; the statistics must be taken.
@@ -148,8 +155,11 @@ class PackedSide:
 
     def empty_rows(self, batch: int, heads: int) -> dict[str, Tensor]:
         """Rows of no tokens, (batch, heads, 0, ...), of the shapes and dtypes of `encode`."""
-        rows = self.quantizer.encode(torch.empty(0, self.d, device=self.device))
-        return {name: row.new_empty(batch, heads, 0, *row.shape[1:]) for name, row in rows.items()}
+        kinds = self.quantizer.row_kinds(self.device)
+        return {
+            name: torch.empty(batch, heads, 0, *kind.shape, dtype=kind.dtype, device=self.device)
+            for name, kind in kinds.items()
+        }
 
     def span(self, start: int = 0, end: int | None = None) -> PackedSpan:
         """The packed tokens [start, end), sharing this side's memory.

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from rotorquant_hf.model_rope import rope_of
+from rotorquant_hf.model_rope import ropes_of
 
 SMALL = {
     "hidden_size": 64,
@@ -42,7 +42,8 @@ def buffers(config):
 def test_frequencies_are_those_of_the_model(kind):
     parameters = {"rope_theta": 5e4} | SCALED.get(kind, {"rope_type": "default"})
     config = llama(rope_parameters=parameters, max_position_embeddings=256)
-    found = rope_of(config, 0, "full_attention", "half")
+    found, again = ropes_of(config, ["full_attention"] * 2, "half")
+    assert found is again
     assert found.layout == "half"
     assert found.frequencies.shape == (1, 1, 1, 8)
     (expected,) = (x for name, x in buffers(config).items() if name.endswith("inv_freq"))
@@ -57,7 +58,7 @@ def test_the_turned_part_of_a_head():
         intermediate_size=64,
         vocab_size=64,
     )
-    found = rope_of(config, 0, "full_attention", "half").frequencies.flatten()
+    found = ropes_of(config, ["full_attention"], "half")[0].frequencies.flatten()
     (expected,) = (x for name, x in buffers(config).items() if name.endswith("inv_freq"))
     assert len(found) < 8
     torch.testing.assert_close(found, expected)
@@ -65,8 +66,10 @@ def test_the_turned_part_of_a_head():
 
 def test_layer_types_have_frequencies_of_their_own():
     config = transformers.Gemma3TextConfig(**SMALL | {"num_hidden_layers": 6}, head_dim=16)
-    kinds = enumerate(config.layer_types)
-    found = {kind: rope_of(config, index, kind, "half") for index, kind in kinds}
+    ropes = ropes_of(config, config.layer_types, "half")
+    assert len(ropes) == 6
+    assert len(set(ropes)) == 2
+    found = dict(zip(config.layer_types, ropes, strict=True))
     assert set(found) == {"sliding_attention", "full_attention"}
     named = buffers(config)
     for kind, rope in found.items():
@@ -85,9 +88,9 @@ def test_layer_types_have_frequencies_of_their_own():
     ids=["learned positions", "ALiBi", "changes with the text", "latent attention"],
 )
 def test_no_frequencies_that_hold_for_the_whole_key(config):
-    assert rope_of(config, 0, "full_attention", "half") is None
+    assert ropes_of(config, ["full_attention"] * 2, "half") == [None, None]
 
 
 def test_no_layout_no_turning():
-    assert rope_of(llama(), 0, "full_attention", "none") is None
-    assert rope_of(llama(), 0, "full_attention", "interleaved").layout == "interleaved"
+    assert ropes_of(llama(), ["full_attention"], "none") == [None]
+    assert ropes_of(llama(), ["full_attention"], "interleaved")[0].layout == "interleaved"

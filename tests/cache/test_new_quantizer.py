@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Self
+import copy
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Self
 
 import pytest
 import torch
@@ -104,6 +107,27 @@ def test_the_store_codes_and_attention_reads(name: str) -> None:
     torch.testing.assert_close(
         store.attention_scores(query), query @ store.get_keys().mT, rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("name", ["mse", "prod", "uniform"])
+@pytest.mark.parametrize(
+    "mode",
+    [nullcontext, torch.inference_mode, partial(torch.autocast, "cpu")],
+    ids=["plain", "inference", "autocast"],
+)
+def test_rows_are_known_without_coding(name: str, mode: Any, monkeypatch: Any) -> None:
+    """What `encode` would make of no tokens is learned once, whatever it is first asked in."""
+    side = RotorQuantKVCache(32, 32, config=RotorQuantConfig(key_quantizer=name)).keys
+    coded = side.quantizer.encode(torch.randn(2, 3, 5, 32))
+    wanted = {name: (x.shape[3:], x.dtype) for name, x in coded.items()}
+    with mode():
+        side.empty_rows(1, 1)
+    monkeypatch.setattr(type(side.quantizer), "encode", None)
+    rows = side.empty_rows(2, 3)
+    assert {name: (x.shape[3:], x.dtype) for name, x in rows.items()} == wanted
+    assert all(x.shape[:3] == (2, 3, 0) for x in rows.values())
+    assert not any(x.is_inference() for x in rows.values())
+    assert copy.deepcopy(side.quantizer).row_kinds(side.device) == wanted
 
 
 def test_a_model_runs_saves_and_goes_on(tmp_path) -> None:

@@ -350,7 +350,7 @@ def test_the_hessian_turns_with_the_keys(power):
             for i in range(400)
         ]
         moment = torch.stack([q.mT @ q / 400 for q in later]).mean(dim=0)
-        wanted = unit_mean(scale.mT * QueryMoment(moment, 400).shrunk().mean * scale)
+        wanted = unit_mean(scale.mT * QueryMoment(moment, 400).shrunk(moment) * scale)
         wanted = unit_mean(wanted + RIDGE * torch.eye(12))
         found = unit_mean(statistics.hessian_at(position).matrix())
         elsewhere = unit_mean(statistics.hessian_at(position + SEGMENT).matrix())

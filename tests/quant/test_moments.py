@@ -46,14 +46,15 @@ def test_half_precision_and_no_queries():
     none = QueryMoment.of(query[:, :, :0], 2)
     assert none.count == 0
     assert not none.merged(none).mean.any()
-    assert torch.isfinite(none.shrunk().mean).all()
+    assert torch.isfinite(none.shrunk(none.mean)).all()
 
 
 def test_few_queries_prefer_no_direction():
     """One query says little of where others look; a thousand say much."""
 
     def spread(n):
-        values = torch.linalg.eigvalsh(QueryMoment.of(queries(1, 1, n), 1).shrunk().mean[0, 0])
+        moment = QueryMoment.of(queries(1, 1, n), 1)
+        values = torch.linalg.eigvalsh(moment.shrunk(moment.mean)[0, 0])
         return float(values.max() / values.min())
 
     assert spread(1) < 20
@@ -77,8 +78,8 @@ def test_queries_before_rope():
     assert merged.merged(QueryMoment.of(turned, 3)).pre_rope is None  # of these it is not known
     assert whole.nbytes == 2 * whole.mean.nbytes
     assert torch.equal(whole.map(lambda x: x[1:]).pre_rope, whole.pre_rope[1:])
-    added = whole.shrunk().mean - whole.mean
-    torch.testing.assert_close(whole.shrunk().pre_rope - whole.pre_rope, added)
+    added = whole.shrunk(whole.mean) - whole.mean
+    torch.testing.assert_close(whole.shrunk(whole.pre_rope) - whole.pre_rope, added)
     many, positions = queries(1, 1, 5000), torch.arange(5000)
     found = QueryMoment.of(rope.turn(many, positions), 1, rope, positions)
     torch.testing.assert_close(found.pre_rope, QueryMoment.of(many, 1).mean, rtol=0, atol=1e-3)
