@@ -186,10 +186,14 @@ class RotorQuantCache(Cache):
 
     @contextmanager
     def _taking_back(self, layer_idx: int, tokens: int) -> Iterator[None]:
-        """Take the newest tokens out of the layers before this one if it refuses them."""
+        """Take the newest tokens out of the layers before this one if it does not store them.
+
+        It refuses them, or there is no memory left: a smaller batch, or the same again when memory
+        has been freed, then goes on from where the cache was.
+        """
         try:
             yield
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             if not self._undo(layer_idx, tokens):
                 error.add_note("Earlier layers hold the new tokens already: use cache.reset().")
             raise

@@ -374,24 +374,26 @@ class RotorQuantLayer(CacheLayerMixin):
         """Divide full-precision tokens among the sinks, the store and the recent tokens."""
         # 0 once tokens are packed: sinks are filled first.
         filled = min(self._sinks_to_fill(), keys.shape[2])
-        packed = keys[:, :, filled:], values[:, :, filled:]
-        kept = filled + self._pack(*packed, self._sinks[0].shape[2] + len(self._store) + filled)
+        packed = self.config.num_to_quantise(keys.shape[2] - filled, self._wanted())
+        # All is made before anything is stored: for want of memory nothing is then half done.
+        sinks = self._sinks
         if filled:
-            self.sinks = (
-                torch.cat((self.sinks[0], keys[:, :, :filled]), dim=2),
-                torch.cat((self.sinks[1], values[:, :, :filled]), dim=2),
+            sinks = (
+                torch.cat((sinks[0], keys[:, :, :filled]), dim=2),
+                torch.cat((sinks[1], values[:, :, :filled]), dim=2),
             )
-        # Copies: a slice would keep the states of the whole prompt alive.
-        self.recent = (keys[:, :, kept:].clone(), values[:, :, kept:].clone())
+        recent = copies_from(filled + packed, keys, values)
+        position = self._sinks[0].shape[2] + len(self._store) + filled
+        self._pack(keys[:, :, filled:], values[:, :, filled:], packed, position)
+        self.sinks, self.recent = sinks, recent
 
-    def _pack(self, keys: Tensor, values: Tensor, position: int) -> int:
-        """Quantise the oldest of these tokens that are due into the store; how many these were.
+    def _pack(self, keys: Tensor, values: Tensor, count: int, position: int) -> None:
+        """Quantise the first `count` of these tokens into the store.
 
         The first of them is at `position` in the text.
         """
-        count = self.config.num_to_quantise(keys.shape[2], self._wanted())
         if not count:
-            return 0
+            return
         self.count_queries()
         self.store.append_unchecked(
             keys[:, :, :count],
@@ -403,7 +405,6 @@ class RotorQuantLayer(CacheLayerMixin):
         self.moment = None
         held = self._gradient_cut and len(self._store) > count
         self._gradient_cut = held or keys.requires_grad or values.requires_grad
-        return count
 
     def _wanted(self) -> int:
         """Full-precision tokens that there must be before any is quantised."""
@@ -686,6 +687,11 @@ def _refuse_gradient(_: Tensor) -> None:
         "no gradient goes through tokens that this cache has quantised in an earlier pass; run "
         "that pass under torch.no_grad() if it needs none, or train with a DynamicCache"
     )
+
+
+def copies_from(start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens from `start` on; slices would keep the states of the whole prompt alive."""
+    return keys[:, :, start:].clone(), values[:, :, start:].clone()
 
 
 def join(old: Tensor, new: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rotorquant_hf.config import RotorQuantConfig
-from rotorquant_hf.layers.full import RotorQuantLayer, check_crop, join, last
+from rotorquant_hf.layers.full import RotorQuantLayer, check_crop, copies_from, join, last
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.rope import Rope
 
@@ -96,9 +96,11 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
             # Tokens that no later query will see are not quantised at all.
             keys, values = (last(x, self.sliding_window - 1) for x in (keys, values))
             past = len(self.store)
-        packed = self._pack(keys, values, self.cumulative_length - keys.shape[2])
+        packed = self.config.num_to_quantise(keys.shape[2], self._wanted())
+        recent = copies_from(packed, keys, values)
+        self._pack(keys, values, packed, self.cumulative_length - keys.shape[2])
         self.store.drop_front(past)
-        self.recent = (keys[:, :, packed:].clone(), values[:, :, packed:].clone())
+        self.recent = recent
         if not self.record_past:
             self._trim()
 

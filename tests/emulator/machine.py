@@ -180,11 +180,13 @@ class Machine:
         writers = [self._registers.writer(x) for x in _parts(target)]
         if space == "param":
             return self._load_parameter(statement, writers[0])
-        if space not in ("global", "shared") or statement.type[0] != "b":
+        if space not in ("global", "shared") or statement.type[0] not in "bs":
             raise UnknownPtx(statement.text)
         is_global, name, what = space == "global", statement.name, statement.text
         address = self._address(source, 64 if is_global else 32)
         size, dtype = bits // 8 * len(writers), UNSIGNED[bits]
+        # A signed number fills its register up with its sign.
+        filled = [register(x).bits for x in _parts(target)] if statement.type[0] == "s" else []
 
         def execute(active: Array) -> None:
             places, warps = address(), self._warps
@@ -204,6 +206,9 @@ class Machine:
                 if not everyone:
                     value = np.zeros(len(places), dtype)
                     value[active] = values[:, i]
+                if filled:
+                    value = value.view(f"i{bits // 8}").astype(f"i{filled[i] // 8}")
+                    value = value.view(UNSIGNED[filled[i]])
                 write(value, active)
 
         return execute

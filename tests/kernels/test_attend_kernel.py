@@ -97,7 +97,8 @@ def test_keys_with_signs(key_bits, qjl_dim):
     [(8, 8), (80, 80), (96, 96), (112, 64), (128, 128), (192, 128), (256, 256), (576, 512)],
 )
 def test_head_dims(dk, dv):
-    for dtype in (torch.float32, torch.float16):
+    # In float32 larger heads go through torch: their tiles would not fit into an A100.
+    for dtype in (torch.float32, torch.float16) if dk <= 512 else (torch.float16,):
         keys, values = states(dk, dv, tokens=40, tail=5, heads=1, key_bits=3, dtype=dtype)
         options = AttentionOptions(scale=dk**-0.5)
         found = error(query(dk, heads=3, dtype=dtype), keys, values, options)
