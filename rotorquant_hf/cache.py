@@ -14,13 +14,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
 
 from rotorquant_hf import serialization
 from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.calibration import Calibration, shape_of
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.hybrid import RotorQuantHybridLayer, RotorQuantHybridSlidingLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import MemoryReport, measure
 from rotorquant_hf.model_rope import ropes_of
@@ -28,6 +34,7 @@ from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.rope import Rope
 
 _SLIDING = ("sliding_attention", "chunked_attention")
+_HYBRID = ("hybrid", "hybrid_sliding")
 _OTHER_SEQUENCES = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 """What the modules of Transformers call the sequence that cross-attention reads."""
 
@@ -43,9 +50,9 @@ class RotorQuantCache(Cache):
 
     The first tokens (sinks) and the most recent ones stay in full precision; every other token is
     quantised once, when it is no longer recent and `statistics_length` tokens have been read.
-    Attention layers, full and sliding, are compressed. Layers of other kinds (linear attention,
-    convolutions, attention and a recurrent state in one, indexed sparse attention) keep
-    Transformers' own cache, uncompressed.
+    Attention is compressed, full and sliding, also in hybrid layers, which have recurrent states
+    beside it; these stay as they are. Layers of other kinds (linear attention, convolutions,
+    indexed sparse attention) keep Transformers' own cache, uncompressed.
 
     Args:
         settings: a preset name (see `PRESETS`), a `RotorQuantConfig`, or None for the defaults.
@@ -195,7 +202,7 @@ class RotorQuantCache(Cache):
             yield
         except Exception as error:
             if not self._undo(layer_idx, tokens):
-                error.add_note("Earlier layers hold the new tokens already: use cache.reset().")
+                error.add_note("Parts of the cache hold the new tokens already: use cache.reset().")
             raise
 
     def _settle_others(self, layer_idx: int, tokens: int) -> None:
@@ -222,6 +229,8 @@ class RotorQuantCache(Cache):
 
     def _undo(self, failed: int, tokens: int) -> bool:
         """Take the newest tokens out of the layers before `failed`; False if that is impossible."""
+        if any(map(_has_read, self.layers[: failed + 1])):  # perhaps in this very pass
+            return False
         before: list[Any] = [x for x in self.layers[:failed] if hasattr(x, "get_seq_length")]
         advanced = self.get_seq_length(failed) + tokens
         if not before or any(layer.get_seq_length() != advanced for layer in before):
@@ -229,9 +238,9 @@ class RotorQuantCache(Cache):
         try:
             for layer in before:
                 layer.crop(-tokens)
-        except RuntimeError:  # a sliding window or a recurrent state has moved on
+        except RuntimeError:  # a sliding window has moved on
             return False
-        return not any(self.is_linear)
+        return True
 
     def tokens_until_packing(self) -> int:
         """How many more tokens until a layer quantises some; see `RotorQuantLayer`.
@@ -242,6 +251,14 @@ class RotorQuantCache(Cache):
         if not self.layers:
             layers = [RotorQuantLayer(self.settings)]
         return min((layer.tokens_until_packing() for layer in layers), default=sys.maxsize)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Whether each layer has recurrent states and no attention."""
+        return [
+            isinstance(x, LinearAttentionCacheLayerMixin) and not isinstance(x, CacheLayerMixin)
+            for x in self.layers
+        ]
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
         """Keys and values of every layer, and None, as a `DynamicCache` gives them."""
@@ -303,6 +320,12 @@ class RotorQuantCache(Cache):
             for name in ("key_bits", "value_bits")
         )
         return f"RotorQuantCache(key/value bits {bits}, layers={len(self.layers)}, tokens={tokens})"
+
+
+def _has_read(layer: Any) -> bool:
+    """Whether a layer has recurrent states, and they have read tokens."""
+    has_states = isinstance(layer, LinearAttentionCacheLayerMixin)
+    return has_states and any(layer.has_previous_state.values())
 
 
 def _is_called_by_cross_attention() -> bool:
@@ -392,8 +415,14 @@ def _make_layer(
     rope: Rope | None = None,
 ) -> Any:
     """A compressed layer, or Transformers' own if it is not to be compressed or cannot be."""
-    if uncompressed or kind not in ("full_attention", *_SLIDING):
+    if uncompressed or kind not in ("full_attention", *_SLIDING, *_HYBRID):
         return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+    if kind == "hybrid":
+        return RotorQuantHybridLayer(settings, calibration, rope, options["number_of_states"])
+    if kind == "hybrid_sliding":
+        return RotorQuantHybridSlidingLayer(
+            settings, options["sliding_window"], calibration, rope, options["number_of_states"]
+        )
     if kind in _SLIDING:
         return RotorQuantSlidingLayer(settings, options["sliding_window"], calibration, rope)
     return RotorQuantLayer(settings, calibration, rope)

@@ -7,6 +7,7 @@ from typing import Any
 from rotorquant_hf.attention.registered import NAME
 from rotorquant_hf.cache import RotorQuantCache
 from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.hybrid import RotorQuantHybridLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.model_rope import changing_rope
 
@@ -66,8 +67,8 @@ def check_cache(model: Any, cache: RotorQuantCache) -> None:
 
     Raises:
         ValueError: if it looks for NaN (`check_finite`) or is offloaded; or if a layer is not
-            compressed, has a sliding window that may hold no quantised token, is on another
-            device than the model, or is not decoded by the kernels.
+            compressed, has recurrent states, has a sliding window that may hold no quantised token,
+            is on another device than the model, or is not decoded by the kernels.
     """
     settings = cache.settings
     if settings.check_finite:
@@ -109,6 +110,11 @@ def _check_kind(index: int, layer: Any, max_recent: int) -> None:
             f"layer {index} of the cache is a {type(layer).__name__}, which cannot be "
             "captured; if it is one of exact_layers, leave it out of them; else decode without a "
             "graph"
+        )
+    if isinstance(layer, RotorQuantHybridLayer):
+        raise ValueError(
+            f"layer {index} of the cache has recurrent states beside its attention, which cannot "
+            "be captured; decode without a graph"
         )
     if isinstance(layer, RotorQuantSlidingLayer) and layer.sliding_window <= max_recent:
         raise ValueError(

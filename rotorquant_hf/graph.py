@@ -41,8 +41,9 @@ class DecodeGraph:
             attention, or a RoPE that changes with the length of the text ("dynamic",
             "longrope"); if the cache is empty, offloaded or looks for NaN (`check_finite`); if
             a layer of it is not compressed (such layers concatenate, which no graph can
-            replay), is on another device, is not decoded by the kernels, or has a sliding
-            window that may hold no quantised token; or if `room` is less than 1.
+            replay), has recurrent states beside its attention, is on another device, is not
+            decoded by the kernels, or has a sliding window that may hold no quantised token; or if
+            `room` is less than 1.
     """
 
     def __init__(self, model: Any, cache: RotorQuantCache, room: int = 1024) -> None:

@@ -23,7 +23,7 @@ PART_NAMES = {
     "window": "recent, full precision",
     "spare": "spare capacity",
     "tables": "rotations and codebooks",
-    "exact_layers": "uncompressed layers",
+    "exact_layers": "uncompressed and recurrent",
 }
 # Every tensor of a store's rows is a part of its own, as its quantiser names it.
 _PACKED_PREFIXES = ("key_", "value_")

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
 
 from rotorquant_hf.attention.stand_ins import StandIns
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.files import FileKind
 from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.hybrid import RotorQuantHybridLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import tensors_of
 from rotorquant_hf.quant.moments import QueryMoment
@@ -30,6 +32,9 @@ CACHE_FILE = FileKind(
     foreign="was not written by RotorQuantCache.save",
     again="save the cache again",
 )
+
+_STATES = "states."
+"""Before the names of a hybrid layer's tensors that are not of its attention part."""
 
 
 @dataclass(frozen=True)
@@ -124,18 +129,49 @@ def restore(
         if type(layer).__name__ != entry.type:
             raise ValueError(
                 f"{path} has a layer {index} of type {entry.type}, the model needs "
-                f"{type(layer).__name__}; it is another model's, or was saved without its config"
+                f"{type(layer).__name__}; it is another model's, or was saved without its config, "
+                "or by an earlier version"
             )
-        if isinstance(layer, RotorQuantLayer):
+        if isinstance(layer, RotorQuantHybridLayer):
+            attention, states = _divided(entry)
+            _restore_packed(path, layer, attention)
+            _restore_foreign(layer, states)
+        elif isinstance(layer, RotorQuantLayer):
             _restore_packed(path, layer, entry)
         else:
             _restore_foreign(layer, entry)
 
 
 def _entry_of(layer: Any) -> LayerEntry:
+    if isinstance(layer, RotorQuantHybridLayer):
+        attention, plain = _packed_entry(layer), _plain_attributes(layer)
+        of_states = vars(LinearAttentionLayer(layer.number_of_states))
+        states = {name: value for name, value in plain.items() if name in of_states}
+        tensors = {_STATES + name: tensor for name, tensor in layer.state_tensors().items()}
+        return LayerEntry(
+            attention.type,
+            attention.attributes | {"states": states},
+            attention.tensors | tensors,
+        )
+    if isinstance(layer, RotorQuantLayer):
+        return _packed_entry(layer)
+    return LayerEntry(type(layer).__name__, _plain_attributes(layer), tensors_of(layer))
+
+
+def _divided(entry: LayerEntry) -> tuple[LayerEntry, LayerEntry]:
+    """What a hybrid layer's entry has of its attention part, and of its states."""
+    attributes, tensors = dict(entry.attributes), dict(entry.tensors)
+    states = {
+        name.removeprefix(_STATES): tensors.pop(name)
+        for name in entry.tensors
+        if name.startswith(_STATES)
+    }
+    of_states = attributes.pop("states")
+    return LayerEntry(entry.type, attributes, tensors), LayerEntry(entry.type, of_states, states)
+
+
+def _packed_entry(layer: RotorQuantLayer) -> LayerEntry:
     kind = type(layer).__name__
-    if not isinstance(layer, RotorQuantLayer):
-        return LayerEntry(kind, _plain_attributes(layer), tensors_of(layer))
     attributes: dict[str, Any] = {}
     if isinstance(layer, RotorQuantSlidingLayer):
         attributes |= {

@@ -594,20 +594,24 @@ class RotorQuantLayer(CacheLayerMixin):
         keys, values = self.recent
         self.recent = (fn(keys), fn(values))
 
+    def _map_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply `fn`, which takes batch rows, to everything that has them."""
+        self._map(fn)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the batch rows in the order `beam_idx` (rows,): all its tensors."""
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch row `repeats` times."""
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor | slice) -> None:
         """Keep the batch rows `indices` (integers, a boolean mask, or a slice)."""
         if isinstance(indices, slice):
-            self._map(lambda x: x[indices].clone())
+            self._map_rows(lambda x: x[indices].clone())
         else:
-            self._map(lambda x: x[torch.as_tensor(indices, device=x.device)])
+            self._map_rows(lambda x: x[torch.as_tensor(indices, device=x.device)])
 
     def offload(self) -> None:
         """Move the layer's data to the CPU."""

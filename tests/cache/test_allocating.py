@@ -175,7 +175,7 @@ def test_layers_that_nothing_depends_on_get_fewest():
     assert spec_bits(cache) == list(zip(made.key_bits, made.value_bits, strict=True))
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_next", "gpt2"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_next", "gpt2", "falcon_h1", "zamba2", "zaya"])
 def test_layers_of_every_kind(name):
     """Each kind of layer keeps its bits: a token takes other memory in a sliding window."""
     model = build(name)
@@ -216,11 +216,12 @@ def test_what_cannot_be_divided_is_named():
         allocate_bits(model, prompt(1, 80), RotorQuantConfig(key_bits=(3, 3)))
 
 
-def test_the_caches_that_are_forked_stay_as_they_are():
+@pytest.mark.parametrize("name", ["llama", "falcon_h1"])
+def test_the_caches_that_are_forked_stay_as_they_are(name):
     from rotorquant_hf.allocating import _Window
 
     with torch.no_grad():
-        window = _Window(build("llama"), prompt(1, 80), THREE)
+        window = _Window(build(name), prompt(1, 80), THREE)
         before = snapshot([window.exact.layers, window.coded["key_bits"].layers])
         first = [window.divergence(side) for side in window.sides]
         assert [window.divergence(side) for side in window.sides] == first

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3NextConfig
 
 from rotorquant_hf import (
     PRESETS,
@@ -616,10 +616,12 @@ def test_keys_and_values_are_not_assigned():
 
 
 def test_a_model_of_which_nothing_is_compressed_is_named():
-    config = build("falcon_h1").config
-    with pytest.warns(UserWarning, match=r"no layer of this model \(falcon_h1\) .* type hybrid"):
+    config = Qwen3NextConfig(num_hidden_layers=2, layer_types=["linear_attention"] * 2)
+    message = r"no layer of this model \(qwen3_next\) .* type linear_attention"
+    with pytest.warns(UserWarning, match=message):
         RotorQuantCache(config=config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RotorQuantCache(config=config, exact_layers=tuple(range(config.num_hidden_layers)))
         RotorQuantCache(config=build("llama").config)
+        RotorQuantCache(config=build("falcon_h1").config)

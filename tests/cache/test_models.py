@@ -6,11 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 from rotorquant_hf import RotorQuantCache
 from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.hybrid import RotorQuantHybridLayer, RotorQuantHybridSlidingLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.quant.packing import packed_bytes
 from tests.helpers.models import (
@@ -30,7 +37,7 @@ ALL = list(MODELS)
 COMPRESSED = [name for name in ALL if set(MODELS[name].layers) != {"own"}]
 SLIDING = [name for name in ALL if MODELS[name].sliding]
 UNIFORM = [name for name in ALL if MODELS[name].uniform]
-WITHOUT_STATES = [name for name in ALL if "own" not in MODELS[name].layers]
+WITHOUT_STATES = [name for name in ALL if not MODELS[name].stateful]
 TWO_KERNELS = [name for name in COMPRESSED if len(MODELS[name].attention) > 1]
 
 CHUNKS = {
@@ -40,6 +47,12 @@ CHUNKS = {
     "prompt then steps": (41,) + (1,) * 8,
     "over the window at once": (5, 30, 1, 2, 22),
 }
+
+
+def states_of(layer: Any) -> list[Tensor]:
+    """The recurrent and convolution states of a layer."""
+    states = [getattr(layer, name, {}) for name in ("conv_states", "recurrent_states")]
+    return [x for found in states for x in found.values() if x is not None]
 
 
 def is_compressed(layer: Any) -> bool:
@@ -54,11 +67,21 @@ def is_compressed(layer: Any) -> bool:
 def test_attention_layers_are_compressed_and_others_are_those_of_transformers(name):
     config = build(name).config
     types = [type(layer) for layer in RotorQuantCache(config=config).layers]
-    instead = {DynamicLayer: RotorQuantLayer, DynamicSlidingWindowLayer: RotorQuantSlidingLayer}
+    instead = {
+        DynamicLayer: RotorQuantLayer,
+        DynamicSlidingWindowLayer: RotorQuantSlidingLayer,
+        LinearAttentionAndFullAttentionLayer: RotorQuantHybridLayer,
+        LinearAttentionAndSlidingWindowAttentionLayer: RotorQuantHybridSlidingLayer,
+    }
     oracle = [type(layer) for layer in DynamicCache(config=config).layers]
     assert types == [instead.get(kind, kind) for kind in oracle]
 
-    kinds = {RotorQuantLayer: "full", RotorQuantSlidingLayer: "sliding"}
+    kinds = {
+        RotorQuantLayer: "full",
+        RotorQuantSlidingLayer: "sliding",
+        RotorQuantHybridLayer: "hybrid",
+        RotorQuantHybridSlidingLayer: "hybrid_sliding",
+    }
     held = [kinds.get(kind, "own") for kind in types if kind.__name__ != "DummyLayer"]
     assert tuple(held) == MODELS[name].layers
 
@@ -119,7 +142,7 @@ def test_beam_search_is_that_of_dynamic_cache_while_nothing_is_packed(name):
     assert torch.equal(beams, model.generate(ids, past_key_values=oracle, **options))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "deepseek_v3", "falcon_h1", "inkling"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_models(name, dtype):
     model, ids, chunks = build(name, dtype=dtype), prompt(2, 60), CHUNKS["prompt then steps"]
@@ -169,7 +192,7 @@ def test_generation_reads_the_packed_tokens(name):
 
 
 @pytest.mark.parametrize("part", ["key_bits", "value_bits"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3", "lfm2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3", "lfm2", "falcon_h1"])
 def test_keys_and_values_are_both_read_from_the_packed_store(name, part):
     model, ids, chunks = build(name), prompt(2, 60), CHUNKS["prompt then steps"]
     reference = feed(model, DynamicCache(config=model.config), ids, chunks)
@@ -224,7 +247,8 @@ def test_sliding_layers_keep_what_later_tokens_see(name, chunks):
         if getattr(layer, "is_sliding", False):
             assert layer.keys.shape[2] == SLIDING_WINDOW - 1
             assert layer.recent[0].shape[2] < SMALL["residual_length"] + SMALL["block_length"]
-            assert layer.numbers()[0] == layer.keys.numel() + layer.values.numel()
+            states = sum(x.numel() for x in states_of(layer))
+            assert layer.numbers()[0] == layer.keys.numel() + layer.values.numel() + states
 
 
 @pytest.mark.parametrize("name", SLIDING)
@@ -238,6 +262,12 @@ def test_the_memory_of_sliding_layers_stays_bounded(name):
         sizes[start + 5] = sum(storages(sliding).values())
     assert max(sizes.values()) <= 1.3 * max(sizes[n] for n in (25, 30, 35, 40))
 
+
+@pytest.mark.parametrize("name", [name for name in SLIDING if name in WITHOUT_STATES])
+def test_without_a_config_nothing_leaves_the_window(name):
+    model, ids = build(name), prompt(1, 120)
+    cache = RotorQuantCache(config=model.config, **SMALL)
+    feed(model, cache, ids, (5,) * 24)
     everything = RotorQuantCache(**SMALL)
     feed(model, everything, ids, (5,) * 24)
     assert everything.memory().numbers > cache.memory().numbers
@@ -284,15 +314,14 @@ def test_memory_by_layer_is_that_of_the_tensors(name):
     ropes = [x.rope.frequencies for x in cache.layers if is_compressed(x) and x.rope]
     shared = sum(x.nbytes for x in ropes) - sum({id(x): x.nbytes for x in ropes}.values())
     parts["statistics"] -= shared  # layers of a type have the same
-    assert {part: report.parts[part] for part in parts} == parts
-    assert report.total_bytes == (
-        sum(parts.values()) + report.parts["tables"] + report.parts["exact_layers"]
-    )
     own = [layer for layer in cache.layers if not is_compressed(layer)]
-    assert report.parts["exact_layers"] == sum(storages(own).values())
+    states = [states_of(layer) for layer in cache.layers if is_compressed(layer)]
+    parts["exact_layers"] = sum(storages([*own, *states]).values())
+    assert {part: report.parts[part] for part in parts} == parts
+    assert report.total_bytes == sum(parts.values()) + report.parts["tables"]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "lfm2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "lfm2", "falcon_h1", "zaya"])
 def test_exact_layers_are_left_to_transformers(name):
     model, ids, chunks = build(name), prompt(2, 60), CHUNKS["prompt then steps"]
     exact = tuple(i for i, kind in enumerate(MODELS[name].layers) if kind != "own")

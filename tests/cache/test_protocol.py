@@ -631,7 +631,9 @@ def test_a_reset_layer_is_as_good_as_new(kind):
     assert same(snapshot(vars(layer)), snapshot(vars(fresh)))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_next"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3", "qwen3_next", "falcon_h1", "zamba2", "zaya", "inkling"]
+)
 def test_a_reset_cache_generates_what_a_new_one_does(name):
     model, ids = build(name), prompt(2, 30)
     cache = RotorQuantCache(config=model.config, **SMALL)
@@ -666,7 +668,7 @@ def forked(cache):
 
 
 @pytest.mark.parametrize("aware", [True, False])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "falcon_h1", "zaya", "inkling"])
 def test_forks_go_their_own_ways(name, aware):
     """As those of a DynamicCache, with the codes of the shared prefix in memory once."""
     model, ids = build(name), prompt(2, 90)
@@ -852,7 +854,9 @@ def test_a_cache_is_freed_with_its_last_reference():
 # --- the cache's own protocol ---
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "qwen3_next", "lfm2", "gemma4"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3", "mistral", "qwen3_next", "lfm2", "gemma4", "falcon_h1", "zamba2"]
+)
 def test_the_cache_reports_what_dynamic_cache_does(name):
     model, ids = build(name), prompt(2, 60)
     cache, oracle = (

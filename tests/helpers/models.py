@@ -70,8 +70,8 @@ class Tiny:
         base: options that many configs share.
         model: the model's class, where it does not have the usual name.
         layers: what a cache holds for each layer: "full" and "sliding" attention are
-            compressed, "own" is kept by Transformers' own layer. Layers without a cache are left
-            out.
+            compressed, "hybrid" and "hybrid_sliding" have states beside it, "own" is kept by
+            Transformers' own layer. Layers without a cache are left out.
         attention: attention implementations of the CPU that compute the same; the first is used.
     """
 
@@ -85,7 +85,12 @@ class Tiny:
     @property
     def sliding(self) -> bool:
         """Whether there is a layer of sliding-window attention."""
-        return "sliding" in self.layers
+        return any(kind.endswith("sliding") for kind in self.layers)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether there is a layer with recurrent or convolution states."""
+        return not {"own", "hybrid", "hybrid_sliding"}.isdisjoint(self.layers)
 
     @property
     def uniform(self) -> bool:
@@ -262,9 +267,55 @@ MODELS: dict[str, Tiny] = {
         },
         layers=("own", "full", "own"),
     ),
-    # Both kinds in every layer: Transformers' own, uncompressed
+    # Attention and states in one layer
     "falcon_h1": Tiny(
-        "FalconH1", {"mamba_d_ssm": 64, "mamba_d_head": 16, **_MAMBA}, layers=("own", "own")
+        "FalconH1",
+        {"mamba_d_ssm": 64, "mamba_d_head": 16, **_MAMBA},
+        layers=("hybrid", "hybrid"),
+    ),
+    "zamba2": Tiny(
+        "Zamba2",
+        {
+            "num_hidden_layers": 3,
+            "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+            "num_key_value_heads": 4,
+            "mamba_d_state": 16,
+            "n_mamba_heads": 4,
+            "chunk_size": 8,
+            "adapter_rank": 8,
+            "use_mem_rope": True,
+        },
+        layers=("own", "hybrid", "hybrid"),
+    ),
+    "zaya": Tiny(
+        "Zaya",
+        {
+            "head_dim": 16,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": ["hybrid_sliding", "hybrid"],
+            "num_experts": 2,
+            "moe_intermediate_size": 32,
+            "router_hidden_size": 16,
+        },
+        layers=("hybrid_sliding", "hybrid"),
+    ),
+    # Scores with a bias for the distance
+    "inkling": Tiny(
+        "InklingText",
+        {
+            "head_dim": 16,
+            "swa_head_dim": 16,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "sliding_window_size": SLIDING_WINDOW,
+            "layer_types": ["hybrid_sliding", "hybrid"],
+            "mlp_layer_types": ["dense", "dense"],
+            "d_rel": 8,
+            "rel_extent": 32,
+            "logits_mup_width_multiplier": 1.0,
+        },
+        model="InklingForCausalLM",
+        layers=("hybrid_sliding", "hybrid"),
     ),
 }
 
