@@ -7,7 +7,7 @@ Parts, each a process of its own that ends after its share of the minutes:
 
 - check: the tests of the kernels (tests/kernels/test_on_device.py; where it is the only part, all
   tests of kernels, ring and graphs), by pytest, in several processes if pytest-xdist is there;
-- tune, attention, generate: the commands evals.bench.tune, .attention and .generate.
+- kernels, tune, attention, generate: the commands evals.bench.kernels and so on.
 
 What one part breaks, hangs in or has no time for leaves the others; a benchmark that loses the
 device is started anew with what it had left. DIR gets the rows of each benchmark (PART.jsonl), the
@@ -28,7 +28,7 @@ from pathlib import Path
 from ..environment import Versions, device_of
 from .common import DEVICE_LOST, default_device, exit_with, new_parser, require_kernels
 
-PARTS = {"check": 0.18, "tune": 0.22, "attention": 0.34, "generate": 0.26}
+PARTS = {"check": 0.18, "kernels": 0.06, "tune": 0.2, "attention": 0.32, "generate": 0.24}
 """Parts, with their shares of the time where all are run."""
 
 _ROOT = Path(__file__).parents[2]
@@ -39,6 +39,10 @@ _ARGUMENTS = {  # of a part where all have to fit into one call, and where it is
     "check": (
         _TESTS,
         f"{_TESTS} tests/kernels tests/layers/test_ring.py tests/cache/test_graph.py",
+    ),
+    "kernels": (
+        "--batch 1 8 32 --context 4096 32768 --head-dim 128 --bits 3 4 --repeats 9",
+        "--prod --repeats 9",
     ),
     "tune": (
         "--batch 1 8 --context 32768 --head-dim 128 --bits 3 4 --config-seconds 12",
@@ -148,7 +152,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--minutes", type=float, default=9.0, help="for all parts together")
     add("--only", default="", help="the checks to run, as pytest's -k")
     add("--workers", type=int, default=workers, help="processes that check, or compile kernels")
-    for part in ("tune", "attention", "generate"):
+    for part in list(PARTS)[1:]:
         add(f"--{part}", metavar="ARGUMENTS", help=f"arguments of {part}, in one string")
     args = parser.parse_args(argv)
     require_kernels(parser, default_device())

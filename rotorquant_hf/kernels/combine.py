@@ -61,7 +61,6 @@ class Combine:
             centroid_unit=table_unit(values.quantizer.stage_one.bits) / math.sqrt(d),
             MEAN=mean is not None,
             SINKS=sinks,
-            EXACT=MAX_EXACT_SPLITS,
             **options,
         )
 
@@ -111,6 +110,7 @@ def combine_options(d: int, rows: int) -> dict[str, Any]:
             "COLUMNS": min(width, max(16, 4096 // width)),
             "SPLITS": max(1, 8192 // width),
             "STATS": 128,
+            "EXACT": MAX_EXACT_SPLITS,
             "num_warps": 4 if width <= 256 else 8,
         }
     return {
@@ -119,6 +119,7 @@ def combine_options(d: int, rows: int) -> dict[str, Any]:
         "COLUMNS": min(width, max(16, 2048 // width)),
         "SPLITS": 2048 // width,
         "STATS": 16,
+        "EXACT": MAX_EXACT_SPLITS,
         "num_warps": 2 if width <= 128 else 4,
     }
 

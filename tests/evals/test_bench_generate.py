@@ -57,7 +57,7 @@ def test_generation_has_a_row_for_every_cache(tmp_path, capsys, monkeypatch) -> 
         )
         cache.update(*common.random_states((2, 2, 1, 16), torch.float32, torch.Generator()), layer)
     hessian = 2 * 2 * 2 * 16 * 16 * 2  # of queries, of which `cache` has seen none
-    frequencies = 2 * (1 + 2) * 8 * 4  # of RoPE, for a layer and for each of its rows
+    frequencies = (1 + 2 * 2) * 8 * 4  # of RoPE, for all layers and for each row of a layer
     known = hessian + frequencies  # with the model's config
     assert found["k4v4", "eager"]["cache_bytes"] == cache.memory().total_bytes + known
 

@@ -24,7 +24,7 @@ from tests.helpers.bench import MODEL, rows_of
 # Requirements and help
 
 
-COMMANDS = ("attention", "cache_size", "cpu", "generate", "gpu", "kernel_cost", "tune")
+COMMANDS = ("attention", "cache_size", "cpu", "generate", "gpu", "kernel_cost", "kernels", "tune")
 
 WITHOUT = """
 import sys
@@ -83,11 +83,11 @@ def test_help_is_complete_and_needs_no_triton() -> None:
 
 def test_a_missing_triton_is_named_before_any_work(tmp_path) -> None:
     gpu = run_commands(["gpu"], "--out", str(tmp_path / "out"))
-    others = run_commands(["attention", "kernel_cost", "tune"])
-    assert gpu.stdout + others.stdout == 4 * "ENDED 2\n"
+    others = run_commands(["attention", "kernel_cost", "kernels", "tune"])
+    assert gpu.stdout + others.stdout == 5 * "ENDED 2\n"
     errors = (gpu.stderr + others.stderr).splitlines()
     says = "needs triton, which is not installed: pip install -e '.[triton]'"
-    assert len([line for line in errors if says in line]) == 4
+    assert len([line for line in errors if says in line]) == 5
     assert not list(tmp_path.iterdir())
 
 
@@ -120,7 +120,8 @@ def test_one_command_runs_its_parts_and_keeps_all_they_say(tmp_path) -> None:
 
 
 def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys) -> None:
-    commands, ends = [], {"pytest": [1], "tune": [124], "attention": [75, 75, 0], "generate": [-11]}
+    commands, ends = [], {"pytest": [1], "kernels": [0], "tune": [124]}
+    ends |= {"attention": [75, 75, 0], "generate": [-11]}
 
     def run(arguments, seconds, log):
         commands.append(arguments)
@@ -134,7 +135,7 @@ def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys) -> N
     assert not any(ends.values())
     benchmarks = [command for command in commands if command[1] != "pytest"]
     assert all("--resume" in command for command in benchmarks)  # the device was lost twice
-    assert len(commands) == 6
+    assert len(commands) == 7
 
 
 def test_where_check_is_alone_it_runs_all_tests_of_kernels(tmp_path) -> None:
