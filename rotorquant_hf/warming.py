@@ -88,17 +88,21 @@ def _feed(
     fill(model, ids, cache, **options)
 
 
-def _variants() -> Counter[str]:
-    """How many variants of each kernel this process has ready."""
+def _kernels() -> tuple[Any, ...]:
+    """All kernels."""
     from rotorquant_hf.kernels.append import append_kernel
     from rotorquant_hf.kernels.attend import attend_kernel
     from rotorquant_hf.kernels.combine import combine_kernel
     from rotorquant_hf.kernels.push import push_kernel
     from rotorquant_hf.kernels.queries import prepare_kernel
 
-    kernels = (append_kernel, push_kernel, prepare_kernel, attend_kernel, combine_kernel)
+    return append_kernel, push_kernel, prepare_kernel, attend_kernel, combine_kernel
+
+
+def _variants() -> Counter[str]:
+    """How many variants of each kernel this process has ready."""
     found: Counter[str] = Counter()
-    for kernel in kernels:
+    for kernel in _kernels():
         # By device, the first entry of each by variant; Triton's interpreter compiles nothing.
         caches = getattr(kernel, "device_caches", {})
         found[kernel.__name__] = sum(len(entries[0]) for entries in caches.values())

@@ -36,7 +36,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rotorquant_hf import RotorQuantConfig
 
-from ..environment import Versions, device_of
 from ..failures import free_memory, guarded
 from ..tables import markdown
 from ..timing import Sampler, Stopwatch, Timing, Variant, interleave
@@ -201,8 +200,8 @@ def measure(shape: AttentionShape, run: Run) -> None:
     """Time all variants of one configuration and write a row for each mode of each."""
     key: dict[str, Any] = {"kind": "attention", **asdict(shape)}
     args, stopwatch, log = run.args, run.stopwatch, run.log
-    if any(row.items() >= (key | {"status": "ok"}).items() for row in log.entries):
-        return  # resumed
+    if run.has(key | {"status": "ok"}):
+        return
     max_bytes = args.max_bytes
     if max_bytes is None:
         max_bytes = int(0.85 * free_memory(stopwatch.device)) if stopwatch.cuda else 1 << 33
@@ -374,10 +373,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser, argv)
     if args.tune:
         parser.error(f"--tune is a command of its own: python -m {__package__}.tune")
-    versions = Versions.of(device_of(args.device), f"{__package__}.attention", argv)
-    status, rows = run(measure, HEADER, compile_jobs(args), versions, args)
-    say(f"\n{summary(rows)}\n\n{versions}")
-    return status
+    return run("attention", measure, HEADER, compile_jobs(args), args, argv, summary)
 
 
 if __name__ == "__main__":

@@ -317,6 +317,10 @@ class Run:
     copy: float
     until: float
 
+    def has(self, row: dict[str, Any]) -> bool:
+        """Whether there is a row with these values and others: the run resumes one that had it."""
+        return any(found.items() >= row.items() for found in self.log.entries)
+
     @property
     def out_of_time(self) -> bool:
         """Whether the time is up."""
@@ -335,23 +339,29 @@ class Run:
 
 
 def run(
+    name: str,
     one: Callable[[AttentionShape, Run], None],
     header: Sequence[str],
     jobs: Sequence[tuple[Any, ...]],
-    versions: Versions,
     args: argparse.Namespace,
-) -> tuple[int, list[dict[str, Any]]]:
-    """Measure all configurations and print their rows under one header.
+    argv: Sequence[str] | None,
+    summary: Callable[[list[dict[str, Any]]], str] | None = None,
+) -> int:
+    """Measure all configurations, and print their rows under one header and the versions.
 
     Args:
+        name: the command's, in this package.
         one: measures one configuration.
         jobs: arguments of `compile_step`, for --workers; they may take a third of --seconds.
+        args, argv: of the command line, parsed and as they are.
+        summary: of all rows, printed after them.
 
     Returns:
-        The exit status (1 if a result is wrong, or `DEVICE_LOST`), and all rows.
+        The exit status: 1 if a result is wrong, or `DEVICE_LOST`.
     """
     until = time.monotonic() + args.seconds
     device = device_of(args.device)
+    versions = Versions.of(device, f"{__package__}.{name}", argv)
     log = open_log(args.out, args.resume)
     try:
         if args.workers > 1:
@@ -364,12 +374,16 @@ def run(
             say(f"copy: {copy / 1e9:.0f} GB/s, read and written\n")
             say(markdown(header, [], left=5))
             Run(args, stopwatch, log, copy, until).measure(shapes_of(args), one)
+        status = int(any(row.get("status") == "wrong" for row in log.entries))
     except DeviceLost as error:
         say(f"The device is lost {error}; start anew with --resume")
-        return DEVICE_LOST, log.entries
+        status = DEVICE_LOST
     finally:
         log.close()
-    return int(any(row.get("status") == "wrong" for row in log.entries)), log.entries
+    if summary is not None:
+        say(f"\n{summary(log.entries)}")
+    say(f"\n{versions}")
+    return status
 
 
 def say(line: str) -> None:

@@ -152,7 +152,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--minutes", type=float, default=9.0, help="for all parts together")
     add("--only", default="", help="the checks to run, as pytest's -k")
     add("--workers", type=int, default=workers, help="processes that check, or compile kernels")
-    for part in list(PARTS)[1:]:
+    for part in (part for part in PARTS if part != "check"):
         add(f"--{part}", metavar="ARGUMENTS", help=f"arguments of {part}, in one string")
     args = parser.parse_args(argv)
     require_kernels(parser, default_device())

@@ -23,7 +23,6 @@ import torch
 
 from rotorquant_hf import RotorQuantConfig
 
-from ..environment import Versions, device_of
 from ..failures import guarded
 from ..timing import Sampler, Stopwatch, Timing, Variant, interleave
 from .common import exit_with, new_parser
@@ -168,7 +167,7 @@ def tune(shape: AttentionShape, run: Run) -> None:
         key: dict[str, Any] = {"kind": "tune", **asdict(shape), "variant": name}
         if run.out_of_time:
             run.log.write(key | {"kind": "skipped"})
-        elif not any(row.items() >= (key | {"final": True}).items() for row in run.log.entries):
+        elif not run.has(key | {"final": True}):
             report = partial(_report, run, key)
             with guarded(run.stopwatch.device, partial(_report_failure, report)):
                 _tune_kind(shape, settings, run, report)
@@ -234,10 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(parser, argv)
     parts = [partial(part_of_tilings, i, args.workers, args.limit) for i in range(args.workers)]
     jobs = [(*job, part) for part in parts for job in compile_jobs(args)]
-    versions = Versions.of(device_of(args.device), f"{__package__}.tune", argv)
-    status, _ = run(tune, TUNE_HEADER, jobs, versions, args)
-    say(f"\n{versions}")
-    return status
+    return run("tune", tune, TUNE_HEADER, jobs, args, argv)
 
 
 if __name__ == "__main__":

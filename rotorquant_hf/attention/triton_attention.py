@@ -246,7 +246,7 @@ class _Plan:
         tiling: Tiling | None,
     ) -> None:
         self._tilings = _default_tilings(query, keys, values)
-        self._splits = None if tiling is None else (tiling.splits, tiling.exact_splits)
+        self._tiling = tiling
         tiling = tiling or self._tilings(tokens=values.max_packed)
         batch, query_heads, n, d_k = query.shape
         heads, d_v = values.shape[1], values.shape[3]
@@ -330,8 +330,9 @@ class _Plan:
         self, query: Tensor, keys: KVStates, options: AttentionOptions, from_end: int
     ) -> Tensor:
         rotated, projected, factors = self._prepare(query)
-        splits, exact_splits = self._splits or self._chosen_splits(keys.max_packed)
-        splits += exact_splits
+        tiling = self._tiling or self._tilings(tokens=keys.max_packed)
+        exact_splits = tiling.exact_splits
+        splits = tiling.splits + exact_splits
         sums = query.new_empty(self._total, splits, self._rows, self._d_v, dtype=torch.float32)
         stats = query.new_empty(2, self._total, splits, self._rows, dtype=torch.float32)
         out = query.new_empty(self._out)
@@ -359,10 +360,6 @@ class _Plan:
         logits = None if options.sink_logits is None else options.sink_logits.contiguous()
         self._combine(sums, stats, out, logits, exact_splits)
         return out
-
-    def _chosen_splits(self, tokens: int) -> tuple[int, int]:
-        tiling = self._tilings(tokens=tokens)
-        return tiling.splits, tiling.exact_splits
 
 
 def _strides(name: str, axes: str, x: Tensor) -> dict[str, int]:

@@ -42,10 +42,11 @@ class Combine:
         scale, mean = values.statistics.scale, values.statistics.mean
         d, heads = values.quantizer.d, scale.shape[1]
         group = query_heads // heads
-        rows, total = n * group, batch * heads
-        options = combine_options(d, total * rows)
+        rows = n * group
+        total = batch * heads * rows
+        options = combine_options(d, total)
         columns = pieces(options["PAD_D"], options["COLUMNS"])
-        self._grid = (pieces(total * rows, options["ROWS"]) * columns, 1, 1)
+        self._grid = (pieces(total, options["ROWS"]) * columns, 1, 1)
         self._unread = scale  # where the kernel takes a pointer that it does not read
         self._launch = Launch(
             combine_kernel,
@@ -56,7 +57,7 @@ class Combine:
             heads=heads,
             group=group,
             rows=rows,
-            total=total * rows,
+            total=total,
             d=d,
             centroid_unit=table_unit(values.quantizer.stage_one.bits) / math.sqrt(d),
             MEAN=mean is not None,
@@ -158,6 +159,8 @@ def combine_kernel(
     EXACT: tl.constexpr,  # exact_splits at most
 ):
     """Grid: tiles of the query rows of all kv heads, of each all pieces of COLUMNS of the output.
+
+    `total` is the number of rows.
 
     The loads of many splits are under way at once: one after the other their latency would be
     most of the time of a decode step's attention at batch 1.

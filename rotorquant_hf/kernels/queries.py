@@ -61,10 +61,11 @@ class PrepareQueries:
         heads, d, m = scale.shape[1], keys.quantizer.d, keys.quantizer.num_signs
         group = query_heads // heads
         rows = n * group
+        total = batch * heads * rows
         self._shape, self._d, self._m, self._dtype = (batch * heads, rows), d, m, dtype
         options = prepare_options(d, m)
         columns = pieces(max(options["PAD_D"], options["PAD_M"]), options["COLUMNS"])
-        self._grid = (pieces(batch * heads * rows, options["ROWS"]) * columns, 1, 1)
+        self._grid = (pieces(total, options["ROWS"]) * columns, 1, 1)
         self._launch = Launch(
             prepare_kernel,
             p_channel_scale=scale,
@@ -72,7 +73,7 @@ class PrepareQueries:
             p_mean=scale if mean is None else mean,
             p_rotation=rotation,
             p_projection=_projection(keys.quantizer) if m else rotation,
-            total=batch * heads * rows,
+            total=total,
             heads=heads,
             group=group,
             rows=rows,

@@ -64,8 +64,12 @@ def contents(cache):
         ((100,), 50, 0),
         ((10,), 10, 40),
         ((30,), 9, 40),
+        ((30,), 9, 100),
     ],
-    ids=["the first", "a token", "a block", "many", "a window that fills up", "a window's block"],
+    ids=[
+        *("the first", "a token", "a block", "many"),
+        *("a window that fills up", "a full window's block", "a window's block"),
+    ],
 )
 def test_a_pass_is_stored_or_not(lengths, n, window):
     new = passes(n, 50)

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from evals.bench import kernels
-from evals.bench.decode_step import AttentionShape
+from evals.bench.decode_step import AttentionShape, Run
 from evals.sweep.rows import JSONLines
 from rotorquant_hf.backend import backend
 from tests.helpers.bench import CPU
@@ -31,8 +31,7 @@ def test_times_are_medians_by_kernel() -> None:
 def test_a_row_for_each_setting(monkeypatch, capsys) -> None:
     args = SimpleNamespace(bits=[2, 3], prod=False, repeats=4)
     log = JSONLines(None)
-    stopwatch = SimpleNamespace(device=CPU, l2_bytes=64)
-    run = SimpleNamespace(args=args, stopwatch=stopwatch, log=log)
+    run = Run(args, SimpleNamespace(device=CPU, l2_bytes=64), log, copy=1.0, until=0.0)
     calls = []
 
     def profiled(step, between, samples):
@@ -43,8 +42,9 @@ def test_a_row_for_each_setting(monkeypatch, capsys) -> None:
         return {"prepare": 1.0, "attend": 2.5, "combine": 0.5}
 
     monkeypatch.setattr(kernels, "profiled", profiled)
+    shape = AttentionShape(1, 420, 4, 2, 16, "float32")
     with backend("triton"):
-        kernels.measure(AttentionShape(1, 420, 4, 2, 16, "float32"), run)
+        kernels.measure(shape, run)
     assert calls == [((1, 4, 1, 16), 4)] * 2
     good, bad = log.entries
     assert good["variant"] == "k2v2"
@@ -53,6 +53,10 @@ def test_a_row_for_each_setting(monkeypatch, capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| 1 | 420 | 16 | k2v2 | 1.0 | 2.5 | 0.5 | 4.0 | 1 | 1 |"
     assert "| k3v3 | failed: RuntimeError: the profiler saw no attend_kernel |" in lines[1]
+
+    with backend("triton"):  # resumed: what went well is not done again
+        kernels.measure(shape, run)
+    assert [row["variant"] for row in log.entries] == ["k2v2", "k3v3", "k3v3"]
 
 
 def test_a_cpu_is_refused(capsys, monkeypatch) -> None:

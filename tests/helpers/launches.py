@@ -19,17 +19,13 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from rotorquant_hf.attention import triton_attention
 from rotorquant_hf.backend import backend
-from rotorquant_hf.kernels.append import append_kernel
 from rotorquant_hf.kernels.attend import attend_kernel
-from rotorquant_hf.kernels.combine import combine_kernel
-from rotorquant_hf.kernels.push import push_kernel
-from rotorquant_hf.kernels.queries import prepare_kernel
+from rotorquant_hf.warming import _kernels
 
 Variant = tuple[str, tuple[tuple[str, str], ...]]
 """A kernel's name, and what it is compiled for: names and values of arguments and options."""
 
 H100 = triton_attention.Device(132, 228 << 10)
-KERNELS = (append_kernel, attend_kernel, combine_kernel, prepare_kernel, push_kernel)
 
 
 Kernel = JITFunction | InterpretedFunction
@@ -67,7 +63,7 @@ def recorded(monkeypatch: Any) -> Iterator[list[Variant]]:
         variants.append(variant)
 
     with monkeypatch.context() as patch, backend("triton"):
-        for kernel in KERNELS:
+        for kernel in _kernels():
             patch.setattr(kernel, "device_caches", {0: ({},)}, raising=False)
         patch.setattr(type(attend_kernel), "run", recording)
         patch.setattr(triton_attention.Device, "of", lambda device: H100)

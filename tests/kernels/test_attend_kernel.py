@@ -233,6 +233,16 @@ def test_centred_keys(dtype):
     assert error(query(dtype=dtype), keys, values, options) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("unit", [1e-8, 1e8], ids=["tiny", "huge"])
+@pytest.mark.parametrize("options", [{}, {"key_quantizer": "prod"}], ids=["mse", "prod"])
+def test_queries_of_any_unit(unit, options):
+    """Their products with the keys are as ever, though float16 would not hold the queries."""
+    keys, values = states(dtype=torch.bfloat16, **options)
+    queries = (query() * unit).bfloat16()
+    found = error(queries, keys, values, AttentionOptions(scale=0.125 / unit))
+    assert found < TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize("unit", [1e-4, 1e4], ids=["tiny", "huge"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_units_of_the_model_do_not_matter(unit, dtype):
