@@ -330,7 +330,7 @@ def test_a_cache_is_as_it_was_after_a_failed_update(with_config):
     assert cache.memory() == report
 
 
-@pytest.mark.parametrize("pair", [states(d_key=4), _with(states(), 0, math.nan)], ids=range(2))
+@pytest.mark.parametrize("pair", [_with(states(), i, math.nan) for i in range(2)], ids=range(2))
 def test_a_new_cache_is_usable_after_a_failed_first_update(pair):
     cache = RotorQuantCache(SMALL)
     with pytest.raises(ValueError):  # noqa: PT011  the messages are tested above
