@@ -32,6 +32,7 @@ from rotorquant_hf.memory import MemoryReport, measure
 from rotorquant_hf.model_rope import ropes_of
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.rope import Rope
+from rotorquant_hf.quant.rotations import MAX_DIM, MIN_DIM, can_be_rotated
 
 _SLIDING = ("sliding_attention", "chunked_attention")
 _HYBRID = ("hybrid", "hybrid_sliding")
@@ -52,7 +53,8 @@ class RotorQuantCache(Cache):
     quantised once, when it is no longer recent and `statistics_length` tokens have been read.
     Attention is compressed, full and sliding, also in hybrid layers, which have recurrent states
     beside it; these stay as they are. Layers of other kinds (linear attention, convolutions,
-    indexed sparse attention) keep Transformers' own cache, uncompressed.
+    indexed sparse attention) keep Transformers' own cache, uncompressed, and so do layers whose
+    heads have fewer than 8 elements or more than 576.
 
     Args:
         settings: a preset name (see `PRESETS`), a `RotorQuantConfig`, or None for the defaults.
@@ -159,6 +161,7 @@ class RotorQuantCache(Cache):
                     "DynamicCache(config=model.config))"
                 )
         self._settle_others(layer_idx, key_states.shape[-2])
+        self._leave_uncompressed(layer_idx, key_states, value_states)
         with self._taking_back(layer_idx, key_states.shape[-2]):
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(keys, CompressedTensor) and keys.on_query is not None:
@@ -178,6 +181,25 @@ class RotorQuantCache(Cache):
         if layer_idx < 0 or (count is not None and layer_idx >= count):
             last = " on" if count is None else f" to {count - 1}, as the model's config has them"
             raise ValueError(f"layer_idx is {layer_idx}; pass the layer's number, from 0{last}")
+
+    def _leave_uncompressed(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> None:
+        """Put Transformers' layer in the place of one that is new, if its heads cannot be coded."""
+        if not key_states.dim() == value_states.dim() == 4:
+            return  # the layer says so
+        head_dims = {key_states.shape[3], value_states.shape[3]}
+        if all(map(can_be_rotated, head_dims)):
+            return
+        if isinstance(self.layers, _GrowingLayers):
+            self.layers.extend(self.layers.make() for _ in range(len(self.layers), layer_idx + 1))
+        layer = self.layers[layer_idx]
+        if isinstance(layer, RotorQuantLayer) and not layer.is_initialized:
+            warnings.warn(
+                f"this model has heads of {' and '.join(map(str, sorted(head_dims)))} elements; "
+                f"heads of {MIN_DIM} to {MAX_DIM} can be quantised, so that layers of others are "
+                "not compressed",
+                stacklevel=3,
+            )
+            self.layers[layer_idx] = layer.uncompressed()
 
     def _show(
         self,

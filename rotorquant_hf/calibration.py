@@ -8,6 +8,7 @@ its own text need not be seen, so that every attention implementation will do.
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,9 @@ _SHAPE = (
 )
 
 _SIDES = ("key", "value")
+
+_NAME = re.compile(r"(\d+)\.(key|value)\.(\w+)")
+"""Of a tensor: layer, side, name."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,9 @@ class Calibration:
             ValueError: if it is damaged, or of another kind or version.
         """
         with CALIBRATION_FILE.read(path) as (header, tensors):
-            layers = _layers_of(tensors, header["settings"]["rope_layout"])
-            return cls(header["model"], header["settings"], header["tokens"], layers)
+            settings = {name: header["settings"][name] for name in SETTINGS}
+            layers = _layers_of(tensors, settings["rope_layout"])
+            return cls(dict(header["model"].items()), settings, header["tokens"], layers)
 
 
 def _layers_of(
@@ -107,7 +112,7 @@ def _layers_of(
 ) -> dict[int, tuple[ChannelStatistics, ChannelStatistics]]:
     named: dict[tuple[int, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        index, side, name = key.split(".")
+        index, side, name = _NAME.fullmatch(key).groups()  # type: ignore[union-attr]
         named.setdefault((int(index), side), {})[name] = tensor
     read = {key: ChannelStatistics.of_tensors(found, rope_layout) for key, found in named.items()}
     return {i: (read[i, "key"], read[i, "value"]) for i in sorted({i for i, _ in read})}

@@ -18,6 +18,9 @@ ROPE_LAYOUTS = ("half", "interleaved", "none")
 # Values get other rotations than keys, as in the reference.
 _VALUE_SEED_OFFSET = 100
 
+# Far beyond what is of use. A file says what is to be drawn, and could ask for days of it.
+_MAX_SEED, _MAX_ROTOR_LAYERS, _MAX_QJL_DIM = 2**32 - 1, 64, 4096
+
 
 def _help(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -99,10 +102,10 @@ class RotorQuantConfig:
         _check_int("block_length", self.block_length, 1)
         _check_int("num_sink_tokens", self.num_sink_tokens, 0)
         _check_int("statistics_length", self.statistics_length, 0)
-        _check_int("seed", self.seed, 0)
-        for name in ("rotor_layers", "qjl_dim"):
+        _check_int("seed", self.seed, 0, _MAX_SEED)
+        for name, most in (("rotor_layers", _MAX_ROTOR_LAYERS), ("qjl_dim", _MAX_QJL_DIM)):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 1)
+                _check_int(name, getattr(self, name), 1, most)
         if self.rotor_layers is not None and self.rotation not in ("cascade", "rotors"):
             raise ValueError(
                 f"rotor_layers is {self.rotor_layers}, but the rotation {self.rotation!r} has no "

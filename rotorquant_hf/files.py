@@ -22,6 +22,12 @@ from torch import Tensor
 
 from rotorquant_hf.version import __version__
 
+UNEXPECTED = (
+    *(KeyError, IndexError, AttributeError, TypeError, OverflowError, RuntimeError),
+    json.JSONDecodeError,
+)
+"""What reading a header raises that is not as it should be, `ValueError`s with messages aside."""
+
 Pathlike = str | os.PathLike[str]
 
 _CHECKSUM = b'"crc32":"'
@@ -52,6 +58,7 @@ class FileKind:
 
         Raises:
             FileNotFoundError: if its folder does not exist.
+            OSError: if it cannot be written, as where the disk is full.
         """
         path = Path(path)
         if not path.parent.is_dir():
@@ -67,6 +74,8 @@ class FileKind:
             seal(partial)
             partial.chmod(ordinary)
             os.replace(partial, path)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written ({error}); it is as it was") from error
         finally:
             partial.unlink(missing_ok=True)
 
@@ -105,7 +114,7 @@ class FileKind:
             if metadata["crc32"] != _checksum(Path(path))[1]:
                 raise ValueError(f"{path} is damaged: its checksum is not right; {self.again}")
             yield header, tensors
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except UNEXPECTED as error:
             raise ValueError(f"{path} has an invalid header ({error!r}); {self.again}") from error
 
 
@@ -116,6 +125,8 @@ def seal(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(place)
         file.write(checksum.encode())
+        file.flush()
+        os.fsync(file.fileno())  # before the name is its: the machine may stop, too
 
 
 def _checksum(path: Path) -> tuple[int | None, str]:

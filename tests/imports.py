@@ -24,6 +24,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("attention", "store"),
     ("layers",),
     ("memory", "calibration", "model_rope"),
+    ("layer_entries",),
     ("serialization",),
     ("cache",),
     ("capturable", "calibrating"),

@@ -30,7 +30,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from rotorquant_hf.attention.stand_ins import StandIns
 from rotorquant_hf.attention.states import CachedStates, PlainStates
@@ -113,14 +113,16 @@ class RotorQuantLayer(CacheLayerMixin):
             fork._store, fork._queries = copy.copy(self.store), list(self._queries)
         return fork
 
+    def uncompressed(self) -> CacheLayerMixin:
+        """Transformers' layer of the same kind, to take the place of this one, which is new."""
+        return DynamicLayer()
+
     def _of_the_batch(self, statistics: ChannelStatistics, states: Tensor) -> ChannelStatistics:
         batch, heads, _, d = states.shape
-        of = statistics.scale.shape[1], statistics.scale.shape[3]
-        if of not in ((heads, d), (heads, 1)):
-            raise ValueError(
-                f"the calibration is of {of[0]} heads of {of[1]} elements, this layer has {heads} "
-                f"of {d}; it is another model's"
-            )
+        try:
+            statistics.check(1, heads, d)
+        except ValueError as error:
+            raise ValueError(f"the calibration is damaged, or of another model: {error}") from error
         return statistics.map(lambda x: x.to(self.device).repeat(batch, *(1,) * (x.dim() - 1)))
 
     @property

@@ -11,7 +11,13 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer, check_crop
@@ -68,6 +74,15 @@ class RotorQuantHybridLayer(LinearAttentionLayer, RotorQuantLayer):  # type: ign
             if not self.is_initialized:  # then states have read nothing but these tokens
                 self.reset()
             raise
+
+    def uncompressed(self) -> CacheLayerMixin:
+        """As in `RotorQuantLayer`, with the states of this one, which there may be already."""
+        return self._with_states(LinearAttentionAndFullAttentionLayer(self.number_of_states))
+
+    def _with_states(self, other: CacheLayerMixin) -> CacheLayerMixin:
+        for name in vars(LinearAttentionLayer(self.number_of_states)):
+            setattr(other, name, getattr(self, name))
+        return other
 
     def __copy__(self) -> RotorQuantHybridLayer:
         """A fork of the layer, with states of its own: models write into them."""
@@ -166,5 +181,13 @@ class RotorQuantHybridSlidingLayer(  # type: ignore[misc, override]
     ) -> None:
         RotorQuantSlidingLayer.__init__(self, config, sliding_window, calibration, rope)
         LinearAttentionLayer.__init__(self, number_of_states)
+
+    def uncompressed(self) -> CacheLayerMixin:
+        """As in `RotorQuantHybridLayer`."""
+        return self._with_states(
+            LinearAttentionAndSlidingWindowAttentionLayer(
+                self.sliding_window, self.number_of_states
+            )
+        )
 
     activate_past_recording = RotorQuantSlidingLayer.activate_past_recording

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer, check_crop, copies_from, join, last
@@ -34,6 +35,13 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
         self.sliding_window = sliding_window
         self.cumulative_length = 0
         self.record_past = False
+
+    def uncompressed(self) -> CacheLayerMixin:
+        """As in `RotorQuantLayer`."""
+        layer = DynamicSlidingWindowLayer(self.sliding_window)
+        if self.record_past:
+            layer.activate_past_recording()
+        return layer
 
     def activate_past_recording(self) -> None:
         """Keep tokens that leave the window until the next `crop` (assisted decoding)."""

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rotorquant_hf.quant.hessian import LowRankHessian, doubled
+from rotorquant_hf.quant.hessian import RANK, LowRankHessian, doubled
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.rope import Rope
 from rotorquant_hf.quant.tiles import last_sampled, sampled, sampled_positions
@@ -188,6 +188,23 @@ class ChannelStatistics:
             None if factor is None else LowRankHessian(factor),
             None if frequencies is None else Rope(frequencies, rope_layout),
         )
+
+    def check(self, batch: int, heads: int, d: int) -> None:
+        """Raise ValueError unless the tensors are those of vectors (batch, heads, tokens, d)."""
+        one = self.scale.shape[-1:] == (1,)  # scale for all channels
+        right = {
+            "weight": ((batch, heads, 1, 1 if one else d), torch.float32),
+            "mean": ((batch, heads, 1, d), torch.float32),
+            "hessian": ((batch, heads, d, RANK), torch.float16),
+        }
+        if self.rope is not None:
+            right["frequencies"] = ((batch, 1, 1, min(self.rope.channels, d) // 2), torch.float32)
+        for name, x in self.tensors().items():
+            if (tuple(x.shape), x.dtype) != right[name]:
+                raise ValueError(
+                    f"{name} of the statistics is {tuple(x.shape)}, {x.dtype}, which for {heads} "
+                    f"heads of {d} elements, {batch} rows of them, has to be {right[name]}"
+                )
 
     def normalize(self, x: Tensor) -> Tensor:
         """u = (x - mean) / scale of vectors (batch, heads, tokens, d), float32."""

@@ -215,6 +215,11 @@ ROTATIONS = ("cascade", "rotors", "haar", "hadamard")
 """Names that `make_rotation` takes."""
 
 
+def can_be_rotated(d: int) -> bool:
+    """Whether there are rotations of vectors of d elements."""
+    return MIN_DIM <= d <= MAX_DIM
+
+
 def make_rotation(
     d: int, kind: str = "cascade", layers: int | None = None, seed: int = 42
 ) -> Rotation:
@@ -230,7 +235,7 @@ def make_rotation(
     Raises:
         ValueError: naming the value that is not possible.
     """
-    if not MIN_DIM <= d <= MAX_DIM:
+    if not can_be_rotated(d):
         raise ValueError(f"d is {d}; vectors of {MIN_DIM} to {MAX_DIM} elements can be rotated")
     if layers is not None and layers < 1:
         raise ValueError(f"layers is {layers}; choose at least 1, or None for the default")

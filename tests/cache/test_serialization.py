@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import (
 from rotorquant_hf import RotorQuantCache
 from rotorquant_hf.files import seal
 
+NOW = {"statistics_length": 0, "num_sink_tokens": 1}
 SMALL_WINDOW = {"residual_length": 16, "statistics_length": 0, "block_length": 8}
 
 
@@ -254,6 +256,30 @@ def test_failed_save_keeps_the_old_file(saved, monkeypatch) -> None:
         RotorQuantCache.load(saved).save(saved)
     assert saved.read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_save_that_stops_at_any_byte_keeps_the_old_file(tmp_path) -> None:
+    """The disk is full after so many bytes."""
+    old, new = (RotorQuantCache(residual_length=1, block_length=1, **NOW) for _ in range(2))
+    for cache, tokens in ((old, 4), (new, 8)):
+        cache.update(*torch.randn(2, 1, 1, tokens, 8), 0)
+    path = tmp_path / "cache"
+    new.save(path)
+    size, before = path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    old.save(path)
+    held = path.read_bytes()
+    for limit in range(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                new.save(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert path.read_bytes() == held
+        assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    new.save(path)
+    assert path.stat().st_size == size
+    assert RotorQuantCache.load(path).get_seq_length() == 8
 
 
 def test_uncompressed_dynamic_layers_round_trip(tmp_path) -> None:
