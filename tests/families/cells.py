@@ -74,12 +74,19 @@ def measure(family: str) -> Row:
     attention = {name: _attention(family, name) for name in ATTENTION}
     first = "sdpa" if attention["sdpa"].mark != NONE else "eager"
     model = build(family, first)
-    cache = _quietly(lambda: RotorQuantCache(config=model.config))
+    cache = _quietly(lambda: _filled(model))
     compressed = _compresses(cache)
-    cells = {"layers": _layers(cache.layers), "bits": _bits(model) if compressed else Cell(NONE)}
+    cells = {"layers": _layers(cache.layers), "bits": _bits(cache) if compressed else Cell(NONE)}
     cells |= attention
     cells |= {way: _text(model, way, compressed) for way in TEXTS}
     return Row(family, cells)
+
+
+def _filled(model: Any) -> RotorQuantCache:
+    """A cache that has read a text: only then is it known which layers can be compressed."""
+    cache = RotorQuantCache("k3v3", config=model.config, **_SMALL)
+    feed(model, cache, prompt(2, 40), (40,))
+    return cache
 
 
 def _compresses(cache: RotorQuantCache) -> bool:
@@ -108,16 +115,12 @@ def _quietly(call: Callable[[], Any]) -> Any:
         return call()
 
 
-def _bits(model: Any) -> Cell:
-    """Bits of an element at 3 bits a key and value, scales included."""
-
-    def call() -> Cell:
-        cache = RotorQuantCache("k3v3", config=model.config, **_SMALL)
-        feed(model, cache, prompt(2, 40), (40,))
-        report = cache.memory()
-        return Cell(f"{8 * report.packed_bytes / report.packed_numbers:.2f}")
-
-    return _or_reason(lambda: _quietly(call), NO)
+def _bits(cache: RotorQuantCache) -> Cell:
+    """Bits of a packed element, scales included."""
+    report = cache.memory()
+    if not report.packed_numbers:
+        return Cell(NO, "nothing was packed")
+    return Cell(f"{8 * report.packed_bytes / report.packed_numbers:.2f}")
 
 
 def _or_reason(call: Callable[[], Cell], mark: str) -> Cell:
