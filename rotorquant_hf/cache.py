@@ -26,7 +26,11 @@ from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.calibration import Calibration, shape_of
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
-from rotorquant_hf.layers.hybrid import RotorQuantHybridLayer, RotorQuantHybridSlidingLayer
+from rotorquant_hf.layers.hybrid import (
+    RotorQuantHybridLayer,
+    RotorQuantHybridSlidingLayer,
+    check_states_croppable,
+)
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import MemoryReport, measure
 from rotorquant_hf.model_rope import ropes_of
@@ -264,6 +268,34 @@ class RotorQuantCache(Cache):
             return False
         return True
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove tokens, in all layers, or in none if one refuses.
+
+        Raises:
+            ValueError: if `tokens_to_remove` is positive.
+            RuntimeError: if a layer cannot be had back as it was: one with a recurrent state, or
+                a sliding window or convolution that did not record its past
+                (`activate_past_recording()`).
+        """
+        ours = [layer for layer in self.layers if isinstance(layer, RotorQuantLayer)]
+        others: list[Any] = [x for x in self.layers if not isinstance(x, RotorQuantLayer)]
+        for layer in ours:
+            layer.check_croppable(tokens_to_remove)
+        for other in others:
+            if isinstance(other, LinearAttentionCacheLayerMixin):
+                check_states_croppable(other, tokens_to_remove)
+        # Layers of Transformers replace what they hold, so that it can be put back.
+        before = [_attributes(other) for other in others]
+        try:
+            for other in others:
+                other.crop(tokens_to_remove)
+        except BaseException:
+            for other, held in zip(others, before, strict=True):
+                vars(other).update(held)
+            raise
+        for layer in ours:
+            layer.crop(tokens_to_remove)
+
     def tokens_until_packing(self) -> int:
         """How many more tokens until a layer quantises some; see `RotorQuantLayer`.
 
@@ -342,6 +374,11 @@ class RotorQuantCache(Cache):
             for name in ("key_bits", "value_bits")
         )
         return f"RotorQuantCache(key/value bits {bits}, layers={len(self.layers)}, tokens={tokens})"
+
+
+def _attributes(layer: Any) -> dict[str, Any]:
+    """What a layer of Transformers holds now, tensors shared."""
+    return {k: dict(v) if isinstance(v, dict) else v for k, v in vars(layer).items()}
 
 
 def _has_read(layer: Any) -> bool:

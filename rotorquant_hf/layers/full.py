@@ -555,7 +555,7 @@ class RotorQuantLayer(CacheLayerMixin):
         Raises:
             ValueError: if `tokens_to_remove` is positive.
         """
-        check_crop(tokens_to_remove)
+        self.check_croppable(tokens_to_remove)
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         left = min(-tokens_to_remove, self.get_seq_length())
@@ -565,6 +565,13 @@ class RotorQuantLayer(CacheLayerMixin):
         packed = min(left, len(self.store))
         self.store.crop(packed)
         self._crop_full_precision("sinks", left - packed)
+
+    def check_croppable(self, tokens_to_remove: int) -> None:
+        """Raise what `crop` would."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"tokens_to_remove is {tokens_to_remove}; pass minus the number of tokens to remove"
+            )
 
     def _crop_full_precision(self, part: str, count: int) -> int:
         keys, values = getattr(self, part)
@@ -708,11 +715,3 @@ def join(old: Tensor, new: Tensor) -> Tensor:
 def last(x: Tensor, count: int) -> Tensor:
     """The last `count` tokens."""
     return x[:, :, x.shape[2] - count :]
-
-
-def check_crop(tokens_to_remove: int) -> None:
-    """Raise unless `tokens_to_remove` is minus a number of tokens."""
-    if tokens_to_remove > 0:
-        raise ValueError(
-            f"tokens_to_remove is {tokens_to_remove}; pass minus the number of tokens to remove"
-        )

@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 )
 
 from rotorquant_hf.config import RotorQuantConfig
-from rotorquant_hf.layers.full import RotorQuantLayer, check_crop
+from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.rope import Rope
@@ -125,21 +125,21 @@ class RotorQuantHybridLayer(LinearAttentionLayer, RotorQuantLayer):  # type: ign
                 had back: that takes `activate_past_recording()` before the tokens that are to be
                 undone, and convolution states only. Neither part is then changed.
         """
-        check_crop(tokens_to_remove)
-        if tokens_to_remove and any(self.is_recurrent_states_initialized.values()):
-            raise RuntimeError(
-                f"crop({tokens_to_remove}) of a layer with a recurrent state, which does not hold "
-                "what it was before; use a new cache, or copy this one before the tokens that may "
-                "be undone"
-            )
+        self.check_croppable(tokens_to_remove)
         before = dict(self.conv_states)
         try:
-            if any(self.is_conv_states_initialized.values()) or not self.record_past:
+            if any(self.is_conv_states_initialized.values()):
                 LinearAttentionLayer.crop(self, tokens_to_remove)
             self._attention.crop(tokens_to_remove)
         except BaseException:
             self.conv_states = before
             raise
+
+    def check_croppable(self, tokens_to_remove: int) -> None:
+        """As in `RotorQuantLayer`."""
+        RotorQuantLayer.check_croppable(self, tokens_to_remove)
+        check_states_croppable(self, tokens_to_remove)
+        self._attention.check_croppable(tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything, also the shapes."""
@@ -159,6 +159,21 @@ class RotorQuantHybridLayer(LinearAttentionLayer, RotorQuantLayer):  # type: ign
         """As in `RotorQuantLayer`, the states included, which are not packed."""
         elements, packed = self._attention.numbers()
         return elements + sum(x.numel() for x in self.state_tensors().values()), packed
+
+
+def check_states_croppable(layer: LinearAttentionCacheLayerMixin, tokens_to_remove: int) -> None:
+    """Raise if the states of a layer cannot be what they were some tokens before."""
+    if tokens_to_remove and any(layer.is_recurrent_states_initialized.values()):
+        raise RuntimeError(
+            f"crop({tokens_to_remove}) of a layer with a recurrent state, which does not hold "
+            "what it was before; use a new cache, or copy this one before the tokens that may "
+            "be undone"
+        )
+    if not layer.record_past:
+        raise RuntimeError(
+            f"crop({tokens_to_remove}) of a layer with convolution states, which forget what they "
+            "were before; call activate_past_recording() before the tokens that are to be undone"
+        )
 
 
 class RotorQuantHybridSlidingLayer(  # type: ignore[misc, override]

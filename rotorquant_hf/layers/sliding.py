@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from rotorquant_hf.config import RotorQuantConfig
-from rotorquant_hf.layers.full import RotorQuantLayer, check_crop, copies_from, join, last
+from rotorquant_hf.layers.full import RotorQuantLayer, copies_from, join, last
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.rope import Rope
 
@@ -153,7 +153,17 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
             RuntimeError: if tokens that would be in the window again have already been
                 forgotten, so that the state before cannot be had back.
         """
-        check_crop(tokens_to_remove)
+        self.check_croppable(tokens_to_remove)
+        if not self.is_initialized:
+            return
+        removed = min(-tokens_to_remove, self.cumulative_length)
+        super().crop(-removed)
+        self.cumulative_length -= removed
+        self._trim()
+
+    def check_croppable(self, tokens_to_remove: int) -> None:
+        """As in `RotorQuantLayer`."""
+        super().check_croppable(tokens_to_remove)
         if not self.is_initialized:
             return
         if self.cumulative_length >= self.sliding_window and not self.record_past:
@@ -170,9 +180,6 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
                 f"{self._held()} of {self.cumulative_length} tokens are held, and a sliding window "
                 f"of {self.sliding_window} must be full afterwards; use a new cache"
             )
-        super().crop(-removed)
-        self.cumulative_length -= removed
-        self._trim()
 
     def reset(self) -> None:
         """Forget everything, also the shapes."""

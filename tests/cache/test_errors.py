@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -625,3 +626,42 @@ def test_a_model_of_which_nothing_is_compressed_is_named():
         RotorQuantCache(config=config, exact_layers=tuple(range(config.num_hidden_layers)))
         RotorQuantCache(config=build("llama").config)
         RotorQuantCache(config=build("falcon_h1").config)
+
+
+# --- a crop of some layers alone ---
+
+
+@pytest.mark.parametrize("exact", [(), (0,), (1,), (0, 1)], ids=str)
+def test_if_a_layer_refuses_a_crop_no_layer_is_cropped(exact):
+    """A sliding window that has not recorded its past, after a full layer, which could."""
+    config = copy.deepcopy(build("ministral").config)
+    config.layer_types = ["full_attention", "sliding_attention"]
+    options = {"residual_length": 4, "block_length": 2, "statistics_length": 0}
+    cache = RotorQuantCache(config=config, exact_layers=exact, query_aware=False, **options)
+
+    def read(tokens: int) -> None:
+        for layer in (0, 1):
+            cache.update(*states(tokens), layer)
+
+    read(40)
+    before = snapshot([vars(layer) for layer in cache.layers])
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        cache.crop(-3)
+    assert same(snapshot([vars(layer) for layer in cache.layers]), before)
+    cache.activate_past_recording()
+    read(5)
+    cache.crop(-3)
+    assert [layer.get_seq_length() for layer in cache.layers] == [42, 42]
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1", "zamba2", "jamba"])
+def test_a_cache_with_recurrent_states_is_not_cropped(name):
+    """`DynamicCache` crops the rest, and goes on with states that have read the cropped tokens."""
+    model = build(name)
+    cache = RotorQuantCache(config=model.config, residual_length=4, statistics_length=0)
+    feed(model, cache, prompt(2, 40), (40,))
+    cache.activate_past_recording()
+    before = snapshot([vars(layer) for layer in cache.layers])
+    with pytest.raises(RuntimeError, match=r"crop\(-3\) of a layer with a recurrent state"):
+        cache.crop(-3)
+    assert same(snapshot([vars(layer) for layer in cache.layers]), before)
