@@ -30,6 +30,7 @@ from rotorquant_hf.layers.hybrid import RotorQuantHybridLayer, RotorQuantHybridS
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import MemoryReport, measure
 from rotorquant_hf.model_rope import ropes_of
+from rotorquant_hf.placement import Part
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.rope import Rope
 from rotorquant_hf.quant.rotations import MAX_DIM, MIN_DIM, can_be_rotated
@@ -100,6 +101,7 @@ class RotorQuantCache(Cache):
                 "(settings and preset names go first, without a keyword)"
             )
         self._model = None if config is None else shape_of(config)
+        self._part = None if config is None else Part.of_model(config)
         self._last_update: tuple[int | None, int] = (None, 0)  # layer, and tokens that it got
         layers, make_layer = None, None
         if calibration is not None and not isinstance(calibration, Calibration):
@@ -122,6 +124,7 @@ class RotorQuantCache(Cache):
         else:
             if calibration is not None:
                 calibration.check(config, self.settings)
+                calibration = calibration.of_part(Part.of_model(config))
             layers = _layers_of_model(self.settings, config, calibration)
         super().__init__(
             layers,
@@ -296,10 +299,12 @@ class RotorQuantCache(Cache):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a safetensors file (atomically: an old file stays if this fails).
 
+        With tensor parallelism every process has its own part to save, to a path of its own.
+
         Raises:
             ValueError: if the cache is empty.
         """
-        serialization.save(path, self.settings, self.layers, self._model)
+        serialization.save(path, self.settings, self.layers, self._model, self._part)
 
     @classmethod
     def load(
@@ -317,11 +322,12 @@ class RotorQuantCache(Cache):
 
         Raises:
             FileNotFoundError: if the file does not exist.
-            ValueError: if the file is damaged, was not written by `save`, or is of another model
-                or version; or if the device cannot be used here.
+            ValueError: if the file is damaged, was not written by `save`, or is of another model,
+                version or part of the heads; or if the device cannot be used here.
         """
         model = None if config is None else shape_of(config)
-        settings, layers = serialization.read(path, device, model)
+        part = None if config is None else Part.of_model(config)
+        settings, layers = serialization.read(path, device, model, part)
         cache = cls(settings, config=config)
         if config is None:
             foreign = [entry.type for entry in layers if entry.needs_config]
