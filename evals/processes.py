@@ -1,4 +1,4 @@
-"""The processes of one command, as a launcher (`accelerate launch`, `torchrun`, `mpirun`) starts them.
+"""The processes of one command, as `accelerate launch`, `torchrun` or `mpirun` starts them.
 
 A sweep and lm-eval share their work among them. Of every other command each process would do all of
 it: such a command refuses.
@@ -75,8 +75,8 @@ def require_one(command: str) -> None:
     count = Share.of_environment().processes
     require(
         count == 1,
-        f"{command} is run by {count} processes (accelerate launch, torchrun, mpirun), each of which "
-        "would do all of it: start it once, without the launcher",
+        f"{command} is run by {count} processes (accelerate launch, torchrun, mpirun), each of "
+        "which would do all of it: start it once, without the launcher",
     )
 
 

@@ -79,7 +79,8 @@ class RotorQuantCache(Cache):
             - safety: `check_finite`
 
     Raises:
-        TypeError, ValueError: naming the value that is not possible and the possible ones.
+        TypeError, ValueError: naming the value that is not possible and the possible ones; for
+            `offloading` without a CUDA device.
 
     Source: RotorQuant; the protocol is that of `transformers.Cache`.
     """
@@ -99,6 +100,11 @@ class RotorQuantCache(Cache):
             raise TypeError(
                 f"config is of type {type(config).__name__}; pass the model's config, model.config "
                 "(settings and preset names go first, without a keyword)"
+            )
+        if offloading and not torch.cuda.is_available():
+            raise ValueError(
+                "offloading=True keeps layers on the CPU while a CUDA device computes, and torch "
+                "sees none here: leave it out (on the CPU there is nothing to offload)"
             )
         self._model = None if config is None else shape_of(config)
         self._part = None if config is None else Part.of_model(config)
@@ -165,6 +171,7 @@ class RotorQuantCache(Cache):
                 )
         self._settle_others(layer_idx, key_states.shape[-2])
         self._leave_uncompressed(layer_idx, key_states, value_states)
+        self._bring(layer_idx, key_states.device)
         with self._taking_back(layer_idx, key_states.shape[-2]):
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(keys, CompressedTensor) and keys.on_query is not None:
@@ -203,6 +210,20 @@ class RotorQuantCache(Cache):
                 stacklevel=3,
             )
             self.layers[layer_idx] = layer.uncompressed()
+
+    def _bring(self, layer_idx: int, device: torch.device) -> None:
+        """Have a layer where its new tokens are.
+
+        It was loaded to another device, or offloaded, and a pass that failed did not bring it back.
+        """
+        if layer_idx >= len(self.layers) or not self.layers[layer_idx].is_initialized:
+            return
+        layer: Any = self.layers[layer_idx]
+        if layer.device != device:
+            layer.device = device
+        elif not self.offloading:
+            return
+        layer.prefetch()
 
     def _show(
         self,
@@ -318,7 +339,8 @@ class RotorQuantCache(Cache):
         Args:
             path: the file.
             config: the model's config; needed if the cache was made with one.
-            device: the device of the model.
+            device: the device of the model. Where its layers are on several, attention's part of
+                each goes to its own with the first tokens that it gets.
 
         Raises:
             FileNotFoundError: if the file does not exist.

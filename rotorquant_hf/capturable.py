@@ -17,8 +17,8 @@ def check_model(model: Any) -> None:
 
     Raises:
         ValueError: if it is not on a CUDA device, on several, or offloaded; if its attention is
-            neither "sdpa" nor "rotorquant", or chunked; or if its RoPE changes with the length of the
-            text.
+            neither "sdpa" nor "rotorquant", or chunked; or if its RoPE changes with the length of
+            the text.
     """
     if model.device.type == "meta":
         raise ValueError(

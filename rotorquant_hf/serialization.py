@@ -94,8 +94,8 @@ def _check_part(path: str | os.PathLike[str], saved: list[int] | None, here: Par
     if here is None:
         raise ValueError(f"{path} has {held}; pass config=model.config")
     raise ValueError(
-        f"{path} has {held}, and this process holds {here}; with tensor parallelism (tp_plan) every "
-        "process saves to a path of its own, and as many processes load what they saved"
+        f"{path} has {held}, and this process holds {here}; with tensor parallelism (tp_plan) "
+        "every process saves to a path of its own, and as many processes load what they saved"
     )
 
 

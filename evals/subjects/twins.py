@@ -66,8 +66,8 @@ def _attention(model: PreTrainedModel) -> list[Any]:
         raise InputError(f"{type(model).__name__} is not built like Llama: it has no twins")
     if any(weight.device.type == "meta" for module in modules for weight in module.parameters()):
         raise InputError(
-            "weights of this model are offloaded, and a twin has others: load it with --device cpu, "
-            "or where there is room for all of it"
+            "weights of this model are offloaded, and a twin has others: load it with "
+            "--device cpu, or where there is room for all of it"
         )
     return modules
 

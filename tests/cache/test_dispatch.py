@@ -1,4 +1,4 @@
-"""Models whose weights lie elsewhere than where they are used: accelerate's dispatch, and its hooks.
+"""Models whose weights lie elsewhere than where they are used: accelerate's dispatch and hooks.
 
 One device computes here, the CPU; weights are brought to it from the CPU or the disk for each use,
 and are placeholders on the device "meta" in between.
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from rotorquant_hf import DecodeGraph, RotorQuantCache, allocate_bits, calibrate
 from rotorquant_hf.placement import input_device
-from tests.helpers.models import build, prompt, same, snapshot
+from tests.helpers.models import build, feed, prompt, same, snapshot
 
 SMALL = {"residual_length": 8, "block_length": 4, "num_sink_tokens": 2, "statistics_length": 16}
 CPU = torch.device("cpu")
@@ -107,3 +107,21 @@ def test_what_no_graph_replays_is_refused(dispatched) -> None:
 def test_offloaded_weights_are_named_where_a_graph_is_refused(whole) -> None:
     with pytest.raises(ValueError, match=r"weights are offloaded, .* with device_map=\{'': 0\}"):
         DecodeGraph(accelerate.cpu_offload(copy.deepcopy(whole)), RotorQuantCache())
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("llama", 40), ("llama", 12), ("gemma3", 13)])
+def test_a_layer_goes_where_its_tokens_are(name, tokens) -> None:
+    """As those of a file that was loaded for a model on several devices."""
+    model = build(name)
+    cache = RotorQuantCache(config=model.config, exact_layers=(0,), **SMALL)
+    feed(model, cache, prompt(2, tokens), (tokens,))
+    for index, layer in enumerate(cache.layers):
+        new = torch.empty(2, 2, 1, layer.keys.shape[-1], device="meta")
+        keys, values = cache.update(new, new, index)
+        assert keys.device == values.device == new.device
+        assert layer.get_seq_length() == tokens + 1
+        if index:
+            assert (len(layer.store) > 0) == (tokens == 40)
+            held = [*layer.store.state().values(), *layer.sinks, *layer.recent]
+            ropes = layer.rope, layer.store.keys.rope
+            assert {x.device for x in (*held, *(x.frequencies for x in ropes))} == {new.device}

@@ -122,17 +122,19 @@ def test_no_process_takes_other_heads_for_its_own(folder, found) -> None:
     for rank in RANKS:
         said = found[rank]
         own, other = (f"part {i + 1} of 2 of the kv heads" for i in (rank, 1 - rank))
-        assert f"part-{1 - rank} has {other}, and this process holds {own}; " in (
-            said["another's part"]
+        assert (
+            f"part-{1 - rank} has {other}, and this process holds {own}; "
+            in (said["another's part"])
         )
         assert f"whole has all kv heads, and this process holds {own}; " in said["the whole"]
         assert "to a path of its own" in said["the whole"]
         assert f"has {own}; pass config=model.config" in said["without config"]
-        assert "keys have number of heads 1, but this cache holds keys of number of heads 2" in (
-            said["the whole, unknown"]
+        assert (
+            "keys have number of heads 1, but this cache holds keys of number of heads 2"
+            in (said["the whole, unknown"])
         )
         assert said["tokens of the whole"] == divided.PROMPT - 10
-    with pytest.raises(ValueError, match="part-1 has part 2 of 2 .* this process holds all kv"):
+    with pytest.raises(ValueError, match=r"part-1 has part 2 of 2 .* this process holds all kv"):
         RotorQuantCache.load(folder / "part-1", config=divided.load().config)
 
 

@@ -48,7 +48,9 @@ def test_commands_that_share_nothing_refuse(arguments, tmp_path, monkeypatch, ca
         main(arguments)
     assert stopped.value.code == 2
     said = capsys.readouterr().err
-    assert f"evals {arguments[0]} is run by 2 processes (accelerate launch, torchrun, mpirun)" in said
+    assert (
+        f"evals {arguments[0]} is run by 2 processes (accelerate launch, torchrun, mpirun)" in said
+    )
     assert "start it once, without the launcher" in said
     assert not list(tmp_path.iterdir())
 

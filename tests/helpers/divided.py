@@ -96,7 +96,9 @@ def main(folder: Path) -> None:
     config, ids = model.config, words(2, PROMPT)
     torch.distributed.barrier()
     found |= {
-        "another's part": refused(lambda: RotorQuantCache.load(folder / f"part-{1 - rank}", config)),
+        "another's part": refused(
+            lambda: RotorQuantCache.load(folder / f"part-{1 - rank}", config)
+        ),
         "without config": refused(lambda: RotorQuantCache.load(folder / f"part-{rank}")),
         "the whole": refused(lambda: RotorQuantCache.load(folder / "whole", config)),
         "calibrating": refused(lambda: calibrate(model, words(1, 300))),
