@@ -216,9 +216,9 @@ class RotorQuantCache(Cache):
 
         It was loaded to another device, or offloaded, and a pass that failed did not bring it back.
         """
-        if layer_idx >= len(self.layers) or not self.layers[layer_idx].is_initialized:
+        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if layer is None or not layer.is_initialized:
             return
-        layer: Any = self.layers[layer_idx]
         if layer.device != device:
             layer.device = device
         elif not self.offloading:

@@ -29,7 +29,7 @@ class Part:
     @classmethod
     def of_model(cls, config: Any) -> Part:
         """That of a loaded model, by its config."""
-        divided = getattr(config, "distributed_config", None)
+        divided: Any = getattr(config, "distributed_config", None)
         count = getattr(divided, "tp_size", None) or 1
         if count == 1 or divided.tp_plan == {} or not torch.distributed.is_initialized():
             return cls()
