@@ -23,6 +23,7 @@ from .lm_eval.__main__ import main as lm_eval
 from .measurements.registry import MEASUREMENTS
 from .options import add_arguments, from_arguments
 from .places import called, clone
+from .processes import Share, require_one
 from .progress import clear, say
 from .requirements import install, missing, packages_of, require_packages
 from .subjects.models import ModelOptions, load, pick_device
@@ -65,13 +66,14 @@ def run_sweep(args: argparse.Namespace) -> int:
         sweep.check_out(planned, out, sweep.versions_of(pick_device(None), args.argv))
         print(plan.summary(planned, sweep.statuses(planned, out)))
         return 0
-    share = sweep.Share.of_environment()
+    share = Share.of_environment()
     counts = sweep.run(planned, out, args.argv, args.retry, share)
     shown = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "no rows"
     part = f"process {share.rank + 1} of {share.processes}: " if share.processes > 1 else ""
-    print(f"{part}{shown} of {len(planned.rows)} rows; in {out / share.file}")
-    # A launcher ends the other processes when one of them reports a failure.
-    return 1 if counts.get("failed") and share.processes == 1 else 0
+    print(f"{part}{shown} of {len(planned.rows)} rows; in {out / sweep.file_of(share)}")
+    # A launcher ends the other processes when one of them reports a failure: so all do, in the end.
+    failed = sum(each.get("failed", 0) for each in share.gather(counts))
+    return 1 if failed else 0
 
 
 def _lacking(planned: plan.Plan) -> str:
@@ -196,6 +198,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.argv = arguments
     transformers_logging.disable_progress_bar()
     try:
+        if args.run is not run_sweep:
+            require_one(f"{called()} {arguments[0]}")
         status = args.run(args)
     except (InputError, NotAvailableError) as error:
         clear()

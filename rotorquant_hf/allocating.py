@@ -21,6 +21,7 @@ from rotorquant_hf.cache import RotorQuantCache
 from rotorquant_hf.calibrating import check_windows, fill
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.placement import input_device
 from rotorquant_hf.quant.lloyd_max import MAX_BITS
 from rotorquant_hf.quant.registry import QUANTIZERS
 
@@ -80,7 +81,7 @@ def allocate_bits(
         )
     costs: dict[Side, float] = {}
     for done, row in enumerate(ids):
-        window = _Window(model, row[None].to(model.device), settings)
+        window = _Window(model, row[None].to(input_device(model)), settings)
         for index, side in enumerate(window.sides):
             costs[side] = costs.get(side, 0.0) + window.divergence(side)
             if progress is not None:

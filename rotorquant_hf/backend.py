@@ -75,7 +75,7 @@ def is_capturing(device: torch.device) -> bool:
 
 def on_device(values: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:
     """An int32 tensor on `device`, without waiting for it."""
-    return brought(torch.tensor(values, dtype=torch.int32), device)
+    return brought(torch.tensor(values, dtype=torch.int32, device="cpu"), device)
 
 
 def brought(x: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -34,6 +34,7 @@ from rotorquant_hf.layers.hybrid import (
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import MemoryReport, measure
 from rotorquant_hf.model_rope import ropes_of
+from rotorquant_hf.placement import Part
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.rope import Rope
 from rotorquant_hf.quant.rotations import MAX_DIM, MIN_DIM, can_be_rotated
@@ -82,7 +83,8 @@ class RotorQuantCache(Cache):
             - safety: `check_finite`
 
     Raises:
-        TypeError, ValueError: naming the value that is not possible and the possible ones.
+        TypeError, ValueError: naming the value that is not possible and the possible ones; for
+            `offloading` without a CUDA device.
 
     Source: RotorQuant; the protocol is that of `transformers.Cache`.
     """
@@ -103,7 +105,13 @@ class RotorQuantCache(Cache):
                 f"config is of type {type(config).__name__}; pass the model's config, model.config "
                 "(settings and preset names go first, without a keyword)"
             )
+        if offloading and not torch.cuda.is_available():
+            raise ValueError(
+                "offloading=True keeps layers on the CPU while a CUDA device computes, and torch "
+                "sees none here: leave it out (on the CPU there is nothing to offload)"
+            )
         self._model = None if config is None else shape_of(config)
+        self._part = None if config is None else Part.of_model(config)
         self._last_update: tuple[int | None, int] = (None, 0)  # layer, and tokens that it got
         layers, make_layer = None, None
         if calibration is not None and not isinstance(calibration, Calibration):
@@ -126,6 +134,7 @@ class RotorQuantCache(Cache):
         else:
             if calibration is not None:
                 calibration.check(config, self.settings)
+                calibration = calibration.of_part(Part.of_model(config))
             layers = _layers_of_model(self.settings, config, calibration)
         super().__init__(
             layers,
@@ -166,6 +175,7 @@ class RotorQuantCache(Cache):
                 )
         self._settle_others(layer_idx, key_states.shape[-2])
         self._leave_uncompressed(layer_idx, key_states, value_states)
+        self._bring(layer_idx, key_states.device)
         with self._taking_back(layer_idx, key_states.shape[-2]):
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(keys, CompressedTensor) and keys.on_query is not None:
@@ -204,6 +214,20 @@ class RotorQuantCache(Cache):
                 stacklevel=3,
             )
             self.layers[layer_idx] = layer.uncompressed()
+
+    def _bring(self, layer_idx: int, device: torch.device) -> None:
+        """Have a layer where its new tokens are.
+
+        It was loaded to another device, or offloaded, and a pass that failed did not bring it back.
+        """
+        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if layer is None or not layer.is_initialized:
+            return
+        if layer.device != device:
+            layer.device = device
+        elif not self.offloading:
+            return
+        layer.prefetch()
 
     def _show(
         self,
@@ -328,10 +352,12 @@ class RotorQuantCache(Cache):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a safetensors file (atomically: an old file stays if this fails).
 
+        With tensor parallelism every process has its own part to save, to a path of its own.
+
         Raises:
             ValueError: if the cache is empty.
         """
-        serialization.save(path, self.settings, self.layers, self._model)
+        serialization.save(path, self.settings, self.layers, self._model, self._part)
 
     @classmethod
     def load(
@@ -345,15 +371,17 @@ class RotorQuantCache(Cache):
         Args:
             path: the file.
             config: the model's config; needed if the cache was made with one.
-            device: the device of the model.
+            device: the device of the model. Where its layers are on several, attention's part of
+                each goes to its own with the first tokens that it gets.
 
         Raises:
             FileNotFoundError: if the file does not exist.
-            ValueError: if the file is damaged, was not written by `save`, or is of another model
-                or version; or if the device cannot be used here.
+            ValueError: if the file is damaged, was not written by `save`, or is of another model,
+                version or part of the heads; or if the device cannot be used here.
         """
         model = None if config is None else shape_of(config)
-        settings, layers = serialization.read(path, device, model)
+        part = None if config is None else Part.of_model(config)
+        settings, layers = serialization.read(path, device, model, part)
         cache = cls(settings, config=config)
         if config is None:
             foreign = [entry.type for entry in layers if entry.needs_config]

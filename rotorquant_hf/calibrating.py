@@ -14,6 +14,7 @@ from rotorquant_hf.cache import RotorQuantCache
 from rotorquant_hf.calibration import Calibration, settings_of, shape_of
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.placement import Part, input_device
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
@@ -38,8 +39,16 @@ def calibrate(
         The calibration, for `RotorQuantCache(..., calibration=...)`.
 
     Raises:
-        ValueError: for fewer than MIN_TOKENS tokens, or attention that hides its queries.
+        ValueError: for fewer than MIN_TOKENS tokens, attention that hides its queries, or a model
+            of which this process holds a part of the heads.
     """
+    parts = Part.of_model(model.config).count
+    if parts > 1:
+        raise ValueError(
+            f"the model is divided among {parts} processes (tp_plan), which see a part of its "
+            "heads each; calibrate it in one process, without tp_plan (device_map='auto' spreads "
+            "it): caches of a divided model take their heads from the calibration of the whole"
+        )
     settings = RotorQuantConfig.from_options(settings)
     check_windows(ids)
     if ids.numel() < MIN_TOKENS:
@@ -52,7 +61,7 @@ def calibrate(
     seen: dict[int, list[RotorQuantLayer]] = {}
     for row in ids:
         cache = RotorQuantCache(exact, config=model.config)
-        fill(model, row[None].to(model.device), cache)
+        fill(model, row[None].to(input_device(model)), cache)
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, RotorQuantLayer) and layer.is_initialized:
                 seen.setdefault(index, []).append(layer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.files import FileKind
+from rotorquant_hf.placement import Part
 from rotorquant_hf.quant.channels import ChannelStatistics
 
 CALIBRATION_FILE = FileKind(
@@ -80,6 +81,14 @@ class Calibration:
                     f"{name} is {getattr(settings, name)!r}, but the calibration was made with "
                     f"{value!r}; make one with calibrate(model, ids, settings)"
                 )
+
+    def of_part(self, part: Part) -> Calibration:
+        """That of a part of the kv heads."""
+        layers = {
+            i: (keys.map(part.take), values.map(part.take))
+            for i, (keys, values) in self.layers.items()
+        }
+        return replace(self, layers=layers)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a safetensors file (atomically: an old file stays if this fails)."""

@@ -16,9 +16,15 @@ def check_model(model: Any) -> None:
     """Refuse a model of which no step can be captured.
 
     Raises:
-        ValueError: if it is not on a CUDA device, or on several; if its attention is neither
-            "sdpa" nor "rotorquant", or chunked; or if its RoPE changes with the length of the text.
+        ValueError: if it is not on a CUDA device, on several, or offloaded; if its attention is
+            neither "sdpa" nor "rotorquant", or chunked; or if its RoPE changes with the length of
+            the text.
     """
+    if model.device.type == "meta":
+        raise ValueError(
+            "the model's weights are offloaded, and brought at every step, which no graph can "
+            "replay: load the model with device_map={'': 0}, or decode without a graph"
+        )
     if model.device.type != "cuda":
         raise ValueError(f"the model is on {model.device}; CUDA graphs need a CUDA device")
     devices = _devices(model)

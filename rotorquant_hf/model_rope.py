@@ -78,9 +78,10 @@ def _changes(parameters: dict[str, Any]) -> bool:
 
 def _frequencies(text: Any, parameters: dict[str, Any], of: dict[str, str]) -> Tensor:
     kind = parameters.get("rope_type", "default")
-    if kind != "default":
-        return ROPE_INIT_FUNCTIONS[kind](text, torch.device("cpu"), **of)[0].float()
-    heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    turned = int(heads * parameters.get("partial_rotary_factor", 1.0))
-    exponents = torch.arange(0, turned, 2, dtype=torch.int64).float() / turned
-    return parameters["rope_theta"] ** -exponents
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        if kind != "default":
+            return ROPE_INIT_FUNCTIONS[kind](text, torch.device("cpu"), **of)[0].float()
+        heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        turned = int(heads * parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, turned, 2, dtype=torch.int64).float() / turned
+        return parameters["rope_theta"] ** -exponents

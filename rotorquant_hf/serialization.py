@@ -17,6 +17,7 @@ from torch import Tensor
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.files import UNEXPECTED, FileKind
 from rotorquant_hf.layer_entries import LayerEntry
+from rotorquant_hf.placement import Part
 
 CACHE_FILE = FileKind(
     name="rotorquant-cache",
@@ -32,18 +33,21 @@ def save(
     settings: RotorQuantConfig,
     layers: Sequence[Any],
     model: dict[str, Any] | None = None,
+    part: Part | None = None,
 ) -> None:
     """Write the layers to `path`. See `RotorQuantCache.save`.
 
     Args:
         path, settings, layers: of the file.
         model: what tells their model from others, as `shape_of` its config; None if not known.
+        part: the part of the model's kv heads that they hold; None if not known.
     """
     if not any(layer.is_initialized for layer in layers if hasattr(layer, "is_initialized")):
         raise ValueError("the cache is empty; run the model with it before saving")
     entries = [LayerEntry.of(layer) for layer in layers]
     header = {
         "model": model,
+        "part": None if part is None else [part.index, part.count],
         "settings": settings.to_dict(),
         "layers": [
             {"type": e.type, "attributes": e.attributes, "tensors": sorted(e.tensors)}
@@ -59,13 +63,16 @@ def save(
 
 
 def read(
-    path: str | os.PathLike[str], device: torch.device | str, model: dict[str, Any] | None = None
+    path: str | os.PathLike[str],
+    device: torch.device | str,
+    model: dict[str, Any] | None = None,
+    part: Part | None = None,
 ) -> tuple[RotorQuantConfig, list[LayerEntry]]:
     """Read settings and layers of a file, its tensors on `device`. See `RotorQuantCache.load`.
 
     Args:
         path, device: of the file.
-        model: of the model that will read them, as in `save`.
+        model, part: of the model that will read them, as in `save`.
     """
     with CACHE_FILE.read(path, device) as (header, tensors):
         saved = header["model"]
@@ -76,7 +83,20 @@ def read(
                         f"{path} is of another model: its {name} is {saved.get(name)}, this "
                         f"model's is {model.get(name)}"
                     )
+        _check_part(path, header.get("part"), part)
         return _parse(path, header, tensors)
+
+
+def _check_part(path: str | os.PathLike[str], saved: list[int] | None, here: Part | None) -> None:
+    held = None if saved is None else Part(*saved)
+    if held is None or held == here or (here is None and held.count == 1):
+        return
+    if here is None:
+        raise ValueError(f"{path} has {held}; pass config=model.config")
+    raise ValueError(
+        f"{path} has {held}, and this process holds {here}; with tensor parallelism (tp_plan) "
+        "every process saves to a path of its own, and as many processes load what they saved"
+    )
 
 
 def _parse(

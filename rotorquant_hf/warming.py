@@ -16,6 +16,7 @@ from rotorquant_hf.calibrating import fill
 from rotorquant_hf.calibration import Calibration
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
+from rotorquant_hf.placement import input_device
 
 # Lengths are nothing that kernels are compiled for, so a short window does.
 _RECENT, _BLOCK, _PROMPT = 32, 16, 128
@@ -56,7 +57,7 @@ def warm_up(
     if batch < 1:
         raise ValueError(f"batch is {batch}; choose at least 1")
     settings = RotorQuantConfig.from_options(settings)
-    if not uses_triton(model.device):
+    if not uses_triton(input_device(model)):
         return {}
     short = dataclasses.replace(
         settings, residual_length=_RECENT, block_length=_BLOCK, statistics_length=0
@@ -78,11 +79,12 @@ def _feed(
 ) -> None:
     past = cache.get_seq_length()
     # Any tokens: not random ones, so that what is drawn later does not depend on a warm-up.
-    ids = torch.arange(past, past + length, device=model.device)
+    device = input_device(model)
+    ids = torch.arange(past, past + length, device=device)
     ids = (ids % model.config.get_text_config(decoder=True).vocab_size).expand(batch, -1)
     options: dict[str, Any] = {}
     if padding:
-        mask = torch.ones(batch, past + length, dtype=torch.long, device=model.device)
+        mask = torch.ones(batch, past + length, dtype=torch.long, device=device)
         mask[0, 0] = 0
         options["attention_mask"] = mask
     fill(model, ids, cache, **options)

@@ -22,7 +22,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("config", "backend", "files"),
     ("kernels",),
     ("attention", "store"),
-    ("layers",),
+    ("layers", "placement"),
     ("memory", "calibration", "model_rope"),
     ("layer_entries",),
     ("serialization",),

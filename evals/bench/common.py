@@ -20,6 +20,7 @@ from rotorquant_hf.backend import backend
 
 from ..environment import on_gpu
 from ..errors import InputError, NotAvailableError
+from ..processes import require_one
 from ..requirements import require_packages
 from ..sweep.rows import JSONLines
 from ..timing import timed
@@ -33,10 +34,15 @@ def default_device() -> str:
 
 
 def new_parser(text: str | None) -> argparse.ArgumentParser:
-    """A parser whose help begins with a module's docstring."""
-    return argparse.ArgumentParser(
+    """A parser whose help begins with a module's docstring, for a command of one process."""
+    parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    try:
+        require_one(parser.prog)
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+    return parser
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

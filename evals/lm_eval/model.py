@@ -27,11 +27,14 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
+from rotorquant_hf.placement import input_device
+
 from ..caches.registry import CacheSpec
 from ..errors import InputError
 from ..places import shipped
 from ..probes.chunked import passes
 from ..probes.footprint import elements_of
+from ..processes import on_cpus
 from ..requirements import require_packages
 from ..subjects import gguf
 from .model_args import cache_of, check_names, chunk_of, refused
@@ -87,6 +90,8 @@ class RotorQuantLM(HFLM):
         self._foreseen: set[tuple[str, str]] = set()  # kinds and tasks warned of before their run
         self._reads, self._passes = Reads(), list[Pass]()
         self._load(pretrained, kwargs)
+        if not isinstance(pretrained, str):  # HFLM takes the placeholders' of offloaded weights
+            self._device = input_device(self._model)
         self._make_cache = make_cache or (lambda: self.spec.make(self.model.config))
         self._make_cache()  # an unavailable cache fails before any work
         accelerator = getattr(self, "accelerator", None)
@@ -97,6 +102,7 @@ class RotorQuantLM(HFLM):
 
     def _load(self, pretrained: str | PreTrainedModel, arguments: dict[str, Any]) -> None:
         """What `HFLM` does when it is made, of a GGUF file too."""
+        on_cpus()
         name = shipped(pretrained) if isinstance(pretrained, str) else pretrained
         if isinstance(name, str) and gguf.is_gguf(name):
             require_packages("reading a GGUF file", gguf.PACKAGES)

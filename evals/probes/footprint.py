@@ -123,14 +123,15 @@ def peak_bytes(work: Callable[[], Any], devices: Collection[torch.device]) -> in
     On GPUs by CUDA's allocator, summed over them. On a CPU by the sum of all that PyTorch's
     allocator hands out less what it takes back, which the profiler records.
     """
-    if any(device.type == "cuda" for device in devices):
-        _synchronize(devices)
-        before = {device: torch.cuda.memory_allocated(device) for device in devices}
-        for device in devices:
+    gpus = [device for device in devices if device.type == "cuda"]  # others hold what is offloaded
+    if gpus:
+        _synchronize(gpus)
+        before = {device: torch.cuda.memory_allocated(device) for device in gpus}
+        for device in gpus:
             torch.cuda.reset_peak_memory_stats(device)
         work()
-        _synchronize(devices)
-        return sum(torch.cuda.max_memory_allocated(device) - before[device] for device in devices)
+        _synchronize(gpus)
+        return sum(torch.cuda.max_memory_allocated(device) - before[device] for device in gpus)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as run:
         work()
     events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rotorquant_hf.placement import input_device
+
 from ..caches.registry import CacheSpec
 from ..errors import InputError, first_line
 from ..options import option
@@ -102,7 +104,7 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return next(self.model.get_input_embeddings().parameters()).device
+        return input_device(self.model)
 
     @property
     def devices(self) -> set[torch.device]:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from rotorquant_hf.placement import input_device
+
 from ..errors import InputError
 
 
@@ -33,7 +35,7 @@ def scale_key_channels(
         seed: which pairs.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.arange(8, device=model.device).unsqueeze(0)
+    ids = torch.arange(8, device=input_device(model)).unsqueeze(0)
     before = model(ids, use_cache=False).logits
     for module in _attention(model):
         d = module.head_dim
@@ -62,6 +64,11 @@ def _attention(model: PreTrainedModel) -> list[Any]:
     modules = [module for module in model.modules() if hasattr(module, "k_proj")]
     if not modules or not all(hasattr(m, "q_proj") and hasattr(m, "head_dim") for m in modules):
         raise InputError(f"{type(model).__name__} is not built like Llama: it has no twins")
+    if any(weight.device.type == "meta" for module in modules for weight in module.parameters()):
+        raise InputError(
+            "weights of this model are offloaded, and a twin has others: load it with "
+            "--device cpu, or where there is room for all of it"
+        )
     return modules
 
 

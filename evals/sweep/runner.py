@@ -2,20 +2,19 @@
 
 A sweep that was stopped goes on where it stopped when the same command is given again. Under
 `accelerate launch` (or `torchrun`) the rows are spread over the processes; each writes a file of
-its own into the folder.
+its own into the folder, and `read_results` puts them together.
 """
 
 from __future__ import annotations
 
 import gc
-import os
 import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -24,49 +23,22 @@ from typing import Any
 import torch
 
 from ..environment import Versions
-from ..errors import NotAvailableError
+from ..errors import NotAvailableError, require
 from ..failures import Failure, failure_of
 from ..measurements.base import Run
 from ..measurements.registry import MEASUREMENTS
 from ..places import called
+from ..processes import Share
 from ..progress import say, task
-from ..requirements import missing, packages_of, require_packages
+from ..requirements import packages_of, require_packages
 from ..subjects.models import LoadedModel, ModelOptions, load, pick_device
 from .plan import Job, Plan, Row, digest
 from .rows import ResultsFile, check_same, read_results
 
 
-@dataclass(frozen=True)
-class Share:
-    """This process among those that share a sweep."""
-
-    rank: int = 0
-    processes: int = 1
-    local_rank: int = 0
-
-    @classmethod
-    def of_environment(cls) -> Share:
-        """As `accelerate launch` and `torchrun` tell it; alone without them.
-
-        Raises:
-            NotAvailableError: if there are several processes, but no accelerate.
-        """
-        if missing(["accelerate"]) and os.environ.get("WORLD_SIZE", "1") == "1":
-            return cls()
-        require_packages("a sweep of several processes", ["accelerate"])
-        from accelerate.utils import get_cpu_distributed_information
-
-        found = get_cpu_distributed_information()  # of GPU launches too: the same variables
-        return cls(found.rank, found.world_size, found.local_rank)
-
-    def takes(self, index: int) -> bool:
-        """Whether a job, by its place in the plan, is this process's."""
-        return index % self.processes == self.rank
-
-    @property
-    def file(self) -> str:
-        """The results file of this process."""
-        return "rows.jsonl" if self.processes == 1 else f"rows-{self.rank}.jsonl"
+def file_of(share: Share) -> str:
+    """The results file of a process."""
+    return "rows.jsonl" if share.processes == 1 else f"rows-{share.rank}.jsonl"
 
 
 def run(
@@ -89,10 +61,17 @@ def run(
         How many rows of each status this process has in the end.
 
     Raises:
-        InputError: if the folder holds another sweep, or one of other versions.
+        InputError: if the folder holds another sweep, or one of other versions; or if processes
+            would time each other.
     """
     share = share or Share.of_environment()
     device = pick_device(None)
+    timed = sum(MEASUREMENTS[row.measure].together for row in plan.rows)
+    require(
+        not timed or share.processes == 1 or device.type != "cpu",
+        f"{timed} rows of this sweep are timed, and {share.processes} processes on one CPU would "
+        "slow each other down: start it once, without the launcher, or leave speed out",
+    )
     if device.type != "cpu" and share.processes > 1:
         device = torch.device(device.type, share.local_rank)
     versions = versions_of(device, argv)
@@ -103,7 +82,7 @@ def run(
         "versions": versions,
         "config": plan.config,
     }
-    file = ResultsFile(out / share.file, header)
+    file = ResultsFile(out / file_of(share), header)
     try:
         again = () if not retry else ("failed", "not run")
         known = {id: s for id, s in statuses(plan, out).items() if s not in again}

@@ -55,7 +55,7 @@ def table_unit(bits: int) -> float:
     Any unit will do for the elements; at 4 bits the best has a quarter of the rounding of 2.
     """
     centroids = LloydMaxCodebook.for_dimension(1, bits).centroids
-    units = torch.linspace(2, 4, 4097, dtype=torch.float64)[:-1]
+    units = torch.linspace(2, 4, 4097, dtype=torch.float64, device="cpu")[:-1]
     scaled = centroids / units[:, None]
     error = (_halves(scaled, bits).double() - scaled) * units[:, None]
     return float(units[error.square().sum(dim=1).argmin()])
@@ -87,7 +87,7 @@ def ptx_words(bits: int, device: torch.device) -> Tensor:
         halves = halves[8:] >> 1
     high, low = halves >> 8, halves & 0xFF
     words = [_word(part[i : i + 4]) for part in (high, low) for i in (0, 4)] + [0, 255]
-    return torch.tensor(words, dtype=torch.int64).to(torch.int32).to(device)
+    return torch.tensor(words, dtype=torch.int64, device="cpu").to(torch.int32).to(device)
 
 
 def _word(values: Tensor) -> int:

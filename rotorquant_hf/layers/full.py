@@ -630,6 +630,8 @@ class RotorQuantLayer(CacheLayerMixin):
         """Move the layer's data back to the device of the model's layer."""
         if self.is_initialized:
             self._move(self.device)
+            if self.rope is not None and self.rope.frequencies.device != self.device:
+                self.rope = self.store.keys.rope = _on_device(self.rope, self.device)
 
     def _move(self, device: torch.device) -> None:
         if self.is_initialized and self.sinks[0].device != device:

@@ -41,7 +41,8 @@ def _product_table() -> tuple[Tensor, Tensor]:
     position = {blade: i for i, blade in enumerate(_BLADES)}
     partner = [[position[a ^ out] for out in _BLADES] for a in _BLADES]
     sign = [[_reordering_sign(a, a ^ out) for out in _BLADES] for a in _BLADES]
-    return torch.tensor(partner), torch.tensor(sign, dtype=torch.float64)
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        return torch.tensor(partner), torch.tensor(sign, dtype=torch.float64)
 
 
 def geometric_product(a: Tensor, b: Tensor) -> Tensor:
@@ -60,8 +61,10 @@ def geometric_product(a: Tensor, b: Tensor) -> Tensor:
 
 def reverse(a: Tensor) -> Tensor:
     """The reverse ~a: the factors of every blade in opposite order (grades 2 and 3 change sign)."""
-    sign = torch.tensor([1 if grade < 2 else -1 for grade in GRADES])
-    return a * sign.to(device=a.device, dtype=a.dtype)
+    sign = torch.tensor(
+        [1 if grade < 2 else -1 for grade in GRADES], device=a.device, dtype=a.dtype
+    )
+    return a * sign
 
 
 def grade_projection(a: Tensor, grade: int) -> Tensor:
@@ -115,9 +118,9 @@ def make_random_rotor(
         (*shape, 8): a normalised Gaussian on the scalar and the three bivector components.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    even = torch.randn(*shape, 4, generator=generator, dtype=torch.float64)
+    even = torch.randn(*shape, 4, generator=generator, dtype=torch.float64, device="cpu")
     even = even / even.norm(dim=-1, keepdim=True)
-    rotor = torch.zeros(*shape, MV_DIM, dtype=torch.float64)
+    rotor = even.new_zeros(*shape, MV_DIM)
     rotor[..., [0, 4, 5, 6]] = even
     return rotor.to(device=device, dtype=dtype)
 

@@ -108,7 +108,7 @@ def nearest(x: Tensor, boundaries: Tensor) -> Tensor:
     if small or x.device.type != "cpu":
         return torch.bucketize(x, boundaries, out_int32=True)
     # A search mispredicts a branch at every step: of many elements it takes four times as long.
-    index = torch.zeros(x.shape, dtype=torch.uint8)
+    index = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
     for boundary in boundaries:
         index += x > boundary
     return index.int()

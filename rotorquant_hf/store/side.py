@@ -54,7 +54,7 @@ class PackedSide:
     ) -> None:
         self.spec, self.d, self.device = spec, d, device
         self._equalize, self._center = equalize, center
-        self._rope_layout, self._rope = rope_layout, rope
+        self._rope_layout, self.rope = rope_layout, rope
         self.buffers = TokenBuffers()
         self.statistics: ChannelStatistics | None = None
         self.calibrated = False
@@ -97,10 +97,10 @@ class PackedSide:
         if self.statistics is not None:
             return
         statistics = ChannelStatistics.of_block(
-            block, self._equalize, self._center, self._rope_layout, self._rope, positions
+            block, self._equalize, self._center, self._rope_layout, self.rope, positions
         )
         if queries is not None:
-            statistics = statistics.read_by(queries, self._rope)
+            statistics = statistics.read_by(queries, self.rope)
         self.statistics = statistics
 
     def append(self, x: Tensor, position: int, expected: int = 0) -> None:

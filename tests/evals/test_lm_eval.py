@@ -460,7 +460,7 @@ def test_command_line_in_two_processes(early, tmp_path):
         ],
         cwd=ROOT,
         env=os.environ
-        | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,

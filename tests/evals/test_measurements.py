@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import accelerate
 import pytest
 import torch
 from transformers import DynamicCache
@@ -12,6 +13,7 @@ from transformers import DynamicCache
 from evals.__main__ import main
 from evals.caches.registry import CacheSpec
 from evals.errors import InputError
+from evals.failures import Failure
 from evals.measurements import speed
 from evals.measurements.agreement import (
     AgreementMeasurement,
@@ -20,9 +22,11 @@ from evals.measurements.agreement import (
     continuation,
 )
 from evals.measurements.memory import MemoryOptions, measure
+from evals.measurements.registry import MEASUREMENTS
 from evals.measurements.speed import SpeedOptions
 from evals.probes.footprint import peak_bytes
 from evals.subjects.models import LoadedModel, ModelOptions
+from evals.subjects.twins import add_key_bias, scale_key_channels
 from rotorquant_hf import RotorQuantCache
 from tests.conftest import MODEL, ROOT
 
@@ -44,6 +48,46 @@ def test_peak_is_what_was_in_use_at_once() -> None:
         torch.empty(4 << 20, dtype=torch.uint8)
 
     assert peak_bytes(work, [torch.device("cpu")]) == 5 << 20
+
+
+def test_the_peak_of_an_offloaded_model_is_that_of_its_gpus(monkeypatch) -> None:
+    """Its other weights are on the CPU, or on the disk with placeholders on "meta"."""
+    used = {"cuda:0": [5, 9], "cuda:1": [7, 8]}
+
+    def of(device: torch.device, which: int = 0) -> int:
+        assert device.type == "cuda"
+        return used[str(device)][which]
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", of)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: of(device, 1))
+    for name in ("reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, of)
+    devices = [torch.device(name) for name in ("meta", "cuda:0", "cpu", "cuda:1")]
+    assert peak_bytes(lambda: None, devices) == 4 + 1
+
+
+def test_a_model_with_offloaded_weights_is_measured_as_another(loaded) -> None:
+    """Perplexity and lm-eval: the same figures, to the last bit."""
+    offloaded = accelerate.cpu_offload(copy.deepcopy(loaded.model))
+    assert offloaded.device.type == "meta"
+    twin = LoadedModel(offloaded, loaded.tokenizer, loaded.options)
+    spec = CacheSpec.of("k2v2", {"residual_length": 16, "statistics_length": 0})
+    for name, values in {
+        "perplexity": {"text": (TEXT,), "max_tokens": 220, "window": 220},
+        "lm_eval": {"tasks": ("rotorquant_rhymes",), "limit": 1},
+    }.items():
+        measurement = MEASUREMENTS[name]
+        options = measurement.options(**values)
+        expected, found = (measurement.prepare(x, options, 0)([spec])[0] for x in (loaded, twin))
+        assert not isinstance(expected, Failure)
+        assert found == expected
+
+
+def test_offloaded_weights_make_no_twin(loaded) -> None:
+    offloaded = accelerate.cpu_offload(copy.deepcopy(loaded.model))
+    for make in (lambda: scale_key_channels(offloaded, 10), lambda: add_key_bias(offloaded, 5, 0)):
+        with pytest.raises(InputError, match="offloaded, and a twin has others: load it with"):
+            make()
 
 
 def test_memory_of_the_baseline_is_what_its_numbers_take(loaded) -> None:

@@ -15,10 +15,10 @@ import yaml
 
 from evals.__main__ import main
 from evals.errors import InputError
+from evals.processes import Share
 from evals.sweep import runner as sweep
 from evals.sweep.plan import read_plan
 from evals.sweep.rows import SCHEMA, ResultsFile, finite, read_results
-from evals.sweep.runner import Share
 from rotorquant_hf import RotorQuantCache
 from tests.conftest import MODEL, ROOT
 
@@ -401,9 +401,11 @@ def test_processes_share_the_rows(config, tmp_path) -> None:
 
 
 def test_accelerate_launch_spreads_the_rows(config, tmp_path) -> None:
-    """A row that fails on one process, at once, ends no other."""
+    """A row that fails on one process, at once, ends no other; the figures are those of one."""
     out = tmp_path / "out"
-    path = config(models=[str(MODEL), "no/model"], caches=["dynamic", "k4v4", "k3v3"])
+    short = {"cache": "k3v3", "residual_length": 32, "statistics_length": 0}
+    twin = {"model": str(MODEL), "outliers": 10}
+    path = config(models=[str(MODEL), "no/model", twin, "no/other"], caches=[short])
     command = [
         *(
             sys.executable,
@@ -420,12 +422,19 @@ def test_accelerate_launch_spreads_the_rows(config, tmp_path) -> None:
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 1, done.stderr[-2000:]  # as that of one process whose rows fail
     _, rows = read_results([out])
-    assert len(rows) == 6
-    assert [row["status"] for row in rows].count("ok") == 3
-    assert {row["model"]["model"] for row in rows if row["status"] == "failed"} == {"no/model"}
-    assert "process 1 of 2: " in done.stdout
+    by_status = {"ok": [], "failed": []}
+    for row in rows:
+        by_status[row["status"]].append(row["model"]["model"])
+    assert by_status["ok"] == [str(MODEL)] * 2
+    assert sorted(by_status["failed"]) == ["no/model", "no/other"]
+    for rank, said in enumerate(("2 ok", "2 failed")):
+        assert f"process {rank + 1} of 2: {said} of 4 rows" in done.stdout
+    with pytest.raises(SystemExit):
+        run(path, tmp_path / "one")
+    one = {row["id"]: row["result"] for row in read_results([tmp_path / "one"])[1]}
+    assert {row["id"]: row["result"] for row in rows} == one
     assert sorted(path.name for path in out.iterdir()) == ["rows-0.jsonl", "rows-1.jsonl"]
 
 

@@ -1,0 +1,90 @@
+"""`offloading=True`: layers are elsewhere between their uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rotorquant_hf import RotorQuantCache, calibrate
+from tests.helpers import offloading
+from tests.helpers.models import build, feed, prompt
+
+# With offloading no queries are seen: a layer is moved before attention reads it.
+SMALL = {"residual_length": 8, "block_length": 4, "num_sink_tokens": 2, "statistics_length": 16}
+NEAREST = SMALL | {"query_aware": False}
+CHUNKS = (40, 1, 1, 1, 1, 1, 7)
+MODELS = ("llama", "gemma3", "falcon_h1", "qwen3_next")
+
+
+@pytest.fixture
+def offloaded(monkeypatch) -> Any:
+    return offloading.emulated(monkeypatch)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("attention", ["sdpa", "rotorquant"])
+@pytest.mark.parametrize("sliding", [False, True], ids=["sliding too", "sliding stays"])
+def test_the_same_is_read(offloaded, name, attention, sliding) -> None:
+    model, ids = build(name, attention), prompt(2, sum(CHUNKS))
+    expected = feed(model, RotorQuantCache("k4v4", config=model.config, **NEAREST), ids, CHUNKS)
+    cache = offloaded("k4v4", config=model.config, offload_only_non_sliding=sliding, **NEAREST)
+    assert torch.equal(feed(model, cache, ids, CHUNKS), expected)
+    assert cache.memory().packed_numbers > 0
+    compressed = [x for x in cache.layers if hasattr(x, "store")]
+    stays = [x for x in compressed if sliding and x.is_sliding]
+    moved = [x for x in compressed if x not in stays]
+    # The last layer has brought the first of them for the next pass.
+    here = [not offloading.is_away(x) for x in moved]
+    assert here == [moved[0] is not cache.layers[-1]] + [False] * (len(moved) - 1)
+    assert not any(map(offloading.is_away, stays))
+
+
+def test_without_a_config_and_with_a_calibration(offloaded) -> None:
+    model, ids = build("llama"), prompt(2, sum(CHUNKS))
+    made = {"calibration": calibrate(model, prompt(3, 100)), "config": model.config, **SMALL}
+    for options in (NEAREST, made):
+        expected = feed(model, RotorQuantCache("k3v3", **options), ids, CHUNKS)
+        assert torch.equal(feed(model, offloaded("k3v3", **options), ids, CHUNKS), expected)
+
+
+def test_a_text_is_generated(offloaded) -> None:
+    model, ids = build("gemma3"), prompt(2, 40)
+    mask = torch.ones_like(ids)
+
+    def generated(cache: RotorQuantCache, **options: Any) -> Any:
+        options |= {"max_new_tokens": 30, "do_sample": False, "attention_mask": mask}
+        return model.generate(ids, past_key_values=cache, **options)
+
+    for options in ({}, {"num_beams": 2}):
+        plain = RotorQuantCache("k4v4", config=model.config, **NEAREST)
+        cache = offloaded("k4v4", config=model.config, **NEAREST)
+        assert torch.equal(generated(cache, **options), generated(plain, **options))
+
+
+def test_a_pass_that_failed_can_be_repeated(offloaded, monkeypatch) -> None:
+    """It has left the first layer offloaded, which nothing but the last one brings back."""
+    model, ids, chunks = build("gemma3"), prompt(2, 40), (20, 1, 1, 18)
+    options = {"config": model.config, **NEAREST}
+    expected = feed(model, RotorQuantCache("k4v4", **options), ids, chunks)
+    cache = offloaded("k4v4", offload_only_non_sliding=False, **options)
+    read = [feed(model, cache, ids[:, :20], (20,))]
+    with monkeypatch.context() as full:
+        full.setattr(cache.layers[1], "_advance", _out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            feed(model, cache, ids[:, 20:], (1,))
+    assert [layer.get_seq_length() for layer in cache.layers] == [20, 20, 20]
+    assert offloading.is_away(cache.layers[0])
+    read.append(feed(model, cache, ids[:, 20:], chunks[1:]))
+    assert torch.equal(torch.cat(read, dim=1), expected)
+
+
+def _out_of_memory(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("no room")
+
+
+def test_it_is_refused_without_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="and torch sees none here: leave it out"):
+        RotorQuantCache(offloading=True)
