@@ -315,8 +315,11 @@ static void run(Round *round, void (*step)(void *, int64_t), int64_t items, Team
 
 int ATTEND(const Arguments *a, Team team, int threads)
 {
-    int64_t pairs = a->batch * a->heads, most = MAX_ROWS / (pairs * a->group);
+    int64_t pairs = a->batch * a->heads, most;
     Round round = {.a = a};
+    if (pairs * a->group == 0)
+        return 0;
+    most = MAX_ROWS / (pairs * a->group);
     round.folded_stride = 16 + padded(a->keys.d) + terms_size(&a->keys);
     round.state_stride = SUMS + padded(a->values.d) + terms_size(&a->values);
     most = most < 1 ? 1 : most > a->n ? a->n : most;

@@ -121,9 +121,15 @@ class Library:
 
 @functools.cache
 def library() -> Library | None:
-    """The library, None where it was not compiled, or the environment has ROTORQUANT_NATIVE=0."""
-    if os.environ.get("ROTORQUANT_NATIVE") == "0":
+    """The library, or None where it was not compiled.
+
+    In the environment, ROTORQUANT_NATIVE=0 leaves it out, and a path there names another one.
+    """
+    asked = os.environ.get("ROTORQUANT_NATIVE", "")
+    if asked == "0":
         return None
+    if asked:
+        return Library(asked)
     found = importlib.util.find_spec("rotorquant_hf.native._library")
     return None if found is None or found.origin is None else Library(found.origin)
 

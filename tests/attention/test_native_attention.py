@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,6 +157,22 @@ def test_nan_stays_with_its_row(level) -> None:
     assert found[1, 5, 1].isnan().all()
     found[1, 5, 1] = wanted[1, 5, 1]
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("level", HERE)
+def test_no_rows_and_no_queries(level) -> None:
+    keys, values = states()
+    options = AttentionOptions(0.125)
+    assert attend_native(queries(0, 64), keys, values, options, level).shape == (2, 12, 0, 64)
+    none = [
+        CachedStates(x.sinks[:0], replace(x.packed, rows=first_rows(x, 0)), x.recent[:0])
+        for x in (keys, values)
+    ]
+    assert attend_native(queries(3, 64, 0), *none, options, level).shape == (0, 12, 3, 64)
+
+
+def first_rows(of, count) -> dict[str, Tensor]:
+    return {name: x[:count] for name, x in of.packed.rows.items()}
 
 
 def test_views_of_queries_and_masks() -> None:
