@@ -1,4 +1,4 @@
-"""Which implementation computes: Triton kernels, or plain torch."""
+"""Which implementation computes: Triton kernels, the native library of a CPU, or plain torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from contextlib import contextmanager
 
 import torch
 
+from rotorquant_hf.native.library import library
 from rotorquant_hf.quant.mse import RotorQuantMSE
 from rotorquant_hf.quant.prod import RotorQuantProd
 from rotorquant_hf.quant.quantizer import Quantizer
 
-BACKENDS = ("triton", "torch")
+BACKENDS = ("triton", "native", "torch")
 _forced: str | None = None
 
 # In float32, larger tiles do not fit the shared memory of most GPUs.
@@ -49,6 +50,22 @@ def uses_triton(device: torch.device) -> bool:
     if _forced is not None:
         return _forced == "triton"
     return device.type == "cuda" and _runs_kernels(device)
+
+
+def uses_native(device: torch.device) -> bool:
+    """Whether the native library computes attention on `device`, where it takes the numbers."""
+    return _forced in (None, "native") and device.type == "cpu" and library() is not None
+
+
+def running(device: torch.device | str) -> str:
+    """What computes on a device: "triton", "native", with what the library is for, or "torch"."""
+    device = torch.device(device)
+    loaded = library()
+    if uses_triton(device):
+        return "triton"
+    if uses_native(device) and loaded is not None:
+        return f"native ({loaded.level})"
+    return "torch"
 
 
 def runs_ptx(device: torch.device) -> bool:
@@ -89,15 +106,22 @@ def brought(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 def backend(name: str) -> Iterator[None]:
     """Use one backend on every device, for comparisons and tests.
 
-    "torch" also works on a GPU. "triton" on a CPU needs Triton's interpreter
-    (`TRITON_INTERPRET=1` in the environment before Triton is imported).
+    "torch" also works on a GPU. "native" is of CPUs, and leaves what it does not take to torch.
+    "triton" on a CPU needs Triton's interpreter (`TRITON_INTERPRET=1` in the environment before
+    Triton is imported).
 
     Raises:
         ValueError: for an unknown name.
+        RuntimeError: for "native" where the library was not compiled.
     """
     global _forced
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; choose one of {', '.join(BACKENDS)}")
+    if name == "native" and library() is None:
+        raise RuntimeError(
+            "there is no native library: install the package where a C compiler is found, and "
+            "leave ROTORQUANT_NATIVE=0 out of the environment"
+        )
     before, _forced = _forced, name
     try:
         yield

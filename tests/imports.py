@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 STOREYS: tuple[tuple[str, ...], ...] = (
-    ("version", "quant"),
+    ("version", "quant", "native"),
     ("config", "backend", "files"),
     ("kernels",),
     ("attention", "store"),

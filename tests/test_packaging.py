@@ -34,7 +34,9 @@ def test_data_files_are_named() -> None:
         for pattern in SETUPTOOLS["package-data"][name]:
             assert list((ROOT / folder).glob(pattern)), pattern
         for path in (ROOT / folder).rglob("*"):
-            skipped = path.suffix in (".py", ".pyc", ".md") or "results" in path.parts
+            skipped = (
+                path.suffix in (".py", ".pyc", ".md", ".c", ".h", ".so") or "results" in path.parts
+            )
             if path.is_file() and not skipped:
                 assert path in named, path
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rotorquant_hf.attention.native_attention import attend_native, native_takes
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.states import KVStates, RingStates
 from rotorquant_hf.attention.torch_attention import attend_tiled
-from rotorquant_hf.backend import kernels_take, uses_triton
+from rotorquant_hf.backend import kernels_take, uses_native, uses_triton
 
 
 def attend(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions) -> Tensor:
@@ -51,6 +52,8 @@ def compute(query: Tensor, keys: KVStates, values: KVStates, options: AttentionO
         from rotorquant_hf.attention.triton_attention import attend_packed
 
         return attend_packed(query, keys, values, options)
+    if uses_native(query.device) and native_takes(query, keys, values):
+        return attend_native(query, keys, values, options)
     return attend_tiled(query, keys, values, options)
 
 

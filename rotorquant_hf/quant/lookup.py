@@ -33,12 +33,14 @@ class CodeTable:
         order: (size,) int64: item i of those looked up is element order[i] of the vector; d is
             padding, whose item means nothing.
         entries: (words, slots) float32, the centroids of each word.
+        centroids: (2**bits,) float32, those of a code.
     """
 
     bits: int
     d: int
     order: Tensor
     entries: Tensor
+    centroids: Tensor
 
     @classmethod
     def of(cls, centroids: Tensor, bits: int, d: int) -> CodeTable:
@@ -52,7 +54,7 @@ class CodeTable:
         high = (words >> (shifts + 8)) & ((1 << above) - 1)
         entries = centroids[(low | (high << width)).clamp(max=len(centroids) - 1)]
         elements = torch.arange(slots * size, device=centroids.device).unflatten(0, (slots, size))
-        return cls(bits, d, elements.T.flatten().clamp(max=d), entries)
+        return cls(bits, d, elements.T.flatten().clamp(max=d), entries, centroids)
 
     def look_up(self, packed: Tensor) -> Tensor:
         """Centroids of packed codes (..., bytes) uint8: (..., size) float32, in `order`."""

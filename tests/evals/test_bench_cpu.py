@@ -8,6 +8,7 @@ import torch
 from evals.bench import cache_size, prefill
 from evals.bench import cpu as bench_cpu
 from rotorquant_hf import RotorQuantCache
+from rotorquant_hf.backend import running
 
 
 def test_cache_sizes(capsys) -> None:
@@ -74,8 +75,17 @@ def test_bench_cpu(capsys) -> None:
     rows = [[x.strip() for x in line.split("|")[1:-1]] for line in lines if "| float32" in line]
     assert [row[1] for row in rows] == ["3", "4"]
     for row in rows:
-        packed, dequantised = (float(row[i].split()[0]) for i in (3, 4))
-        assert float(row[5].rstrip("x")) == pytest.approx(dequantised / packed, rel=0.5)
+        packed, _, _, plain = (float(cell.split()[0]) for cell in row[3:7])
+        assert float(row[7].rstrip("x")) == pytest.approx(plain / packed, rel=0.5)
+
+
+def test_bench_cpu_times_both_ways_of_reading_codes(monkeypatch, capsys) -> None:
+    seen = []
+    monkeypatch.setattr(bench_cpu, "attend", lambda *args: seen.append(running("cpu")))
+    options = ["--context", "400", "--dtype", "float32", "--threads", "1", "--repeats", "2"]
+    bench_cpu.main([*options, "--bits", "3"])
+    assert set(seen) == {running("cpu"), "torch"}
+    assert f"packed codes by {running('cpu')}" in capsys.readouterr().out
 
 
 def test_bench_cpu_reads_what_was_compressed() -> None:

@@ -1,0 +1,61 @@
+/* Attention of some queries over cached keys and values: what `rotorquant_attend` takes.
+
+   All fields have 8 bytes, in the order of `Arguments` in `library.py`. Strides are in elements,
+   those of codes in bytes; neighbouring channels lie side by side. Shapes: queries (batch, heads *
+   group, n, d_k), of which heads g k ... g k + g - 1 read kv head k.
+*/
+#ifndef ROTORQUANT_ATTEND_H
+#define ROTORQUANT_ATTEND_H
+
+#include <stdint.h>
+
+enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, BOOLEAN = 3 };
+enum { MAX_TERMS = 4 };
+
+/* A tensor (batch, heads, tokens, ...). */
+typedef struct {
+    const void *data;
+    int64_t type;
+    int64_t stride_b, stride_h, stride_t;
+} Tensor;
+
+/* One term of packed vectors: scale * (centroids of the codes) @ basis. */
+typedef struct {
+    Tensor codes, scale;
+    int64_t bits, size;   /* of a code; codes of a vector */
+    const float *table;   /* (2^bits,) */
+    const float *basis;   /* (size, d) */
+} Term;
+
+/* Keys or values: those in full precision before and after the packed ones, and these. */
+typedef struct {
+    int64_t d;
+    Tensor sinks, recent;
+    int64_t terms;
+    Term term[MAX_TERMS];
+    Tensor scale; /* of the channels, float32; its stride_t is that of the channels */
+    Tensor mean;  /* float32, or no data */
+} Side;
+
+typedef struct {
+    int64_t batch, heads, group, n;
+    int64_t sinks, packed, recent; /* tokens */
+    double factor, softcap;        /* of the inner products; 0 for none */
+    int64_t causal;                /* query i sees tokens up to tokens - n + i */
+    Tensor query;                  /* float32 */
+    float *out;                    /* (batch, heads * group, n, d_v), contiguous */
+    const float *sink_logits;      /* (heads * group,), or NULL */
+    Tensor mask;                   /* (batch, heads * group, n, tokens), FLOAT32 or BOOLEAN, or no data */
+    int64_t mask_stride_k;         /* of the tokens */
+    Side keys, values;
+} Arguments;
+
+/* Runs a function once on each of so many threads. */
+typedef void (*Team)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+
+/* 0, or -1 if there is no memory. */
+int attend_portable(const Arguments *arguments, Team team, int threads);
+int attend_avx2(const Arguments *arguments, Team team, int threads);
+int attend_avx512(const Arguments *arguments, Team team, int threads);
+
+#endif

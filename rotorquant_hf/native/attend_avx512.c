@@ -1,0 +1,9 @@
+/* Attention with AVX-512, as server processors since 2017 have it. */
+#if defined(__x86_64__)
+#define ATTEND attend_avx512
+#define USE_AVX512
+#include "targets.h"
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#include "attend_body.h"
+END_TARGET
+#endif

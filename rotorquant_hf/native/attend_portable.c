@@ -1,0 +1,3 @@
+/* Attention in what every processor has. */
+#define ATTEND attend_portable
+#include "attend_body.h"

@@ -1,0 +1,147 @@
+"""The native library: attention over packed codes in C, for CPUs.
+
+`pip install` compiles it where it finds a compiler. Nothing needs it: without it, plain torch
+computes (`attention/torch_attention.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+MAX_TERMS = 4
+MAX_SIZE = 4096
+"""Terms of packed vectors, and codes of one, that the library takes."""
+
+LEVELS = ("avx512", "avx2", "portable")
+"""What it is compiled for, the fastest first; each needs the instructions of those after it."""
+
+_TYPES = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.bool: 3,
+    torch.uint8: 3,
+}
+"""Of elements, as attend.h numbers them."""
+
+
+class TensorArgument(ctypes.Structure):
+    """`Tensor` of attend.h."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("type", c_int64),
+        ("strides", c_int64 * 3),
+    ]
+
+    def point(self, x: torch.Tensor) -> None:
+        """Let it be a tensor of three axes or more, the last of neighbours."""
+        self.data, self.type = x.data_ptr(), _TYPES[x.dtype]
+        self.strides[:] = x.stride()[:3]
+
+
+class TermArgument(ctypes.Structure):
+    """`Term` of attend.h."""
+
+    _fields_ = [
+        ("codes", TensorArgument),
+        ("scale", TensorArgument),
+        ("bits", c_int64),
+        ("size", c_int64),
+        ("table", c_void_p),
+        ("basis", c_void_p),
+    ]
+
+
+class SideArgument(ctypes.Structure):
+    """`Side` of attend.h."""
+
+    _fields_ = [
+        ("d", c_int64),
+        ("sinks", TensorArgument),
+        ("recent", TensorArgument),
+        ("terms", c_int64),
+        ("term", TermArgument * MAX_TERMS),
+        ("scale", TensorArgument),
+        ("mean", TensorArgument),
+    ]
+
+
+class Arguments(ctypes.Structure):
+    """`Arguments` of attend.h."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "heads", "group", "n")),
+        *((name, c_int64) for name in ("sinks", "packed", "recent")),
+        ("factor", c_double),
+        ("softcap", c_double),
+        ("causal", c_int64),
+        ("query", TensorArgument),
+        ("out", c_void_p),
+        ("sink_logits", c_void_p),
+        ("mask", TensorArgument),
+        ("mask_stride_k", c_int64),
+        ("keys", SideArgument),
+        ("values", SideArgument),
+    ]
+
+
+class Library:
+    """The loaded library.
+
+    Attributes:
+        level: of `LEVELS`, the best that this processor has.
+    """
+
+    def __init__(self, path: str) -> None:
+        loaded = ctypes.CDLL(path)
+        loaded.rotorquant_level.restype = c_char_p
+        self.level: str = loaded.rotorquant_level().decode()
+        self._attend = loaded.rotorquant_attend
+        self._attend.argtypes = [POINTER(Arguments), c_char_p, c_void_p, c_int]
+        self._team = _team_of_torch()
+
+    def attend(self, arguments: Arguments, level: str | None = None) -> None:
+        """Compute what the arguments say, with as many threads as torch has.
+
+        Raises:
+            MemoryError: if there is none for the sums.
+        """
+        name = (level or self.level).encode()
+        if self._attend(ctypes.byref(arguments), name, self._team, torch.get_num_threads()):
+            raise MemoryError("no memory for attention over packed codes")
+
+
+@functools.cache
+def library() -> Library | None:
+    """The library, or None where it was not compiled.
+
+    In the environment, ROTORQUANT_NATIVE=0 leaves it out, and a path there names another one.
+    """
+    asked = os.environ.get("ROTORQUANT_NATIVE", "")
+    if asked == "0":
+        return None
+    if asked:
+        return Library(asked)
+    found = importlib.util.find_spec("rotorquant_hf.native._library")
+    return None if found is None or found.origin is None else Library(found.origin)
+
+
+def _team_of_torch() -> int | None:
+    """The address of the function that runs work on the threads that torch has already.
+
+    Threads of our own would compete with these, which wait for work in a loop for a while. None if
+    torch has no GNU OpenMP; then one thread works.
+    """
+    for path in Path(torch.__file__).parent.glob("lib/libgomp*"):
+        loaded = ctypes.CDLL(str(path))
+        if hasattr(loaded, "GOMP_parallel"):
+            return ctypes.cast(loaded.GOMP_parallel, c_void_p).value
+    return None

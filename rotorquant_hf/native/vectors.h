@@ -1,0 +1,185 @@
+/* Vectors of WIDTH floats, for whatever processor the file that includes this is compiled for.
+
+   Arithmetic is that of the compiler's vector types (GCC and Clang). What these lack, looking up
+   centroids, is written with intrinsics where the processor has an instruction for it.
+*/
+#ifndef ROTORQUANT_VECTORS_H
+#define ROTORQUANT_VECTORS_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(USE_AVX512)
+#include <immintrin.h>
+#define WIDTH 16
+#elif defined(USE_AVX2)
+#include <immintrin.h>
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float Floats __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
+
+INLINE Floats load(const float *from)
+{
+    Floats x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+INLINE void store(float *to, Floats x) { memcpy(to, &x, sizeof x); }
+
+INLINE Floats all(float x) { return x - (Floats){0}; }
+
+/* a where the mask has all bits, b where it has none. */
+INLINE Floats choose(Ints mask, Floats a, Floats b)
+{
+    return (Floats)((mask & (Ints)a) | (~mask & (Ints)b));
+}
+
+INLINE Floats larger(Floats a, Floats b) { return choose(a > b, a, b); }
+
+INLINE float sum(Floats x)
+{
+#if defined(USE_AVX512)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float total = 0;
+    for (int i = 0; i < WIDTH; i++)
+        total += x[i];
+    return total;
+#endif
+}
+
+/* e^x of x <= 0, 0 below -87; to 2 units in the last place.
+
+   2^k e^r with k the integer nearest to x / ln 2, and e^r by its Taylor polynomial: |r| <= 0.35. */
+INLINE Floats exponential(Floats x)
+{
+    Floats scaled = larger(x, all(-88.0f)) * all(1.44269504f);
+    Floats nearest = (scaled + all(12582912.0f)) - all(12582912.0f);
+    Floats r = (larger(x, all(-88.0f)) - nearest * all(0.693359375f)) + nearest * all(2.12194440e-4f);
+    Floats p = all(1.0f / 5040);
+    p = p * r + all(1.0f / 720);
+    p = p * r + all(1.0f / 120);
+    p = p * r + all(1.0f / 24);
+    p = p * r + all(1.0f / 6);
+    p = p * r + all(0.5f);
+    p = p * r + all(1.0f);
+    p = p * r + all(1.0f);
+    Ints power = (__builtin_convertvector(nearest, Ints) + 127) << 23;
+    return choose(x < all(-87.0f), all(0.0f), p * (Floats)power);
+}
+
+INLINE float from_half(uint16_t x)
+{
+    /* Exponent and mantissa to their places, and 2^112 for the difference of the biases. */
+    uint32_t magnitude = (uint32_t)(x & 0x7fff) << 13, sign = (uint32_t)(x & 0x8000) << 16, bits;
+    float value;
+    memcpy(&value, &magnitude, 4);
+    value *= 5.192296858534828e33f;
+    memcpy(&bits, &value, 4);
+    bits |= sign | ((x & 0x7c00) == 0x7c00 ? 0x7f800000u : 0);
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE float from_bfloat(uint16_t x)
+{
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE Ints all_ints(int x) { return x - (Ints){0}; }
+
+#if defined(USE_AVX512)
+static const Ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(USE_AVX2)
+static const Ints LANE = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+static const Ints LANE = {0, 1, 2, 3};
+#endif
+
+/* WIDTH bytes as integers. */
+INLINE Ints widened(const uint8_t *from)
+{
+#if defined(USE_AVX512)
+    return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+#elif defined(USE_AVX2)
+    return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#else
+    return (Ints){from[0], from[1], from[2], from[3]};
+#endif
+}
+
+/* Half as many bytes, twice. */
+INLINE Ints twice(const uint8_t *from)
+{
+    uint8_t bytes[WIDTH];
+    memcpy(bytes, from, WIDTH / 2);
+    memcpy(bytes + WIDTH / 2, from, WIDTH / 2);
+    return widened(bytes);
+}
+
+/* A table of centroids, (2^bits,); of at most 16 in registers, over and over. */
+typedef struct {
+    const float *entries;
+    Floats low, high;
+} Table;
+
+INLINE Table table_of(const float *entries, int bits)
+{
+    Table table = {.entries = entries};
+    if (bits <= 4) {
+        float repeated[16];
+        for (int i = 0; i < 16; i++)
+            repeated[i] = entries[i & ((1 << bits) - 1)];
+        table.low = load(repeated);
+        table.high = load(repeated + 16 - WIDTH);
+    }
+    return table;
+}
+
+/* Entries of a table. Of at most 16 codes may have bits above their own. */
+INLINE Floats look_up(const Table *table, int bits, Ints codes)
+{
+#if defined(USE_AVX512)
+    if (bits <= 4)
+        return (Floats)_mm512_permutexvar_ps((__m512i)codes, (__m512)table->low);
+    return (Floats)_mm512_i32gather_ps((__m512i)codes, table->entries, 4);
+#elif defined(USE_AVX2)
+    if (bits > 4)
+        return (Floats)_mm256_i32gather_ps(table->entries, (__m256i)codes, 4);
+    __m256 low = _mm256_permutevar8x32_ps((__m256)table->low, (__m256i)codes);
+    if (bits <= 3)
+        return (Floats)low;
+    __m256 high = _mm256_permutevar8x32_ps((__m256)table->high, (__m256i)codes);
+    return (Floats)_mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32((__m256i)codes, 28));
+#else
+    Floats found;
+    for (int i = 0; i < WIDTH; i++)
+        found[i] = table->entries[codes[i] & ((1 << bits) - 1)];
+    return found;
+#endif
+}
+
+INLINE float largest(Floats x)
+{
+#if defined(USE_AVX512)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float found = x[0];
+    for (int i = 1; i < WIDTH; i++)
+        found = x[i] > found ? x[i] : found;
+    return found;
+#endif
+}
+
+#endif
