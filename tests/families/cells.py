@@ -183,11 +183,14 @@ class _Reads:
 def _counted() -> Iterator[_Reads]:
     """What attention does within."""
     reads = _Reads()
-    attend, materialize = dispatch.attend_tiled, CompressedTensor.materialize
+    materialize = CompressedTensor.materialize
 
-    def attending(*args: Any) -> Tensor:
-        reads.codes += 1
-        return attend(*args)
+    def counting(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def attending(*args: Any) -> Tensor:
+            reads.codes += 1
+            return attend(*args)
+
+        return attending
 
     def materializing(x: CompressedTensor) -> Tensor:
         if x.packed_states is not None and not reads.dequantised_by:
@@ -195,7 +198,8 @@ def _counted() -> Iterator[_Reads]:
         return materialize(x)
 
     with (
-        mock.patch.object(dispatch, "attend_tiled", attending),
+        mock.patch.object(dispatch, "attend_native", counting(dispatch.attend_native)),
+        mock.patch.object(dispatch, "attend_tiled", counting(dispatch.attend_tiled)),
         mock.patch.object(CompressedTensor, "materialize", materializing),
     ):
         yield reads
