@@ -127,7 +127,7 @@ def _native_terms(quantizer: Quantizer) -> tuple[NativeTerm, ...] | None:
                 return None
             if len(table.centroids) != 2**table.bits:
                 return None
-            basis = torch.zeros(table.d + 1, d).index_copy_(0, table.order, term.basis)
+            basis = term.basis.new_zeros(table.d + 1, d).index_copy_(0, table.order, term.basis)
             terms.append(
                 NativeTerm(
                     term.codes, term.scale, table.bits, table.d, table.centroids, basis[: table.d]

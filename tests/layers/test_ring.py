@@ -308,7 +308,7 @@ def test_double_precision_stays_on_the_torch_path():
 
 
 def test_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match=r"'cuda'.*triton, torch"), backend("cuda"):
+    with pytest.raises(ValueError, match=r"'cuda'.*triton, native, torch"), backend("cuda"):
         pass
 
 
