@@ -110,8 +110,7 @@ class RotorQuantCache(Cache):
                 "offloading=True keeps layers on the CPU while a CUDA device computes, and torch "
                 "sees none here: leave it out (on the CPU there is nothing to offload)"
             )
-        self._model = None if config is None else shape_of(config)
-        self._part = None if config is None else Part.of_model(config)
+        self._model, self._part = _known_of(config)
         self._last_update: tuple[int | None, int] = (None, 0)  # layer, and tokens that it got
         layers, make_layer = None, None
         if calibration is not None and not isinstance(calibration, Calibration):
@@ -134,7 +133,7 @@ class RotorQuantCache(Cache):
         else:
             if calibration is not None:
                 calibration.check(config, self.settings)
-                calibration = calibration.of_part(Part.of_model(config))
+                calibration = calibration.of_part(self._part or Part())
             layers = _layers_of_model(self.settings, config, calibration)
         super().__init__(
             layers,
@@ -174,8 +173,13 @@ class RotorQuantCache(Cache):
                     "DynamicCache(config=model.config))"
                 )
         self._settle_others(layer_idx, key_states.shape[-2])
-        self._leave_uncompressed(layer_idx, key_states, value_states)
-        self._bring(layer_idx, key_states.device)
+        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if layer is None or not layer.is_initialized:
+            self._leave_uncompressed(layer_idx, key_states, value_states)
+        elif self.offloading or layer.device != key_states.device:
+            # Loaded to another device, or offloaded, and a pass that failed did not bring it back.
+            layer.device = key_states.device
+            layer.prefetch()
         with self._taking_back(layer_idx, key_states.shape[-2]):
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(keys, CompressedTensor) and keys.on_query is not None:
@@ -197,7 +201,7 @@ class RotorQuantCache(Cache):
             raise ValueError(f"layer_idx is {layer_idx}; pass the layer's number, from 0{last}")
 
     def _leave_uncompressed(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> None:
-        """Put Transformers' layer in the place of one that is new, if its heads cannot be coded."""
+        """Put Transformers' layer in the place of a new one, if its heads cannot be coded."""
         if not key_states.dim() == value_states.dim() == 4:
             return  # the layer says so
         head_dims = {key_states.shape[3], value_states.shape[3]}
@@ -206,7 +210,7 @@ class RotorQuantCache(Cache):
         if isinstance(self.layers, _GrowingLayers):
             self.layers.extend(self.layers.make() for _ in range(len(self.layers), layer_idx + 1))
         layer = self.layers[layer_idx]
-        if isinstance(layer, RotorQuantLayer) and not layer.is_initialized:
+        if isinstance(layer, RotorQuantLayer):
             warnings.warn(
                 f"this model has heads of {' and '.join(map(str, sorted(head_dims)))} elements; "
                 f"heads of {MIN_DIM} to {MAX_DIM} can be quantised, so that layers of others are "
@@ -214,20 +218,6 @@ class RotorQuantCache(Cache):
                 stacklevel=3,
             )
             self.layers[layer_idx] = layer.uncompressed()
-
-    def _bring(self, layer_idx: int, device: torch.device) -> None:
-        """Have a layer where its new tokens are.
-
-        It was loaded to another device, or offloaded, and a pass that failed did not bring it back.
-        """
-        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        if layer is None or not layer.is_initialized:
-            return
-        if layer.device != device:
-            layer.device = device
-        elif not self.offloading:
-            return
-        layer.prefetch()
 
     def _show(
         self,
@@ -379,8 +369,7 @@ class RotorQuantCache(Cache):
             ValueError: if the file is damaged, was not written by `save`, or is of another model,
                 version or part of the heads; or if the device cannot be used here.
         """
-        model = None if config is None else shape_of(config)
-        part = None if config is None else Part.of_model(config)
+        model, part = _known_of(config)
         settings, layers = serialization.read(path, device, model, part)
         cache = cls(settings, config=config)
         if config is None:
@@ -402,6 +391,13 @@ class RotorQuantCache(Cache):
             for name in ("key_bits", "value_bits")
         )
         return f"RotorQuantCache(key/value bits {bits}, layers={len(self.layers)}, tokens={tokens})"
+
+
+def _known_of(
+    config: PreTrainedConfig | None,
+) -> tuple[dict[str, Any] | None, Part | None]:
+    """What a file says of a model, and of the part of its heads that is here."""
+    return (None, None) if config is None else (shape_of(config), Part.of_model(config))
 
 
 def _attributes(layer: Any) -> dict[str, Any]:

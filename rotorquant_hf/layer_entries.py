@@ -150,11 +150,7 @@ def _sides(layer: RotorQuantLayer) -> dict[str, PackedSide]:
 def _restore_packed(layer: RotorQuantLayer, entry: LayerEntry) -> None:
     attributes, tensors = entry.attributes, entry.tensors
     if isinstance(layer, RotorQuantSlidingLayer):
-        if layer.sliding_window != attributes["sliding_window"]:
-            raise ValueError(
-                f"has a sliding window of {attributes['sliding_window']}, the model one of "
-                f"{layer.sliding_window}; it is another model's"
-            )
+        _check_window(attributes["sliding_window"], layer.sliding_window)
         layer.cumulative_length = _count("cumulative_length", attributes["cumulative_length"])
     if not tensors:
         return
@@ -203,14 +199,15 @@ def _check_tensors(layer: RotorQuantLayer, tensors: dict[str, Tensor]) -> None:
     codes = tensors.get(f"{_STORE}key_{row_of_codes}")
     packed = 0 if codes is None else codes.shape[2]
 
+    known = {"queries.mean", "queries.pre_rope", "stand_ins"}
     for role, side in _sides(layer).items():
         dtype = tensors[f"window.{role}s"].dtype
-        _tensor(tensors, f"sinks.{role}s", (batch, heads, sinks, side.d), dtype)
-        _tensor(tensors, f"window.{role}s", (batch, heads, recent, side.d), dtype)
+        for name, n in (("sinks", sinks), ("window", recent)):
+            _tensor(tensors, f"{name}.{role}s", (batch, heads, n, side.d), dtype)
+            known.add(f"{name}.{role}s")
     held = sinks + packed + recent
     if isinstance(layer, RotorQuantSlidingLayer) and layer.cumulative_length < held:
         raise ValueError(f"has {held} tokens of {layer.cumulative_length}")
-    known = {f"{name}.{role}s" for name in ("sinks", "window") for role in _sides(layer)}
     known |= _check_store(layer, tensors, (batch, heads, packed))
 
     d = layer.store.d_key
@@ -223,7 +220,7 @@ def _check_tensors(layer: RotorQuantLayer, tensors: dict[str, Tensor]) -> None:
             raise ValueError("has stand-ins for sinks that are none of its tokens")
     for name, row in _fingerprints(layer).items():
         _tensor(tensors, name, tuple(row.shape), row.dtype)
-    known |= {"queries.mean", "queries.pre_rope", "stand_ins", *_fingerprints(layer)}
+        known.add(name)
     for name in sorted(tensors.keys() - known):
         raise ValueError(f"has a tensor {name}, which no such layer has")
 
@@ -235,8 +232,7 @@ def _check_store(
 
     Rows and statistics are those of both sides, or of neither.
     """
-    names = {name for name in tensors if name.startswith(_STORE)}
-    if not names:
+    if not any(name.startswith(_STORE) for name in tensors):
         return set()
     batch, heads, packed = axes
     known = set()
@@ -275,6 +271,13 @@ def _tensor(
     elif (tuple(x.shape), x.dtype) != (shape, dtype):
         raise ValueError(f"has {name} {tuple(x.shape)}, {x.dtype}; {shape}, {dtype} is right")
     return x
+
+
+def _check_window(saved: Any, here: Any) -> None:
+    if saved != here:
+        raise ValueError(
+            f"has a sliding window of {saved}, the model one of {here}; it is another model's"
+        )
 
 
 def _count(name: str, value: Any) -> int:
@@ -335,10 +338,8 @@ def _set(layer: Any, name: str, value: Any) -> None:
     before = getattr(layer, name, None)
     if before is not None and type(value) is not type(before):
         raise ValueError(f"has {name} {value!r}, not a {type(before).__name__}")
-    if name == "sliding_window" and value != before:
-        raise ValueError(
-            f"has a sliding window of {value}, the model one of {before}; it is another model's"
-        )
+    if name == "sliding_window":
+        _check_window(value, before)
     setattr(layer, name, value)
 
 

@@ -50,7 +50,7 @@ def attend_native(
     """As `attend_tiled`.
 
     Args:
-        query, keys, values, options: as there, for `takes` of their quantisers.
+        query, keys, values, options: as there, of numbers that `native_takes`.
         level: one of `LEVELS`; None for the best.
     """
     loaded = library()
@@ -120,8 +120,7 @@ def _native_terms(quantizer: Quantizer) -> tuple[NativeTerm, ...] | None:
     """The terms of a quantiser; None if the library does not take them."""
     kinds, terms = quantizer.row_kinds(torch.device("cpu")), []
     with torch.inference_mode(False), torch.no_grad():
-        found = quantizer.terms()
-        for term in found:
+        for term in quantizer.terms():
             table, d = term.table, term.basis.shape[1]
             if kinds[term.scale].dtype not in (torch.float16, torch.float32):
                 return None

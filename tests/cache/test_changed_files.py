@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from rotorquant_hf import Calibration, RotorQuantCache, calibrate
-from rotorquant_hf.files import seal
 from tests.helpers.models import build, feed, prompt
+from tests.helpers.saved_files import rewrite
 
 SMALL = {"residual_length": 8, "block_length": 4, "statistics_length": 0}
 CACHES = {
@@ -80,18 +77,14 @@ def change_tensors(tensors, data) -> None:
 
 
 def change(original, path, data) -> None:
-    with safe_open(original, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    header = json.loads(metadata["header"])
-    for of_tensors in data.draw(st.lists(st.booleans(), min_size=1, max_size=2)):
-        if of_tensors and tensors:
-            change_tensors(tensors, data)
-        else:
-            change_header(header, data)
-    metadata |= {"header": json.dumps(header), "crc32": "0" * 8}
-    save_file(tensors, path, metadata)
-    seal(path)
+    def some(header, tensors) -> None:
+        for of_tensors in data.draw(st.lists(st.booleans(), min_size=1, max_size=2)):
+            if of_tensors and tensors:
+                change_tensors(tensors, data)
+            else:
+                change_header(header, data)
+
+    rewrite(original, some, path)
 
 
 def refusal(action) -> str | None:
@@ -155,12 +148,11 @@ def test_a_changed_cache_is_refused_or_read(saved, name, data) -> None:
 def test_rows_that_kernels_would_read_beyond_are_refused(saved, tensor, change) -> None:
     original, model = saved["queries and stand-ins"]
     path = original.with_name("changed")
-    with safe_open(original, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    tensors[f"1.{tensor}"] = CHANGES[change](tensors[f"1.{tensor}"]).contiguous()
-    save_file(tensors, path, metadata | {"crc32": "0" * 8})
-    seal(path)
+
+    def one(_, tensors) -> None:
+        tensors[f"1.{tensor}"] = CHANGES[change](tensors[f"1.{tensor}"]).contiguous()
+
+    rewrite(original, one, path)
     with pytest.raises(ValueError, match=rf"layer 1 of {path} "):
         RotorQuantCache.load(path, config=model.config)
 

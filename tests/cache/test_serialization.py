@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from transformers import (
 )
 
 from rotorquant_hf import RotorQuantCache
-from rotorquant_hf.files import seal
+from tests.helpers.saved_files import rewrite
 
 NOW = {"statistics_length": 0, "num_sink_tokens": 1}
 SMALL_WINDOW = {"residual_length": 16, "statistics_length": 0, "block_length": 8}
@@ -186,34 +185,22 @@ def test_foreign_file(tmp_path) -> None:
         RotorQuantCache.load(tmp_path / "absent.safetensors")
 
 
-def rewrite(path: Path, change_header, drop: str = "") -> None:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys() if name != drop}  # noqa: SIM118
-    header = json.loads(metadata["header"])
-    change_header(header)
-    save_file(tensors, path, {**metadata, "header": json.dumps(header), "crc32": "0" * 8})
-    seal(path)
-
-
 @pytest.mark.parametrize("version", [1, 99])
 def test_other_version(saved, version) -> None:
-    rewrite(saved, lambda header: header.update(version=version))
+    rewrite(saved, lambda header, _: header.update(version=version))
     with pytest.raises(ValueError, match=f"format version {version} .*save the cache again"):
         RotorQuantCache.load(saved)
 
 
 @pytest.mark.parametrize("name", ["1.window.keys", "0.store.key_codes", "1.drawn.key_rotation"])
 def test_missing_tensor(saved, name) -> None:
-    rewrite(saved, lambda header: None, drop=name)
+    rewrite(saved, lambda _, tensors: tensors.pop(name))
     with pytest.raises(ValueError, match=name.partition(".")[2].removeprefix("store.")):
         RotorQuantCache.load(saved)
 
 
 def test_other_rotation(saved) -> None:
-    rewrite(saved, lambda header: header["settings"].update(seed=43))
+    rewrite(saved, lambda header, _: header["settings"].update(seed=43))
     with pytest.raises(ValueError, match="key_rotation"):
         RotorQuantCache.load(saved)
 
