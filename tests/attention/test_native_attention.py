@@ -160,6 +160,20 @@ def test_nan_stays_with_its_row(level) -> None:
 
 
 @pytest.mark.parametrize("level", HERE)
+def test_nan_of_one_token_is_not_lost(level) -> None:
+    keys, values = states()
+    mask = torch.zeros(BATCH, HEADS * GROUP, 2, keys.shape[2])
+    for token in (2, 100, -1):  # a sink, a packed one, a recent one
+        mask[1, 5, 1] = 0
+        mask[1, 5, 1, token] = math.nan
+        options = AttentionOptions(0.125, mask=mask)
+        found = attend_native(queries(2, 64), keys, values, options, level)
+        wanted = attend_tiled(queries(2, 64), keys, values, options)
+        assert found[1, 5, 1].isnan().all()
+        assert torch.equal(found.isnan(), wanted.isnan())
+
+
+@pytest.mark.parametrize("level", HERE)
 def test_no_rows_and_no_queries(level) -> None:
     keys, values = states()
     options = AttentionOptions(0.125)
