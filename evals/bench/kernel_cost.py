@@ -155,8 +155,8 @@ def attention_cost(
     half = dtype != torch.float32
     operand = torch.float16 if half else torch.float32
     device = Device(PROCESSORS, SHARED)
-    code_bits = key_bits + value_bits
-    tiling = choose_tiling(rows, 8, 1 << 20, d, code_bits, device, operand, signs > 0)
+    bits = key_bits, value_bits
+    tiling = choose_tiling(rows, 8, 1 << 20, (d, d), bits, device, operand, signs > 0)
     model, decoded = ("bf16", "fp16") if half else ("fp32", "fp32")
     pointers = dict.fromkeys(["p_q", "p_sink_k", "p_sink_v", "p_recent_k", "p_recent_v"], model)
     pointers |= dict.fromkeys(["p_rotated", "p_projected", "p_ktable", "p_vtable"], decoded)
@@ -175,9 +175,11 @@ def attention_cost(
         "SIGNS": signs,
         "PTX": half,
         "DIRECT": tiling.direct,
+        "PAIRS": tiling.pairs,
         "BLOCK_M": tiling.block_m,
         "BLOCK_N": tiling.block_n,
         "EXACT_N": tiling.exact_n,
+        "EXACT_STAGES": tiling.exact_stages or tiling.stages,
     }
     launch = {
         "num_warps": tiling.warps,

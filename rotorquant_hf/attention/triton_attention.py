@@ -16,9 +16,9 @@ from rotorquant_hf.backend import is_capturing, runs_ptx
 from rotorquant_hf.kernels.attend import ADDED_MASK, BOOL_MASK, NO_MASK, attend_kernel
 from rotorquant_hf.kernels.combine import MAX_EXACT_SPLITS, Combine
 from rotorquant_hf.kernels.launch import Launch
-from rotorquant_hf.kernels.lookup import centroid_table, ptx_words, table_unit
+from rotorquant_hf.kernels.lookup import centroid_table, pairs_of, ptx_words, table_unit
 from rotorquant_hf.kernels.queries import PrepareQueries
-from rotorquant_hf.kernels.sizes import pieces
+from rotorquant_hf.kernels.sizes import padded, pieces
 
 # A split of fewer tokens is not worth its partial result.
 _MIN_SPLIT = 256
@@ -41,6 +41,8 @@ class Tiling:
         exact_splits: programs that share the tokens in full precision.
         direct: keys are looked up in the registers that the product takes; see `slot_centroids`.
         registers: limit of a thread's; None for none.
+        pairs: values of 2, 3 or 4 bits are too; see `load_pairs`.
+        exact_stages: of the loop over tokens in full precision; None for `stages`.
     """
 
     block_m: int
@@ -52,6 +54,8 @@ class Tiling:
     direct: bool = False
     registers: int | None = None
     exact_splits: int = 1
+    pairs: bool = False
+    exact_stages: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,8 @@ def choose_tiling(
     rows: int,
     programs: int,
     tokens: int,
-    d: int,
-    code_bits: int,
+    d: tuple[int, int],
+    bits: tuple[int, int],
     device: Device,
     dtype: torch.dtype,
     signs: bool = False,
@@ -86,20 +90,21 @@ def choose_tiling(
 
     Args:
         rows: query rows of a kv head. programs: batch * kv heads. tokens: packed ones.
-        d: the larger head dim. code_bits: of a key's and a value's element together.
+        d, bits: head dim, and bits an element, of keys and of values.
         device: what runs it. dtype: of the operands. signs: whether keys have them.
     """
     half = dtype == torch.float16
-    wide = d > 256 or not half  # tiles of float32 take twice the shared memory
+    larger, code_bits = max(d), sum(bits)
+    wide = larger > 256 or not half  # tiles of float32 take twice the shared memory
     block_m = min(max(1 << (rows - 1).bit_length(), 8 if half else 16), 16 if wide else 64)
-    narrow = half and d <= 128 and block_m < 32
-    block_n = (64 if half else 32) if d <= 128 or (half and d <= 256) else 16
+    narrow = half and larger <= 128 and block_m < 32
+    block_n = (64 if half else 32) if larger <= 128 or (half and larger <= 256) else 16
     warps = 2 if narrow else 4
     registers = _REGISTERS if narrow and not signs else None
     resident = _REGISTERS_PER_PROCESSOR // (32 * warps * (registers or 255))
     # Centroids on their way to the operands, and codes of a step ahead. Of a processor's shared
     # memory a program takes 1 KiB more than its own.
-    shared = block_n * (2 * d + code_bits * d // 8) + 3072
+    shared = block_n * (2 * larger + code_bits * larger // 8) + 3072
     resident = max(1, min(resident, device.shared // shared))
     programs *= pieces(rows, block_m)
     return Tiling(
@@ -109,11 +114,14 @@ def choose_tiling(
         splits=_splits(programs, tokens, block_n, resident * device.processors),
         warps=warps,
         stages=1 if wide else 3,
-        direct=half and d <= 128,
+        direct=half and larger <= 128,
         registers=registers,
         # A processor takes a program's tokens in full precision one step after the other. Where
         # programs are few, all wait for it.
         exact_splits=MAX_EXACT_SPLITS if 8 * programs <= device.processors else 1,
+        # A product takes its rows, a pair of bytes each, by the sixteen. With fewer than sixteen
+        # for every warp, warps would do the same work.
+        pairs=half and block_m < 32 and padded(pairs_of(d[1], bits[1])) >= 16 * warps,
     )
 
 
@@ -148,8 +156,8 @@ def _default_tilings(query: Tensor, keys: KVStates, values: KVStates) -> Callabl
         choose_tiling,
         rows=n * query_heads // heads,
         programs=batch * heads,
-        d=max(d_k, d_v),
-        code_bits=key_quantizer.stage_one.bits + value_quantizer.stage_one.bits,
+        d=(d_k, d_v),
+        bits=(key_quantizer.stage_one.bits, value_quantizer.stage_one.bits),
         device=Device.of(query.device),
         dtype=_operands(query),
         signs=key_quantizer.num_signs > 0,
@@ -268,6 +276,7 @@ class _Plan:
         self._tiles = pieces(rows, tiling.block_m)
         self._out = (batch, query_heads, n, d_v)
         self._prepare = PrepareQueries(packed_keys, batch, query_heads, n, dtype)
+        ptx = dtype == torch.float16 and runs_ptx(device)
         sinks = options.sink_logits is not None
         self._combine = Combine(packed_values, batch, query_heads, n, sinks)
         self._attend = Launch(
@@ -316,11 +325,13 @@ class _Plan:
             MASK=mask,
             CAUSAL=options.causal,
             SOFTCAP=options.softcap is not None,
-            PTX=dtype == torch.float16 and runs_ptx(device),
+            PTX=ptx,
             DIRECT=tiling.direct,
+            PAIRS=ptx and tiling.pairs and pairs_of(d_v, v_bits) > 0,
             BLOCK_M=tiling.block_m,
             BLOCK_N=tiling.block_n,
             EXACT_N=tiling.exact_n,
+            EXACT_STAGES=tiling.exact_stages or tiling.stages,
             num_warps=tiling.warps,
             num_stages=tiling.stages,
             **({} if tiling.registers is None else {"maxnreg": tiling.registers}),

@@ -22,8 +22,11 @@ import triton
 import triton.language as tl
 
 from rotorquant_hf.kernels.lookup import (
+    load_pair_table,
+    load_pairs,
     load_planes,
     load_table,
+    pair_centroids,
     slot_centroids,
     slot_signs,
     slots,
@@ -133,9 +136,11 @@ def attend_kernel(
     SOFTCAP: tl.constexpr,
     PTX: tl.constexpr,
     DIRECT: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EXACT_N: tl.constexpr,
+    EXACT_STAGES: tl.constexpr,
 ):
     """Grid: batch * kv heads, of each all splits, of each all tiles of query rows, in one axis.
 
@@ -202,6 +207,7 @@ def attend_kernel(
             SOFTCAP,
             PTX,
             DIRECT,
+            PAIRS,
             BLOCK_M,
             BLOCK_N,
         )
@@ -240,6 +246,7 @@ def attend_kernel(
             SOFTCAP,
             BLOCK_M,
             EXACT_N,
+            EXACT_STAGES,
         )
     tl.store(p_stat, top, mask=m_r)
     tl.store(p_stat + stride_stats, mass, mask=m_r)
@@ -285,6 +292,7 @@ def _packed_split(
     SOFTCAP: tl.constexpr,
     PTX: tl.constexpr,
     DIRECT: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -308,7 +316,6 @@ def _packed_split(
     DTYPE: tl.constexpr = p_rotated.dtype.element_ty
     nothing = unknown_zero(packed_begin, PTX)
     k_table = load_table(p_ktable, p_kwords, o_ks, KS, K_BITS, PTX, DIRECT)
-    v_table = load_table(p_vtable, p_vwords, o_vs, VS, V_BITS, PTX)
 
     # The queries stay in registers through the whole walk, one tile per slot. Their padding is
     # zero, so the padding of the centroids may be anything.
@@ -332,9 +339,18 @@ def _packed_split(
     # Running softmax: the sums are in units of 2^top, and mass is the sum of 2^(logit - top).
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    acc = ()  # VSLOTS of [VS, BLOCK_M]
-    for _ in tl.static_range(VSLOTS):
-        acc = acc + (tl.zeros([o_vs.shape[0], BLOCK_M], tl.float32),)  # noqa: RUF005
+    acc = ()  # VSLOTS of [VS, BLOCK_M]; with PAIRS, two of half the rows in place of each
+    o_vc = tl.arange(0, max(16, triton.next_power_of_2(VS // 2)))
+    if PAIRS:
+        v_table = load_pair_table(p_vwords, o_vc, VS, V_BITS)
+        if V_BITS == K_BITS and DIRECT:  # the same words: one register for each
+            v_table = (k_table[0], k_table[1], k_table[2], k_table[3], v_table[4])
+        for _ in tl.static_range(2 * VSLOTS):
+            acc = acc + (tl.zeros([o_vc.shape[0], BLOCK_M], tl.float32),)  # noqa: RUF005
+    else:
+        v_table = load_table(p_vtable, p_vwords, o_vs, VS, V_BITS, PTX)
+        for _ in tl.static_range(VSLOTS):
+            acc = acc + (tl.zeros([o_vs.shape[0], BLOCK_M], tl.float32),)  # noqa: RUF005
 
     # Scales come a step ahead: their loads are too narrow for the compiler to prefetch.
     o_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -397,18 +413,30 @@ def _packed_split(
         b_w = (b_p * (v_scale * unit)[:, None]).to(DTYPE)
 
         p_code = p_vcodes + o_row * V_ROW
-        # [BLOCK_N, VS] each
-        tiles = load_planes(p_code[:, None], o_vs, m_n[:, None], nothing, VS, V_BITS)
         new = ()
-        for k in tl.static_range(VSLOTS):
-            b_c = slot_centroids(tiles, o_vs, v_table, VS, V_BITS, k, PTX)  # [BLOCK_N, VS]
-            b_o = tl.dot(tl.trans(b_c), b_w, acc[k] * keep[None, :], input_precision="tf32x3")
-            new = new + (b_o,)  # noqa: RUF005
+        if PAIRS:
+            # [VS / 2, BLOCK_N] each
+            tiles = load_pairs(p_code[None, :], o_vc, m_n[None, :], nothing, VS, V_BITS)
+            for i in tl.static_range(2 * VSLOTS):
+                b_c = pair_centroids(tiles, v_table, V_BITS, i // 2, i % 2)
+                new = new + (tl.dot(b_c, b_w, acc[i] * keep[None, :]),)  # noqa: RUF005
+        else:
+            # [BLOCK_N, VS] each
+            tiles = load_planes(p_code[:, None], o_vs, m_n[:, None], nothing, VS, V_BITS)
+            for k in tl.static_range(VSLOTS):
+                b_c = slot_centroids(tiles, o_vs, v_table, VS, V_BITS, k, PTX)  # [BLOCK_N, VS]
+                b_o = tl.dot(tl.trans(b_c), b_w, acc[k] * keep[None, :], input_precision="tf32x3")
+                new = new + (b_o,)  # noqa: RUF005
         acc = new
 
-    m_o = m_r[None, :] & (o_vs < VS)[:, None]
-    for k in tl.static_range(VSLOTS):
-        tl.store(p_sum + k * VS + o_vs[:, None], acc[k], mask=m_o)
+    if PAIRS:
+        m_o = m_r[None, :] & (o_vc < VS // 2)[:, None]
+        for i in tl.static_range(2 * VSLOTS):
+            tl.store(p_sum + i // 2 * VS + i % 2 + 2 * o_vc[:, None], acc[i], mask=m_o)
+    else:
+        m_o = m_r[None, :] & (o_vs < VS)[:, None]
+        for k in tl.static_range(VSLOTS):
+            tl.store(p_sum + k * VS + o_vs[:, None], acc[k], mask=m_o)
     return top, tl.sum(mass, axis=0)
 
 
@@ -453,6 +481,7 @@ def _full_precision_split(
     SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     EXACT_N: tl.constexpr,
+    EXACT_STAGES: tl.constexpr,
 ):
     """Attention over sinks and recent tokens; stores the sums, returns top and mass.
 
@@ -475,7 +504,7 @@ def _full_precision_split(
         p_k, stride_k = (p_recent_k, stride_rk) if part else (p_sink_k, stride_sk)
         p_v, stride_v = (p_recent_v, stride_rv) if part else (p_sink_v, stride_sv)
         first, last = (start, end) if part else (0, sinks)
-        for t in range(first, last, EXACT_N):
+        for t in tl.range(first, last, EXACT_N, num_stages=EXACT_STAGES):
             o_n = t + tl.arange(0, EXACT_N)  # [EXACT_N]
             m_n = o_n < last
             o_slot = (recent_begin + o_n) % recent_slots if part else o_n

@@ -23,8 +23,9 @@ from rotorquant_hf.kernels.sizes import padded, pieces
 from rotorquant_hf.quant.packed import PackedSpan
 
 MAX_EXACT_SPLITS = 4
-# Those of a decode step at batch 4, of a model with 32 heads.
-_FEW_ROWS = 128
+# Rows up to which they are few, those of a decode step at batch 4 of a model with 32 heads, and
+# from which on they are many.
+_FEW_ROWS, _MANY_ROWS = 128, 512
 
 
 class Combine:
@@ -100,28 +101,43 @@ class Combine:
 def combine_options(d: int, rows: int) -> dict[str, Any]:
     """How `combine_kernel` is compiled for head dim d and `rows` query rows of all kv heads.
 
-    A program has few rows and a narrow piece of the rotation. Where rows are few, splits are many,
-    and it adds up many of them at a time.
+    Every program reads its part of the rotation, d x COLUMNS, and the partial results of its rows.
+    Where rows are few, latency counts: many programs, of one row and a narrow part each, load many
+    splits at a time. Where they are many, what programs read does: they share the rotation among
+    eight rows, which tensor cores multiply. In between a program has one row and all of it.
     """
     width = padded(d)
     if rows <= _FEW_ROWS or width > 256:
         return {
             "ROWS": 1,
             "PAD_D": width,
-            "COLUMNS": min(width, max(16, 4096 // width)),
-            "SPLITS": max(1, 8192 // width),
-            "STATS": 128,
+            "COLUMNS": min(width, max(16, 2048 // width)),
+            "SPLITS": min(128, 16384 // width),
+            "STATS": 256,
             "EXACT": MAX_EXACT_SPLITS,
+            "TENSOR_CORES": False,
             "num_warps": 4 if width <= 256 else 8,
         }
+    if rows < _MANY_ROWS:
+        return {
+            "ROWS": 1,
+            "PAD_D": width,
+            "COLUMNS": min(width, 16384 // width),
+            "SPLITS": 2048 // width,
+            "STATS": 16,
+            "EXACT": MAX_EXACT_SPLITS,
+            "TENSOR_CORES": False,
+            "num_warps": 4,
+        }
     return {
-        "ROWS": 2,
+        "ROWS": 8,
         "PAD_D": width,
-        "COLUMNS": min(width, max(16, 2048 // width)),
-        "SPLITS": 2048 // width,
+        "COLUMNS": min(width, max(16, 4096 // width)),
+        "SPLITS": 1024 // width,
         "STATS": 16,
         "EXACT": MAX_EXACT_SPLITS,
-        "num_warps": 2 if width <= 128 else 4,
+        "TENSOR_CORES": True,
+        "num_warps": 2,
     }
 
 
@@ -157,6 +173,7 @@ def combine_kernel(
     SPLITS: tl.constexpr,
     STATS: tl.constexpr,
     EXACT: tl.constexpr,  # exact_splits at most
+    TENSOR_CORES: tl.constexpr,
 ):
     """Grid: tiles of the query rows of all kv heads, of each all pieces of COLUMNS of the output.
 
@@ -179,9 +196,12 @@ def combine_kernel(
     p_stat = p_stats + o_first[None, :]
     p_sum = p_sums + o_first[:, None] * d
 
-    # Row k of T, as T^-1 is T^T. Asked for first: nothing below waits for it until the end.
+    # Row k of T, as T^-1 is T^T. Asked for first: nothing below waits for it until the end. (Where
+    # there are many rows, its registers are worth more than its latency.)
     p_t = p_rotation + o_d[:, None] * d + o_c[None, :]
-    b_t = tl.load(p_t, mask=m_d[:, None] & m_c[None, :], other=0)  # [PAD_D, COLUMNS]
+    m_t = m_d[:, None] & m_c[None, :]
+    if not TENSOR_CORES:
+        b_t = tl.load(p_t, mask=m_t, other=0)  # [PAD_D, COLUMNS]
 
     # First all masses, so that the sums can be added up in their final unit, 2^top. The learned
     # sink starts them: it has mass and no value.
@@ -218,7 +238,13 @@ def combine_kernel(
         p_i = p_sum[None, :, :] + o_i[:, None, None] * rows * d + o_d[None, None, :]
         b_i = tl.load(p_i, mask=m_i[:, :, None] & m_d[None, None, :], other=0)
         b_sum += tl.sum(b_i * tl.exp2(b_m - base[None, :])[:, :, None], axis=0)
-    b_out = tl.sum(b_sum[:, :, None] * b_t[None, :, :], axis=1)  # [ROWS, COLUMNS]
+    if TENSOR_CORES:
+        b_t = tl.load(p_t, mask=m_t, other=0)
+        # Transposed, because a product has rows by the sixteen and columns by the eight.
+        b_out = tl.dot(tl.trans(b_t), tl.trans(b_sum), input_precision="tf32x3")
+        b_out = tl.trans(b_out)  # [ROWS, COLUMNS]
+    else:
+        b_out = tl.sum(b_sum[:, :, None] * b_t[None, :, :], axis=1)  # [ROWS, COLUMNS]
     p_w = p_channel_scale + o_bh[:, None] * tl.where(stride_channel_scale == 1, d, 1)
     p_w += o_c[None, :] * stride_channel_scale
     b_out *= centroid_unit * tl.load(p_w, mask=m_rc, other=0)

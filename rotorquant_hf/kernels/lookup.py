@@ -33,6 +33,7 @@ PER_THREAD = tl.constexpr(
     "{.reg .b32 t; mov.u32 t, %lanemask_eq; popc.b32 t, t; add.u32 t, t, $1; sub.u32 $0, t, 1;}"
 )
 _CENTROID_OPERANDS = tl.constexpr("=r,=r" + ",r" * 19)
+_PAIR_OPERANDS = tl.constexpr("=r" + ",r" * 11)
 
 
 @triton.constexpr_function
@@ -46,6 +47,11 @@ def plane_width(bits, i):
 def slots(bits):
     """Slots of the widest plane: pieces that a tile of bytes yields."""
     return (8, 4, 4, 2, 2, 2, 2, 1)[int(bits) - 1]
+
+
+def pairs_of(d: int, bits: int) -> int:
+    """Pairs of bytes of the widest plane of a row, where they can be looked up as such; else 0."""
+    return d // (4 if bits == 4 else 8) if bits in (2, 3, 4) and d % 16 == 0 else 0
 
 
 @functools.lru_cache(maxsize=8)
@@ -245,6 +251,67 @@ def slot_centroids(
 
 
 @triton.jit
+def load_pairs(p_row, o_c, m_row, nothing, S: tl.constexpr, BITS: tl.constexpr):
+    """The bytes of rows of codes by twos, a tile (columns, N) of uint16 per plane.
+
+    Two or three planes; what is said of copies in `load_planes` holds here too.
+
+    Args:
+        p_row: (1, N) pointers to the rows. o_c: (columns,), S / 2 of them in use. m_row: (1, N).
+        nothing: as in `load_planes`.
+    """
+    W0: tl.constexpr = plane_width(BITS, 0)
+    W1: tl.constexpr = plane_width(BITS, 1)
+    p_pairs = p_row.to(tl.pointer_type(tl.uint16), bitcast=True)
+    m = m_row & (o_c < S // 2)[:, None]
+    p_plane = p_pairs + 4 * nothing if S <= 16 else p_pairs
+    tiles = (tl.load(p_plane + o_c[:, None], mask=m, other=0),)  # [columns, N]
+    if W1 > 0:
+        S1: tl.constexpr = S * W1 // W0 // 2
+        p_plane = p_pairs + 4 * nothing if S * 8 // W0 * BITS // 8 % 32 != 0 else p_pairs
+        narrow = tl.load(p_plane + S // 2 + (o_c % S1)[:, None], mask=m, other=0)
+        tiles = tiles + (narrow,)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def load_pair_table(p_words, o_c, S: tl.constexpr, BITS: tl.constexpr):
+    """What `pair_centroids` looks up in: four words in registers, and the columns of a slot."""
+    o_w = tl.zeros([1, 1], tl.int32)
+    upper_half = p_words
+    if BITS == 3:
+        upper_half = tl.load(p_words + 4 + o_c // (S // 4) % 2) * 0x101
+        upper_half = upper_half.to(tl.uint16)[:, None]
+    return (
+        _per_thread(tl.load(p_words + o_w)),
+        _per_thread(tl.load(p_words + o_w + 1)),
+        _per_thread(tl.load(p_words + o_w + 2)),
+        _per_thread(tl.load(p_words + o_w + 3)),
+        upper_half,
+    )
+
+
+@triton.jit
+def pair_centroids(tiles, table, BITS: tl.constexpr, k: tl.constexpr, SECOND: tl.constexpr):
+    """Centroids of the codes of slot `k` in the first bytes of pairs, or in the second.
+
+    Of 2, 3 and 4 bits, by PTX. (columns, N) float16: column c holds element 2 c + SECOND of the
+    slot. Pure, as with `DIRECT` in `slot_centroids`.
+    """
+    narrow, upper_half = tiles[0], tiles[0]
+    if BITS == 3:
+        narrow, upper_half = tiles[1], table[4]
+    return tl.inline_asm_elementwise(
+        ptx_pairs(BITS, k, SECOND),
+        _PAIR_OPERANDS,
+        [tiles[0], narrow, upper_half, table[0], table[1], table[2], table[3]],
+        dtype=tl.float16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
 def slot_signs(tile, k: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """+1 or -1 by bit `k` of every byte of a tile."""
     if PTX:
@@ -328,6 +395,25 @@ def ptx_centroids(bits, k):
             shr.b32 n, n, 16;
             {upper_code}{look_up.replace("OUT", "$1")}
         }}"""
+
+
+@triton.constexpr_function
+def ptx_pairs(bits, k, second):
+    """PTX from two pairs of bytes to the two float16 centroids of their first or second bytes.
+
+    Operands: $0 the result; $1 and $2 the pairs of the first and the second plane, $3 0xFFFF in the
+    columns of the upper half, $4, $6, $8 and $10 the table: otherwise as in `ptx_centroids`, which
+    gets the first bytes of both pairs below their second bytes, as `x` and `y`. The assembler drops
+    what is not asked for, and finds what several slots have in common.
+    """
+    first, other = ("z", "#0") if second else ("#0", "z")
+    names = {"$17": "#10", "$13": "#8", "$9": "#6", "$5": "#4", "$4": "#3"}
+    names |= {"$3": "y", "$2": "x", "$1": other, "$0": first, "#": "$"}
+    look_up = ptx_centroids(bits, k)
+    for old, new in names.items():  # the longest first; `#` until all are replaced
+        look_up = look_up.replace(old, new)
+    y = "prmt.b32 y, $2, $2, 0x3120;" if int(bits) == 3 else ""
+    return "{.reg .b32 x, y, z; prmt.b32 x, $1, $1, 0x3120;" + y + look_up + "}"
 
 
 @triton.constexpr_function

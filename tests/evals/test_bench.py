@@ -279,11 +279,12 @@ def test_tilings_start_with_the_default_and_are_all_different() -> None:
     from rotorquant_hf.attention.triton_attention import Device, choose_tiling
 
     device = Device(132, 228 << 10)
-    default = choose_tiling(4, 8, 32768, 128, 6, device, torch.float16)
+    default = choose_tiling(4, 8, 32768, (128, 128), (3, 3), device, torch.float16)
     found = bench_tune.tilings(default)
     assert found[0] == default
     assert len(set(found)) == len(found) > 30
-    for name in ("block_m", "block_n", "exact_n", "warps", "stages", "direct", "registers"):
+    names = ("block_m", "block_n", "exact_n", "warps", "stages", "direct", "pairs", "registers")
+    for name in names:
         assert len({getattr(tiling, name) for tiling in found}) > 1
     splits = [tiling.splits for tiling in bench_tune.variations(default, 32768)]
     assert len(set(splits)) == len(splits) > 3

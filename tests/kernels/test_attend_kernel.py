@@ -11,7 +11,7 @@ from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
 from rotorquant_hf.attention.states import CachedStates
 from rotorquant_hf.attention.triton_attention import Tiling, attend_packed, choose_tiling
-from rotorquant_hf.kernels.combine import Combine
+from rotorquant_hf.kernels.combine import Combine, combine_options
 from rotorquant_hf.kernels.launch import Launch
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
 from tests.helpers.launches import H100
@@ -113,11 +113,19 @@ def test_several_queries_and_groups(n, heads):
     assert error(query(n=n, heads=heads), keys, values, options) < 1e-5
 
 
-def test_rows_that_are_combined_together():
-    """More rows in all than `combine` gives programs of their own."""
-    keys, values = states(16, 16, tokens=20, tail=35, key_bits=2, value_bits=5)
-    options = AttentionOptions(scale=0.25, causal=True)
-    assert error(query(16, n=33, heads=8), keys, values, options) < 1e-5
+@pytest.mark.parametrize("tokens", [20, 150], ids=["few splits", "many"])
+@pytest.mark.parametrize(("n", "kind"), [(1, "few"), (9, "some"), (32, "many")])
+@pytest.mark.parametrize(("dk", "dv"), [(16, 16), (64, 80)])
+def test_rows_that_are_combined_together(dk, dv, n, kind, tokens):
+    """`combine` is compiled for few rows, for some, and for many; also of odd head dims."""
+    options = combine_options(dv, 2 * 8 * n)
+    assert options["TENSOR_CORES"] == (kind == "many")
+    assert (options["STATS"] > 16) == (kind == "few")
+    keys, values = states(dk, dv, tokens=tokens, tail=35, key_bits=2, value_bits=5)
+    asked = AttentionOptions(scale=0.25, causal=n > 1)
+    splits = 3 if tokens == 20 else 21
+    tiling = Tiling(16, 16, 16, splits, warps=4, stages=2, exact_splits=2)
+    assert error(query(dk, n=n, heads=8), keys, values, asked, tiling) < 1e-5
 
 
 @pytest.mark.parametrize("mask", [None, "by query", "shared"])
@@ -304,7 +312,7 @@ def test_strided_queries():
 
 def test_default_tiling_covers_the_rows_and_fills_the_processors():
     def choose(rows, programs, tokens, dtype=torch.float16, **options):
-        return choose_tiling(rows, programs, tokens, 128, 6, H100, dtype, **options)
+        return choose_tiling(rows, programs, tokens, (128, 128), (3, 3), H100, dtype, **options)
 
     small = choose(4, 8, 4096)
     assert small.block_m == 8
@@ -321,7 +329,7 @@ def test_default_tiling_covers_the_rows_and_fills_the_processors():
 @pytest.mark.parametrize("tokens", [1, 100, 4000, 33000])
 def test_splits_leave_no_wave_almost_empty(programs, tokens):
     """The last wave is well used, or the work of a program is small."""
-    splits = choose_tiling(4, programs, tokens, 128, 6, H100, torch.float16).splits
+    splits = choose_tiling(4, programs, tokens, (128, 128), (3, 3), H100, torch.float16).splits
     assert 1 <= splits <= max(1, math.ceil(tokens / 256))
     waves = programs * (splits + 1) / 1056
     steps = math.ceil(math.ceil(tokens / splits) / 64)

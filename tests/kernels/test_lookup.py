@@ -78,6 +78,38 @@ def test_ptx_finds_the_centroids_of_packed_codes(bits, d):
     assert len(seen) == slots * 2**bits
 
 
+@pytest.mark.parametrize("d", [32, 64, 96, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_ptx_finds_the_centroids_of_pairs(bits, d):
+    """Two tokens' codes of an element, wherever in a row it is."""
+    generator = torch.Generator().manual_seed(bits * d)
+    table = lookup.centroid_table(bits, torch.float16, CPU)
+    tables = [int(w) for w in lookup.ptx_words(bits, CPU) for _ in range(2)]
+    slots = 8 // planes(bits)[0]
+    size = d // slots
+    codes = torch.randint(0, 2**bits, (2, d), generator=generator)
+    rows = pack(codes, bits).tolist()
+
+    def pair(at):
+        """Two bytes of one token below the same of the other."""
+        return sum(row[at + i] << (8 * i + 16 * t) for t, row in enumerate(rows) for i in range(2))
+
+    assert lookup.pairs_of(d, bits) == size // 2
+    for column in range(size // 2):
+        narrow = pair(size + 2 * column % (size // 2)) if bits == 3 else 0
+        upper = 0xFFFFFFFF * (2 * column >= size // 2)
+        for k in range(slots):
+            for second in range(2):
+                assembly = str(lookup.ptx_pairs(bits, k, second))
+                found = _halves(inline.run(assembly, [pair(2 * column), narrow, upper, *tables], 1))
+                assert found == table[codes[:, k * size + 2 * column + second]].tolist()
+
+
+@pytest.mark.parametrize(("d", "bits"), [(128, 1), (128, 5), (128, 8), (88, 3), (8, 2)])
+def test_what_is_not_looked_up_in_pairs(d, bits):
+    assert lookup.pairs_of(d, bits) == 0
+
+
 def test_ptx_signs():
     for word in (0, 0xFFFFFFFF, 0x12345678, 0x80FF01A5):
         for k in range(8):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,7 @@ class Attend:
         n: new tokens. context: tokens before them.
         mask: "bool", "added" or "". causal, softcap, sink_logits: of `AttentionOptions`.
         offset: added to four key channels, which are then centred.
+        tiling: what is other than by default.
     """
 
     options: dict[str, Any]
@@ -80,6 +81,7 @@ class Attend:
     offset: float = 0.0
     heads: int = sized(2, 1)
     batch: int = sized(2, 1)
+    tiling: dict[str, Any] = field(default_factory=dict)
 
     def states(self, tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Keys and values with channels of different size."""
@@ -112,7 +114,8 @@ class Attend:
         if self.n <= BLOCK:
             assert ring_states(keys), "it is a step of the ring"
         plain = in_double(keys.states), in_double(values.states)
-        check_attention(keys, values, plain, self.asked(generator), self.group, self.n)
+        asked = self.asked(generator)
+        check_attention(keys, values, plain, asked, self.group, self.n, tiling=self.tiling)
 
 
 def check_attention(
@@ -123,6 +126,7 @@ def check_attention(
     group: int,
     n: int,
     bound: float | None = None,
+    tiling: dict[str, Any] | None = None,
 ) -> None:
     """`attend_packed` on what an update returned, against attention on float64 tensors."""
     generator = torch.Generator(keys.device).manual_seed(2)
@@ -135,7 +139,9 @@ def check_attention(
         if isinstance(value, Tensor) and value.is_floating_point()
     }
     expected = attention_reference(query.double(), *plain, dataclasses.replace(options, **wide))
-    found = triton_attention.attend_packed(query, keys.states, values.states, options)
+    states = keys.states, values.states
+    chosen = dataclasses.replace(triton_attention.default_tiling(query, *states), **tiling or {})
+    found = triton_attention.attend_packed(query, *states, options, chosen if tiling else None)
     require_close(found, expected, bound)
 
 
@@ -173,6 +179,16 @@ ATTEND |= {
     "long-batch-of-1": Attend(bits(3), context=LONG, batch=1, heads=sized(8, 1)),
     "long-batch-of-16": Attend(bits(4), context=LONG, batch=sized(16, 2), heads=1),
 }
+
+
+# Values read in pairs of bytes, by one warp and by warps that do the same.
+alone = {"pairs": True, "warps": 1, "block_n": 32, "exact_stages": 1}
+for b, d in ((2, 128), (3, 128), (4, 128), (3, 96), (4, 64), (3, 80)):
+    ATTEND[f"pairs-k{b}v{b}-d{d}"] = Attend(bits(b), d, tiling=alone)
+ATTEND["pairs-k4v3"] = Attend({"key_bits": 4, "value_bits": 3}, tiling={"pairs": True})
+ATTEND["pairs-k3v4-group-of-16"] = Attend(
+    {"key_bits": 3, "value_bits": 4}, group=16, tiling={"pairs": True}
+)
 
 
 @pytest.mark.parametrize("case", ATTEND.values(), ids=ATTEND)
