@@ -6,6 +6,7 @@ Attention in torch and attention in Triton read the same states through the same
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -86,7 +87,7 @@ class CachedStates:
     recent: Tensor
     stand_ins: StandIns | None = None
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
         """(batch, heads, tokens, d)."""
         batch, heads, m, d = self.recent.shape

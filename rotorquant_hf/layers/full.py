@@ -223,6 +223,11 @@ class RotorQuantLayer(CacheLayerMixin):
         past = self.recent
         recent = (join(past[0], key_states), join(past[1], value_states))
         visible = self._states(self.sinks, recent)
+        packing = self.config.num_to_quantise(recent[0].shape[2]) > 0
+        if len(self._store) and past[0].shape[2] and not packing:
+            # As in most decode steps: the tensors were made here, and no token leaves them.
+            self.recent = recent
+            return visible
         return self._take_in(recent, past, key_states.shape[2], visible)
 
     def _take_in(

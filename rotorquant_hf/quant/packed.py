@@ -30,7 +30,7 @@ class PackedSpan:
     statistics: ChannelStatistics
     quantizer: Quantizer
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
         """(batch, heads, tokens, d)."""
         batch, heads, tokens = next(iter(self.rows.values())).shape[:3]

@@ -25,6 +25,7 @@ from rotorquant_hf import (
 )
 from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
+from rotorquant_hf.quant import checks
 from tests.helpers.models import build, feed, prompt, same, snapshot
 
 ROWS, HEADS, D_KEY, D_VALUE = 2, 3, 16, 12
@@ -539,12 +540,24 @@ def test_queries_that_do_not_fit(store):
         assert [part for part in parts if part not in message] == [], message
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_large_entries_are_finite_though_their_sum_is_not(dtype):
+    """And one that is not is found among them, also where it takes the sum with it."""
+    largest = torch.finfo(dtype).max
+    x = torch.full((2, 2, 30, D_KEY), largest, dtype=dtype)
+    checks.check_finite("keys", x)
+    x[1, 0, 7, 3] = -math.inf
+    message = message_of(ValueError, lambda: checks.check_finite("keys", x))
+    assert "1 entries" in message
+    assert "(1, 0, 7, 3)" in message
+
+
 @pytest.mark.parametrize("quantizer", ["mse", "prod"])
 @pytest.mark.parametrize("kind", ["full", "sliding"])
 def test_finite_entries_are_looked_for_once(kind, quantizer, monkeypatch):
     """At the outermost door: the layer, or the store or the quantiser where it is used alone."""
-    looked, real = [], torch.isfinite
-    monkeypatch.setattr(torch, "isfinite", lambda x: looked.append(x.shape) or real(x))
+    looked, real = [], checks._all_finite
+    monkeypatch.setattr(checks, "_all_finite", lambda x: looked.append(x.shape) or real(x))
     config = dataclasses.replace(SMALL, key_quantizer=quantizer)
     layer = RotorQuantLayer(config) if kind == "full" else RotorQuantSlidingLayer(config, 9)
     for seed, tokens in enumerate((15, 1, 1, 1, 9)):
