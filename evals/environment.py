@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,7 +76,14 @@ def _device_name(device: torch.device) -> str:
     if on_gpu(device):
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name} ({properties.multi_processor_count} multiprocessors)"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """The CPU by name, as far as the system knows it, and its cores."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{names[0] if names else f'{platform.machine()} CPU'}, {os.cpu_count()} cores"
 
 
 def _driver() -> str:

@@ -13,13 +13,9 @@ that of scaled_dot_product_attention to packed codes.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import re
 import statistics
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,6 +28,7 @@ from rotorquant_hf.attention.states import KVStates
 from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.backend import backend, running
 
+from ..environment import processor
 from .common import in_turn, middle_half, new_parser
 
 _DTYPES = ["float32", "bfloat16", "float16"]
@@ -57,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     threads_before = torch.get_num_threads()
     print(
-        f"{' '.join(sys.orig_argv[1:])}; torch {torch.__version__}, {_machine()}, packed codes by "
+        f"{' '.join(sys.orig_argv[1:])}; torch {torch.__version__}, {processor()}, packed codes by "
         f"{running('cpu')}\n"
     )
     columns = ("packed codes", "in torch", "dequantise + sdpa", "sdpa, uncompressed", "ratio")
@@ -118,13 +115,6 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.heads % args.kv_heads:
         parser.error(f"--heads is {args.heads}; choose a multiple of --kv-heads {args.kv_heads}")
     return args
-
-
-def _machine() -> str:
-    cores = f"{os.cpu_count()} cores"
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return f"{names[0] if names else platform.machine()}, {cores}"
 
 
 if __name__ == "__main__":

@@ -436,6 +436,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run, print tables, and return the exit status."""
     args = _arguments(argv)
+    torch.set_num_threads(args.threads)
     versions = Versions.of(device_of(args.device), f"{__package__}.generate", argv)
     log = open_log(args.out, args.resume)
     try:
@@ -493,12 +494,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--vocab", type=int, default=128256, help="tokens of the vocabulary")
     add("--memory", type=int, default=1 << 62, help="bytes that caches may take")
     add("--config-seconds", type=float, default=20.0, help="of the steps of a configuration")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     add_run_options(parser)
     args = parser.parse_args(argv)
     if args.device.startswith("cuda"):
         require_kernels(parser, args.device)
     if args.device == "cpu" and args.largest_batch and args.memory == 1 << 62:
         parser.error("--largest-batch on a CPU needs --memory")
+    if args.threads < 1:
+        parser.error("choose --threads from 1")
     return args
 
 
