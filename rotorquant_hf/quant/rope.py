@@ -106,6 +106,11 @@ class Rope:
     def _times(self, x: Tensor, factor: Tensor) -> Tensor:
         """x with its pairs, as complex numbers, multiplied by `factor` (..., r)."""
         a, b, rest = self._split(x.float())
+        if x.device.type == "cpu":
+            # In real numbers: complex ones are copied together first, and apart in the end.
+            cos, sin = factor.real, factor.imag
+            turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+            return self._join(*turned, rest.expand(*turned[0].shape[:-1], -1))
         z = torch.complex(a, b) * factor
         return self._join(z.real, z.imag, rest.expand(*z.shape[:-1], -1))
 
