@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rotorquant_hf.quant.device import on_cpu
 from rotorquant_hf.quant.hessian import RANK, LowRankHessian, doubled
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.rope import Rope
@@ -82,7 +83,7 @@ class Measured(NamedTuple):
         """That of vectors (batch, heads, tokens, d), or with more axes before."""
         x = sampled(x, _SAMPLE).float()
         # A NaN (on a GPU nobody looks for them) spoils its own vector, not the unit of the head.
-        if x.device.type == "cpu":
+        if on_cpu(x):
             # In more operations, each of which a CPU does in a pass along the memory: the two below
             # take it ten times as long.
             peak = x.abs().amax(dim=(-2, -1), keepdim=True)
@@ -102,7 +103,7 @@ class Measured(NamedTuple):
     def of_both(cls, keys: Tensor, values: Tensor) -> tuple[Measured, Measured]:
         """Those of keys and of values; on a GPU, of equal shapes, in half the operations."""
         equal = (keys.shape, keys.dtype) == (values.shape, values.dtype)
-        if not equal or keys.device.type == "cpu":
+        if not equal or on_cpu(keys):
             return cls.of(keys), cls.of(values)
         both = cls.of(torch.stack([sampled(x, _SAMPLE) for x in (keys, values)]))
         return cls(*(x[0] for x in both)), cls(*(x[1] for x in both))

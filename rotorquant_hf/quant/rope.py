@@ -23,6 +23,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from rotorquant_hf.quant.device import on_cpu
+
 LAYOUTS = ("half", "interleaved")
 
 
@@ -106,7 +108,7 @@ class Rope:
     def _times(self, x: Tensor, factor: Tensor) -> Tensor:
         """x with its pairs, as complex numbers, multiplied by `factor` (..., r)."""
         a, b, rest = self._split(x.float())
-        if x.device.type == "cpu":
+        if on_cpu(x):
             # In real numbers: complex ones are copied together first, and apart in the end.
             cos, sin = factor.real, factor.imag
             turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
