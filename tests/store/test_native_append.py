@@ -245,6 +245,19 @@ def test_scales_are_rounded_as_torch_rounds(numbers: list[float]) -> None:
         assert torch.equal(rows["scale"].view(torch.int16), x[..., 5].half().view(torch.int16))
 
 
+@pytest.mark.parametrize("level", HERE)
+def test_scales_halfway_between_two_become_the_even_one(level: str) -> None:
+    """Every number halfway between neighbours in float16, subnormal ones too, and those beside."""
+    halves = torch.arange(0x7BFF, dtype=torch.int16).view(torch.float16).float()
+    middles = (halves[1:] + halves[:-1]) / 2
+    numbers = torch.cat([middles, *(middles.nextafter(torch.tensor(x)) for x in (0.0, 1e9))])
+    x = torch.zeros(1, 1, len(numbers), 8)
+    x[..., 5] = numbers
+    quantizer = make_quantizer(8, 1, scale="norm")
+    rows = encode(x, quantizer, ChannelStatistics(torch.ones(1, 1, 1, 1)), level)
+    assert torch.equal(rows["scale"], x[..., 5].half())
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("level", HERE)
 def test_exact_arithmetic_gives_the_same_codes(level: str, bits: int) -> None:
