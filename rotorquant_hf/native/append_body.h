@@ -1,7 +1,7 @@
 /* Coding vectors into the rows of a store.
 
-   As `RotorQuantMSE.code` and `RotorQuantProd.encode`, the references, TOKENS vectors of a head at a
-   time and in columns. The operations are theirs, in the order in which they have them, so that
+   As `RotorQuantMSE.code` and `RotorQuantProd.encode`, the references, TOKENS vectors of a head at
+   a time and in columns. The operations are theirs, in the order in which they have them, so that
    codes differ only where a coordinate lies on the boundary of two, to the rounding of sums.
 */
 #include <stdlib.h>
@@ -70,8 +70,9 @@ static void prepare(void *data, int64_t item, int64_t thread)
     make_feedback(feedback_of(work, b, h), work->coding, b, h);
 }
 
-/* u = (x - mean) / scale of the channels, over the largest magnitude of each vector, over its norm. */
-static void normalise(Scratch *s, const Coding *coding, int64_t b, int64_t h, int64_t first, int count)
+/* u = (x - mean) / scale of the channels, over each vector's largest magnitude, over its norm. */
+static void normalise(Scratch *s, const Coding *coding, int64_t b, int64_t h, int64_t first,
+                      int count)
 {
     const float *scale = (const float *)place(&coding->channels, b, h, 0);
     const float *mean = coding->mean.data ? (const float *)place(&coding->mean, b, h, 0) : 0;
@@ -80,7 +81,8 @@ static void normalise(Scratch *s, const Coding *coding, int64_t b, int64_t h, in
         Floats peak = {0}, square = {0};
         for (int64_t i = 0; i < coding->d; i++) {
             float *at = s->u + i * TOKENS + t;
-            Floats u = (load(at) - all(mean ? mean[i] : 0)) / all(scale[i * coding->channels.stride_t]);
+            Floats centred = load(at) - all(mean ? mean[i] : 0);
+            Floats u = centred / all(scale[i * coding->channels.stride_t]);
             store(at, u);
             peak = larger(larger(u, -u), peak);
         }
@@ -205,7 +207,8 @@ INLINE void quantise(int bits, const Work *work, Scratch *s, int64_t b, int64_t 
 }
 
 /* Scales in float16; 0 if one is too large for that, or NaN. */
-static int store_scales(Scratch *s, const Coding *coding, int64_t b, int64_t h, int64_t first, int count)
+static int store_scales(Scratch *s, const Coding *coding, int64_t b, int64_t h, int64_t first,
+                        int count)
 {
     int fits = 1;
     for (int t = 0; t < TOKENS; t += WIDTH)
@@ -220,7 +223,8 @@ static int store_scales(Scratch *s, const Coding *coding, int64_t b, int64_t h, 
 }
 
 /* The norm of what is left of each vector, and the signs of its projections. */
-static void project(Scratch *s, const Coding *coding, int64_t b, int64_t h, int64_t first, int count)
+static void project(Scratch *s, const Coding *coding, int64_t b, int64_t h, int64_t first,
+                    int count)
 {
     int64_t d = coding->d, m = coding->projections;
     float norms[TOKENS], *dots = s->y; /* y is not needed any more */

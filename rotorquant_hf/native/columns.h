@@ -48,8 +48,8 @@ static void multiply(float *out, int64_t rows, const float *m, int64_t row_step,
 }
 
 /* Tokens of a tensor as columns, zeros behind the last. */
-static void take_columns(float *out, const Tensor *x, int64_t d, int64_t b, int64_t h, int64_t first,
-                         int count)
+static void take_columns(float *out, const Tensor *x, int64_t d, int64_t b, int64_t h,
+                         int64_t first, int count)
 {
     int64_t size = element_size(x->type);
     for (int t = 0; t < count; t++) {

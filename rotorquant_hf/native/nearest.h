@@ -26,7 +26,8 @@ INLINE Ints counted(Ints index, Floats y, Floats boundary)
 {
 #if defined(USE_AVX512)
     __mmask16 above = _mm512_cmp_ps_mask((__m512)y, (__m512)boundary, _CMP_GT_OQ);
-    return (Ints)_mm512_mask_sub_epi32((__m512i)index, above, (__m512i)index, _mm512_set1_epi32(-1));
+    __m512i before = (__m512i)index;
+    return (Ints)_mm512_mask_sub_epi32(before, above, before, _mm512_set1_epi32(-1));
 #else
     return index - (y > boundary);
 #endif

@@ -70,8 +70,8 @@ static void make_feedback(Feedback feedback, const Coding *coding, int64_t b, in
 
    The step from one coordinate to the next is short: what all errors but the last add to the next
    coordinate is known before that last error is. */
-INLINE void sweep(int bits, const CodeBook *book, const Feedback *feedback, const float *y, int64_t d,
-                  uint8_t *codes, float *c, float *lost)
+INLINE void sweep(int bits, const CodeBook *book, const Feedback *feedback, const float *y,
+                  int64_t d, uint8_t *codes, float *c, float *lost)
 {
     for (int t = 0; t < TOKENS; t += WIDTH) {
         Floats s[RANK] = {{0}}, wanted = load(y + t);
