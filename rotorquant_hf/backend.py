@@ -53,7 +53,7 @@ def uses_triton(device: torch.device) -> bool:
 
 
 def uses_native(device: torch.device) -> bool:
-    """Whether the native library computes attention on `device`, where it takes the numbers."""
+    """Whether the native library codes and attends on `device`, where it takes the numbers."""
     return _forced in (None, "native") and device.type == "cpu" and library() is not None
 
 

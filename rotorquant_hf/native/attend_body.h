@@ -107,6 +107,28 @@ static void apply_rules(const Round *round, float *scores, int64_t row, int64_t 
         scores[t] = -INFINITY;
 }
 
+/* Whether none of the rows sees any of the tokens: half of a prompt's own are in its queries' future,
+   and reading a mask takes a hundredth of the time of reading keys and values. */
+static int is_hidden(const Round *round, int64_t row, int64_t rows, int64_t b, int64_t h,
+                     int64_t first, int count)
+{
+    const Arguments *a = round->a;
+    int64_t tokens = a->sinks + a->packed + a->recent, step = a->mask_stride_k;
+    int masked = a->mask.data && a->mask.type == BOOLEAN;
+    for (int64_t r = row; r < row + rows; r++) {
+        int64_t i = round->begin + r % round->count, head = h * a->group + r / round->count;
+        if (a->causal && first > tokens - a->n + i)
+            continue;
+        if (!masked)
+            return 0;
+        const uint8_t *mask = place(&a->mask, b, head, i) + first * step;
+        for (int t = 0; t < count; t++)
+            if (mask[t * step])
+                return 0;
+    }
+    return 1;
+}
+
 /* Weights exp(score - peak) of a row in place of its scores; the sums so far shrink with a new
    peak. */
 static void weigh(float *state, int64_t sums, float *scores, int is_packed)
@@ -156,6 +178,8 @@ static void read_exact(Round *round, const float *folded, float *state, int64_t 
     int64_t d_k = padded(a->keys.d), d_v = padded(a->values.d), step = round->state_stride;
     for (int64_t first = 0; first < tokens; first += TOKENS) {
         int count = (int)(tokens - first < TOKENS ? tokens - first : TOKENS);
+        if (is_hidden(round, row, rows, b, h, before + first, count))
+            continue;
         copy_tile(tile, d_k, keys, a->keys.d, b, h, first, count);
         products(rows, scores, folded + 16, round->folded_stride, tile, d_k);
         for (int64_t r = 0; r < rows; r++) {
@@ -176,6 +200,8 @@ static void read_packed(Round *round, const float *folded, float *state, int64_t
     float *some = scores + BLOCK * TOKENS, scales[TOKENS];
     for (int64_t first = begin; first < end; first += TOKENS) {
         int count = (int)(end - first < TOKENS ? end - first : TOKENS);
+        if (is_hidden(round, row, rows, b, h, a->sinks + first, count))
+            continue;
         const float *queries = folded + 16 + padded(keys->d);
         for (int term = 0; term < keys->terms; term++) {
             const Term *x = &keys->term[term];

@@ -1,8 +1,9 @@
-/* The library: which attention this processor runs, and a module for Python to find it by. */
+/* The library: what this processor runs of it, and a module for Python to find it by. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <string.h>
 
+#include "append.h"
 #include "attend.h"
 
 #define EXPORT __attribute__((visibility("default")))
@@ -30,6 +31,17 @@ EXPORT int rotorquant_attend(const Arguments *arguments, const char *level, Team
         return attend_avx2(arguments, team, threads);
 #endif
     return attend_portable(arguments, team, threads);
+}
+
+EXPORT int rotorquant_append(const Coding *coding, const char *level, Team team, int threads)
+{
+#if defined(__x86_64__)
+    if (!strcmp(level, "avx512"))
+        return append_avx512(coding, team, threads);
+    if (!strcmp(level, "avx2"))
+        return append_avx2(coding, team, threads);
+#endif
+    return append_portable(coding, team, threads);
 }
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_library", NULL, -1, NULL};

@@ -1,7 +1,7 @@
-"""The native library: attention over packed codes in C, for CPUs.
+"""The native library: coding, and attention over packed codes, in C, for CPUs.
 
 `pip install` compiles it where it finds a compiler. Nothing needs it: without it, plain torch
-computes (`attention/torch_attention.py`).
+computes (`quant/mse.py`, `attention/torch_attention.py`).
 """
 
 from __future__ import annotations
@@ -93,6 +93,20 @@ class Arguments(ctypes.Structure):
     ]
 
 
+class AppendArguments(ctypes.Structure):
+    """`Coding` of append.h."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "heads", "tokens", "d", "bits", "rule")),
+        *((name, TensorArgument) for name in ("x", "channels", "mean")),
+        *((name, c_void_p) for name in ("rotation", "boundaries", "centroids")),
+        *((name, TensorArgument) for name in ("factor", "level")),
+        ("projections", c_int64),
+        ("projection", c_void_p),
+        *((name, TensorArgument) for name in ("codes", "scale", "signs", "residual_norm")),
+    ]
+
+
 class Library:
     """The loaded library.
 
@@ -106,6 +120,8 @@ class Library:
         self.level: str = loaded.rotorquant_level().decode()
         self._attend = loaded.rotorquant_attend
         self._attend.argtypes = [POINTER(Arguments), c_char_p, c_void_p, c_int]
+        self._append = loaded.rotorquant_append
+        self._append.argtypes = [POINTER(AppendArguments), c_char_p, c_void_p, c_int]
         self._team = _team_of_torch()
 
     def attend(self, arguments: Arguments, level: str | None = None) -> None:
@@ -117,6 +133,21 @@ class Library:
         name = (level or self.level).encode()
         if self._attend(ctypes.byref(arguments), name, self._team, torch.get_num_threads()):
             raise MemoryError("no memory for attention over packed codes")
+
+    def append(self, arguments: AppendArguments, level: str | None = None) -> bool:
+        """Code what the arguments say, with as many threads as torch has.
+
+        Returns:
+            Whether the rows are right: not if a vector is too large for its scale.
+
+        Raises:
+            MemoryError: if there is none to work in.
+        """
+        name = (level or self.level).encode()
+        done = self._append(ctypes.byref(arguments), name, self._team, torch.get_num_threads())
+        if done < 0:
+            raise MemoryError("no memory for coding keys and values")
+        return done == 0
 
 
 @functools.cache

@@ -34,8 +34,11 @@ def check_finite(name: str, x: Tensor, on_gpu: bool = False) -> None:
 
 
 def _all_finite(x: Tensor) -> bool:
-    # NaN and infinities stay in a sum, which takes a third of the time; it may also overflow.
-    return math.isfinite(x.detach().sum().item()) or bool(torch.isfinite(x).all())
+    if not x.numel():
+        return True
+    # One pass, of which NaN is the result if there is any; isfinite takes ten times as long.
+    low, high = torch.aminmax(x.detach())
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def check_hessian(hessian: Tensor, x: Tensor) -> None:

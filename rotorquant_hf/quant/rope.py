@@ -23,6 +23,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from rotorquant_hf.quant.device import on_cpu
+
 LAYOUTS = ("half", "interleaved")
 
 
@@ -106,6 +108,11 @@ class Rope:
     def _times(self, x: Tensor, factor: Tensor) -> Tensor:
         """x with its pairs, as complex numbers, multiplied by `factor` (..., r)."""
         a, b, rest = self._split(x.float())
+        if on_cpu(x):
+            # In real numbers: complex ones are copied together first, and apart in the end.
+            cos, sin = factor.real, factor.imag
+            turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+            return self._join(*turned, rest.expand(*turned[0].shape[:-1], -1))
         z = torch.complex(a, b) * factor
         return self._join(z.real, z.imag, rest.expand(*z.shape[:-1], -1))
 

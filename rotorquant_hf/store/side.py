@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from rotorquant_hf.backend import uses_native
 from rotorquant_hf.quant.channels import SEGMENT, ChannelStatistics, Measured
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.packed import PackedSpan
@@ -17,6 +18,7 @@ from rotorquant_hf.quant.rope import Rope
 from rotorquant_hf.quant.rounding import Feedback
 from rotorquant_hf.quant.tiles import segments
 from rotorquant_hf.store.buffers import TokenBuffers
+from rotorquant_hf.store.native_append import encode_native, native_takes
 
 # Rows of F made into feedback at a time: some 256 MiB of scratch memory.
 _FEEDBACK_ELEMENTS = 1 << 17
@@ -104,7 +106,9 @@ class PackedSide:
         self.statistics = statistics
 
     def append(self, x: Tensor, position: int, expected: int = 0) -> None:
-        """Quantise vectors in torch and append their rows; the statistics must be taken.
+        """Quantise vectors and append their rows; the statistics must be taken.
+
+        The native library codes what it takes, on a CPU, and torch the rest.
 
         Args:
             x: (batch, heads, tokens, d), of one segment of the text.
@@ -112,7 +116,16 @@ class PackedSide:
             expected: as in `TokenBuffers.append`.
         """
         quantizer, statistics, _ = self.coding()
-        rows = quantizer.encode(statistics.normalize(x), statistics.hessian_at(position))
+        hessian = statistics.hessian_at(position)
+        if uses_native(self.device) and native_takes(x.dtype, quantizer):
+            count = x.shape[2]
+            self.buffers.reserve(self._rows_like(*x.shape[:2]), count, expected)
+            rows = self.buffers.rows(len(self), len(self) + count)
+            if encode_native(x, quantizer, statistics, hessian, rows):
+                self.buffers.extend(count)
+                return
+            # A vector does not fit its scale: torch names it.
+        rows = quantizer.encode(statistics.normalize(x), hessian)
         self.buffers.append(rows, expected)
 
     def feedback(self, position: int) -> Feedback | None:
@@ -150,8 +163,10 @@ class PackedSide:
 
     def grown(self, count: int, batch: int, heads: int) -> dict[str, Tensor]:
         """Copies of the tensors with room for `count` more rows; see `TokenBuffers.adopt`."""
-        like = self.buffers.tensors or self.empty_rows(batch, heads)
-        return self.buffers.grown(like, count)
+        return self.buffers.grown(self._rows_like(batch, heads), count)
+
+    def _rows_like(self, batch: int, heads: int) -> dict[str, Tensor]:
+        return self.buffers.tensors or self.empty_rows(batch, heads)
 
     def empty_rows(self, batch: int, heads: int) -> dict[str, Tensor]:
         """Rows of no tokens, (batch, heads, 0, ...), of the shapes and dtypes of `encode`."""

@@ -135,6 +135,21 @@ def test_queries_of_any_unit(factor, level) -> None:
     check(factor * queries(1, 64), keys, values, AttentionOptions(0.125), level, 1e-5)
 
 
+@pytest.mark.parametrize("shape", ["causal", "mask", "window", "both"])
+@pytest.mark.parametrize("n", [1, 20, 70, 200])
+@pytest.mark.parametrize("level", HERE)
+def test_tiles_that_no_query_sees(level, n, shape) -> None:
+    """Packed or not, of a future that some queries of a block have, and of a past out of sight."""
+    keys, values = states(600, 32, 32)
+    tokens = keys.shape[2]
+    i, j = torch.arange(tokens - n, tokens)[:, None], torch.arange(tokens)
+    masks = {"mask": j <= i - 40, "window": (j <= i) & (j > i - 50), "both": j > i - 100}
+    options = {"causal": shape in ("causal", "both")}
+    if shape in masks:
+        options["mask"] = masks[shape].expand(BATCH, 1, n, tokens)
+    check(queries(n, 32), keys, values, AttentionOptions(0.2, **options), level)
+
+
 @pytest.mark.parametrize("level", HERE)
 def test_a_query_that_sees_nothing(level) -> None:
     keys, values = states()

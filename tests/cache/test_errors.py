@@ -23,9 +23,12 @@ from rotorquant_hf import (
     RotorQuantKVCache,
     RotorQuantMSE,
 )
+from rotorquant_hf.backend import backend
 from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
+from rotorquant_hf.native.library import library
 from rotorquant_hf.quant import checks
+from rotorquant_hf.store import side
 from tests.helpers.models import build, feed, prompt, same, snapshot
 
 ROWS, HEADS, D_KEY, D_VALUE = 2, 3, 16, 12
@@ -254,21 +257,25 @@ def test_vectors_too_large_for_their_scales(kind, history, side):
     assert layer.get_seq_length() == length + 8
 
 
+@pytest.mark.parametrize("computes", ["torch", "native"])
 @pytest.mark.parametrize("call", [0, 1], ids=["keys", "values"])
 @pytest.mark.parametrize("history", HISTORIES)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_running_out_of_memory_while_coding(kind, history, call, monkeypatch):
+def test_running_out_of_memory_while_coding(kind, history, call, computes, monkeypatch):
+    if computes == "native" and library() is None:
+        pytest.skip("no native library")
     layer = layer_with(kind, history)
     before, length, calls = snapshot(vars(layer)), layer.get_seq_length(), itertools.count()
-    encode = RotorQuantMSE.encode
+    owner, name = (RotorQuantMSE, "encode") if computes == "torch" else (side, "encode_native")
+    encode = getattr(owner, name)
 
-    def failing(self, u, hessian=None):
+    def failing(*args):
         if next(calls) == call:
             raise MemoryError("no memory")
-        return encode(self, u, hessian)
+        return encode(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(RotorQuantMSE, "encode", failing)
+    with monkeypatch.context() as patch, backend(computes):
+        patch.setattr(owner, name, failing)
         with pytest.raises(MemoryError, match="no memory"):
             layer.update(*states(8, seed=1))
     assert same(snapshot(vars(layer)), before)

@@ -23,6 +23,7 @@ from rotorquant_hf.attention.states import CachedStates
 from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
+from rotorquant_hf.store.side import PackedSide
 from tests.helpers import models
 from tests.helpers.models import build, feed, prompt, same, snapshot, storages
 
@@ -369,14 +370,14 @@ def test_writing_into_what_was_given_or_returned_does_not_reach_the_cache(kind):
 
 @pytest.fixture
 def quantised(monkeypatch):
-    """Numbers of vectors passed to the quantisers, call by call."""
-    counts, encode = [], RotorQuantMSE.encode
+    """Numbers of vectors that are coded, call by call."""
+    counts, append = [], PackedSide.append
 
-    def counting(self, x, hessian=None):
+    def counting(self, x, *args):
         counts.append(x.shape[:-1].numel())
-        return encode(self, x, hessian)
+        return append(self, x, *args)
 
-    monkeypatch.setattr(RotorQuantMSE, "encode", counting)
+    monkeypatch.setattr(PackedSide, "append", counting)
     return counts
 
 

@@ -46,8 +46,9 @@ def feed(target, states, sizes, name):
     """Update in pieces; yields what each update returns."""
     start = 0
     for n in sizes:
-        with backend(name):
-            yield target.update(*states[:, :, :, start : start + n])
+        with backend(name):  # closed before the next feed of a `zip` goes on
+            updated = target.update(*states[:, :, :, start : start + n])
+        yield updated
         start += n
 
 

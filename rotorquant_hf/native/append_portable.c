@@ -1,0 +1,3 @@
+/* Coding in what every processor has. */
+#define APPEND append_portable
+#include "append_body.h"

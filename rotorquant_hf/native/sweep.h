@@ -1,0 +1,101 @@
+/* Rounding that pushes errors out of the directions of queries: `quant/rounding.py`, in columns. */
+#ifndef ROTORQUANT_SWEEP_H
+#define ROTORQUANT_SWEEP_H
+
+#include "append.h"
+#include "columns.h"
+#include "nearest.h"
+
+/* What the sweep reads of a head's Hessian level I + F F', of rotated vectors: F and the gains p_i,
+   (d, RANK), and what the error of a coordinate adds to the next one, p_(i + 1) . f_i, (d,). */
+typedef struct {
+    float level;
+    float *factor, *gains, *next;
+} Feedback;
+
+INLINE int64_t feedback_floats(int64_t d) { return padded(d) * (2 * RANK + 1); }
+
+INLINE Feedback feedback_at(float *memory, int64_t d, float level)
+{
+    float *gains = memory + padded(d) * RANK;
+    return (Feedback){level, memory, gains, gains + padded(d) * RANK};
+}
+
+/* T F, and from the last row backwards the gains p = (level I + sum over rows from here on of
+   f f')^-1 f. The inverse takes in one row after the other (Sherman and Morrison), in float64. */
+static void make_feedback(Feedback feedback, const Coding *coding, int64_t b, int64_t h)
+{
+    int64_t d = coding->d;
+    const uint8_t *factor = place(&coding->factor, b, h, 0);
+    int64_t step = coding->factor.stride_t * element_size(coding->factor.type);
+    float row[RANK];
+    memset(feedback.factor, 0, d * RANK * sizeof(float));
+    for (int64_t k = 0; k < d; k++) {
+        for (int r = 0; r < RANK; r++)
+            row[r] = number(factor + k * step + r * element_size(coding->factor.type),
+                            coding->factor.type);
+        for (int64_t j = 0; j < d; j++) {
+            float w = coding->rotation[j * d + k];
+            for (int r = 0; r < RANK; r++)
+                feedback.factor[j * RANK + r] += w * row[r];
+        }
+    }
+    double inverse[RANK][RANK] = {{0}};
+    for (int r = 0; r < RANK; r++)
+        inverse[r][r] = 1 / (double)feedback.level;
+    for (int64_t i = d - 1; i >= 0; i--) {
+        const float *f = feedback.factor + i * RANK;
+        double product[RANK] = {0}, energy = 1;
+        for (int q = 0; q < RANK; q++)
+            for (int r = 0; r < RANK; r++)
+                product[r] += inverse[q][r] * f[q];
+        for (int r = 0; r < RANK; r++)
+            energy += product[r] * f[r];
+        for (int q = 0; q < RANK; q++)
+            for (int r = 0; r < RANK; r++)
+                inverse[q][r] -= product[q] / energy * product[r];
+        for (int r = 0; r < RANK; r++)
+            feedback.gains[i * RANK + r] = (float)(product[r] / energy);
+    }
+    for (int64_t i = 0; i < d; i++) {
+        double sum = 0;
+        for (int r = 0; r < RANK && i + 1 < d; r++)
+            sum += (double)feedback.gains[(i + 1) * RANK + r] * feedback.factor[i * RANK + r];
+        feedback.next[i] = (float)sum;
+    }
+}
+
+/* Codes and centroids (d, TOKENS) of vectors y, and F' (y - c), (RANK, TOKENS); `bits` is a
+   constant.
+
+   The step from one coordinate to the next is short: what all errors but the last add to the next
+   coordinate is known before that last error is. */
+INLINE void sweep(int bits, const CodeBook *book, const Feedback *feedback, const float *y,
+                  int64_t d, uint8_t *codes, float *c, float *lost)
+{
+    for (int t = 0; t < TOKENS; t += WIDTH) {
+        Floats s[RANK] = {{0}}, wanted = load(y + t);
+        for (int64_t i = 0; i < d; i++) {
+            const float *f = feedback->factor + i * RANK;
+            Floats own = load(y + i * TOKENS + t), next = all(0), parts[4] = {{0}};
+            if (i + 1 < d) {
+                const float *p = feedback->gains + (i + 1) * RANK;
+                next = load(y + (i + 1) * TOKENS + t);
+                for (int r = 0; r < RANK; r++)
+                    parts[r % 4] += all(p[r]) * s[r];
+                next += (parts[0] + parts[1]) + (parts[2] + parts[3]);
+            }
+            Ints code = nearest(book, bits, wanted);
+            Floats chosen = look_up(&book->table, bits, code), error = own - chosen;
+            wanted = next + all(feedback->next[i]) * error;
+            for (int r = 0; r < RANK; r++)
+                s[r] += all(f[r]) * error;
+            store_codes(codes + i * TOKENS + t, code);
+            store(c + i * TOKENS + t, chosen);
+        }
+        for (int r = 0; r < RANK; r++)
+            store(lost + r * TOKENS + t, s[r]);
+    }
+}
+
+#endif

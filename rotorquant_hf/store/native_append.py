@@ -1,0 +1,82 @@
+"""Coding into the store's rows through the native library, for CPUs.
+
+`quantizer.encode(statistics.normalize(x), hessian)` is the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rotorquant_hf.native.library import MAX_SIZE, AppendArguments, library
+from rotorquant_hf.quant.channels import ChannelStatistics
+from rotorquant_hf.quant.hessian import LowRankHessian
+from rotorquant_hf.quant.mse import SCALES, RotorQuantMSE
+from rotorquant_hf.quant.prod import RotorQuantProd
+from rotorquant_hf.quant.quantizer import Quantizer
+
+
+def native_takes(dtype: torch.dtype, quantizer: Quantizer) -> bool:
+    """Whether the library, if there is one, codes vectors of a dtype: float64 is torch's.
+
+    So is what a class of one's own codes, and any but 16-bit scales.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    # The very classes: a subclass may code in a way of its own.
+    if type(quantizer) not in (RotorQuantMSE, RotorQuantProd):
+        return False
+    most = max(quantizer.d, quantizer.num_signs)
+    return quantizer.stage_one.scale_dtype == torch.float16 and most <= MAX_SIZE
+
+
+def encode_native(
+    x: Tensor,
+    quantizer: Quantizer,
+    statistics: ChannelStatistics,
+    hessian: LowRankHessian | None,
+    rows: dict[str, Tensor],
+    level: str | None = None,
+) -> bool:
+    """Write the rows of vectors that `native_takes`.
+
+    Codes are those of the reference, but where a coordinate lies on the boundary between two, to
+    the rounding of float32 sums. They depend on nothing else than the vector: not on those beside
+    it, nor on the threads.
+
+    Args:
+        x: (batch, heads, n, d), finite.
+        quantizer: what codes them.
+        statistics: equalisation and centring.
+        hessian: what errors cost, (batch, heads, d, RANK), or None.
+        rows: (batch, heads, n, ...), as `Quantizer.encode` names them. They are written to.
+        level: one of `LEVELS`; None for the best.
+
+    Returns:
+        Whether every vector fits its scale. If not, `rows` are of no use.
+    """
+    loaded = library()
+    assert loaded is not None
+    mse = quantizer.stage_one
+    x = x if x.stride(3) == 1 else x.contiguous()
+    a = AppendArguments()
+    a.batch, a.heads, a.tokens, a.d = x.shape
+    a.bits, a.rule = mse.bits, SCALES.index(mse.scale)
+    a.x.point(x)
+    a.channels.point(statistics.scale)
+    a.channels.strides[2] = int(statistics.scale.shape[3] > 1)
+    if statistics.mean is not None:
+        a.mean.point(statistics.mean)
+    a.rotation = mse.rotation.matrix().data_ptr()
+    a.boundaries, a.centroids = mse.boundaries.data_ptr(), mse.centroids.data_ptr()
+    if hessian is not None:
+        factor, share = hessian.factor.contiguous(), hessian.level
+        a.factor.point(factor)
+        a.level.point(share)
+    a.codes.point(rows["codes"])
+    a.scale.point(rows["scale"])
+    if quantizer.sign_matrix is not None:
+        a.projections, a.projection = quantizer.num_signs, quantizer.sign_matrix.data_ptr()
+        a.signs.point(rows["signs"])
+        a.residual_norm.point(rows["residual_norm"])
+    return loaded.append(a, level)
