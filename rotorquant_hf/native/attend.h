@@ -45,7 +45,7 @@ typedef struct {
     Tensor query;                  /* float32 */
     float *out;                    /* (batch, heads * group, n, d_v), contiguous */
     const float *sink_logits;      /* (heads * group,), or NULL */
-    Tensor mask;                   /* (batch, heads * group, n, tokens), FLOAT32 or BOOLEAN, or no data */
+    Tensor mask; /* (batch, heads * group, n, tokens), FLOAT32 or BOOLEAN, or no data */
     int64_t mask_stride_k;         /* of the tokens */
     Side keys, values;
 } Arguments;

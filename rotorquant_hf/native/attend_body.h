@@ -6,6 +6,7 @@
 */
 #include <stdlib.h>
 
+#include "team.h"
 #include "tiles.h"
 
 enum { BLOCK = 16, MIN_SHARE = 512, MAX_ROWS = 8192 };
@@ -16,10 +17,8 @@ typedef struct {
     int64_t rows;         /* of a kv head: count of each of its query heads */
     int64_t blocks, shares, share; /* of rows; of packed tokens, and how many these are */
     int64_t folded_stride, state_stride;
-    float *folded;        /* (batch * heads * rows,): <q, mean>, q, and q in every term's elements */
+    float *folded; /* (batch * heads * rows,): <q, mean>, q, and q in every term's elements */
     float *states;        /* (batch * heads * rows, shares): State */
-    void (*step)(void *, int64_t);
-    int64_t items, next;
 } Round;
 
 /* What a row knows of its share, then sums: of exact values, and of every term's elements. */
@@ -33,8 +32,9 @@ INLINE int64_t terms_size(const Side *side)
     return size;
 }
 
-static void fold(void *data, int64_t item)
+static void fold(void *data, int64_t item, int64_t thread)
 {
+    (void)thread;
     Round *round = data;
     const Arguments *a = round->a;
     const Side *keys = &a->keys;
@@ -107,8 +107,8 @@ static void apply_rules(const Round *round, float *scores, int64_t row, int64_t 
         scores[t] = -INFINITY;
 }
 
-/* Whether none of the rows sees any of the tokens: half of a prompt's own are in its queries' future,
-   and reading a mask takes a hundredth of the time of reading keys and values. */
+/* Whether none of the rows sees any of the tokens: half of a prompt's own are in its queries'
+   future, and reading a mask takes a hundredth of the time of reading keys and values. */
 static int is_hidden(const Round *round, int64_t row, int64_t rows, int64_t b, int64_t h,
                      int64_t first, int count)
 {
@@ -171,8 +171,8 @@ static void weigh(float *state, int64_t sums, float *scores, int is_packed)
 
 /* A block of rows reads tokens in full precision, `before` of all being before them. */
 static void read_exact(Round *round, const float *folded, float *state, int64_t row, int64_t rows,
-                       int64_t b, int64_t h, const Tensor *keys, const Tensor *values, int64_t tokens,
-                       int64_t before, float *tile, float *scores)
+                       int64_t b, int64_t h, const Tensor *keys, const Tensor *values,
+                       int64_t tokens, int64_t before, float *tile, float *scores)
 {
     const Arguments *a = round->a;
     int64_t d_k = padded(a->keys.d), d_v = padded(a->values.d), step = round->state_stride;
@@ -192,7 +192,8 @@ static void read_exact(Round *round, const float *folded, float *state, int64_t 
 }
 
 static void read_packed(Round *round, const float *folded, float *state, int64_t row, int64_t rows,
-                        int64_t b, int64_t h, int64_t begin, int64_t end, float *tile, float *scores)
+                        int64_t b, int64_t h, int64_t begin, int64_t end, float *tile,
+                        float *scores)
 {
     const Arguments *a = round->a;
     const Side *keys = &a->keys, *values = &a->values;
@@ -236,8 +237,9 @@ static void read_packed(Round *round, const float *folded, float *state, int64_t
 }
 
 /* A share of the tokens, read by a block of rows. */
-static void read_share(void *data, int64_t item)
+static void read_share(void *data, int64_t item, int64_t thread)
 {
+    (void)thread;
     Round *round = data;
     const Arguments *a = round->a;
     int64_t share = item % round->shares, block = item / round->shares % round->blocks;
@@ -257,8 +259,8 @@ static void read_share(void *data, int64_t item)
     }
     end = end < a->packed ? end : a->packed;
     if (share == 0)
-        read_exact(round, folded, state, row, rows, b, h, &a->keys.sinks, &a->values.sinks, a->sinks,
-                   0, tile, scores);
+        read_exact(round, folded, state, row, rows, b, h, &a->keys.sinks, &a->values.sinks,
+                   a->sinks, 0, tile, scores);
     if (begin < end)
         read_packed(round, folded, state, row, rows, b, h, begin, end, tile, scores);
     if (share == round->shares - 1)
@@ -267,8 +269,9 @@ static void read_share(void *data, int64_t item)
 }
 
 /* The shares of a row, put together in the first. */
-static void unfold(void *data, int64_t item)
+static void unfold(void *data, int64_t item, int64_t thread)
 {
+    (void)thread;
     Round *round = data;
     const Arguments *a = round->a;
     const Side *values = &a->values;
@@ -318,27 +321,6 @@ static void unfold(void *data, int64_t item)
         out[c] = (vector[c] + first[SUMS + c]) / mass;
 }
 
-/* What one thread does of a step: items, as long as there are any. */
-static void work(void *data)
-{
-    Round *round = data;
-    for (;;) {
-        int64_t item = __atomic_fetch_add(&round->next, 1, __ATOMIC_RELAXED);
-        if (item >= round->items)
-            return;
-        round->step(round, item);
-    }
-}
-
-static void run(Round *round, void (*step)(void *, int64_t), int64_t items, Team team, int threads)
-{
-    round->step = step, round->items = items, round->next = 0;
-    if (team && threads > 1 && items > 1)
-        team(work, round, (unsigned)(threads < items ? threads : items), 0);
-    else
-        work(round);
-}
-
 int ATTEND(const Arguments *a, Team team, int threads)
 {
     int64_t pairs = a->batch * a->heads, most;
@@ -365,9 +347,9 @@ int ATTEND(const Arguments *a, Team team, int threads)
         if (!memory)
             return -1;
         round.folded = memory, round.states = memory + rows * round.folded_stride;
-        run(&round, fold, rows, team, threads);
-        run(&round, read_share, pairs * round.blocks * round.shares, team, threads);
-        run(&round, unfold, rows, team, threads);
+        share(fold, &round, rows, team, threads);
+        share(read_share, &round, pairs * round.blocks * round.shares, team, threads);
+        share(unfold, &round, rows, team, threads);
         free(memory);
     }
     return 0;

@@ -115,8 +115,8 @@ INLINE void look_up_vector(float *out, const uint8_t *packed, int planes, int bi
 }
 
 /* Centroids of packed tokens, not scaled. */
-INLINE void look_up_vectors(float *tile, int64_t stride, const uint8_t *packed, int64_t row, int bits,
-                            int64_t size, const Table *table, int count)
+INLINE void look_up_vectors(float *tile, int64_t stride, const uint8_t *packed, int64_t row,
+                            int bits, int64_t size, const Table *table, int count)
 {
     const int planes = PLANES[bits][1] ? PLANES[bits][2] ? 3 : 2 : 1;
     for (int t = 0; t < count; t++)
@@ -164,13 +164,15 @@ static void look_up_tile(float *tile, int64_t stride, const Term *term, int64_t 
 }
 
 /* One number of each token. */
-static void copy_scales(float *scales, const Tensor *x, int64_t b, int64_t h, int64_t first, int count)
+static void copy_scales(float *scales, const Tensor *x, int64_t b, int64_t h, int64_t first,
+                        int count)
 {
     const uint8_t *from = place(x, b, h, first);
 #if defined(USE_AVX512) || defined(USE_AVX2)
     if (x->type == FLOAT16 && x->stride_t == 1 && count == TOKENS) {
         for (int t = 0; t < TOKENS; t += 8)
-            _mm256_storeu_ps(scales + t, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + 2 * t))));
+            _mm256_storeu_ps(scales + t,
+                             _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + 2 * t))));
         return;
     }
 #endif
@@ -215,12 +217,16 @@ INLINE void store_sums(int rows, float *out, Floats sums[ROWS][COLUMNS])
     __m512 x[ROWS];
     for (int r = 0; r < ROWS; r++)
         x[r] = (__m512)sums_by_four(sums[r]);
-    __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88), _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
-    __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(x[2], x[3], 0x88), _mm512_shuffle_f32x4(x[2], x[3], 0xdd));
-    Floats all_rows = (Floats)_mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(x[0], x[1], 0x88),
+                             _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
+    __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(x[2], x[3], 0x88),
+                             _mm512_shuffle_f32x4(x[2], x[3], 0xdd));
+    Floats all_rows = (Floats)_mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88),
+                                            _mm512_shuffle_f32x4(a, b, 0xdd));
 #elif defined(USE_AVX2)
     __m256 a = (__m256)sums_by_four(sums[0]), b = (__m256)sums_by_four(sums[2]);
-    Floats all_rows = (Floats)_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    Floats all_rows = (Floats)_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20),
+                                            _mm256_permute2f128_ps(a, b, 0x31));
 #else
     float all_rows[ROWS * COLUMNS];
     for (int i = 0; i < ROWS * COLUMNS; i++)
@@ -264,8 +270,8 @@ static void products(int64_t rows, float *out, const float *a, int64_t a_stride,
 }
 
 /* out[r] += sum over tokens of weights[r][t] tile[t]. */
-INLINE void sums_of(int rows, float *out, int64_t out_stride, const float *weights, const float *tile,
-                    int64_t stride, int count)
+INLINE void sums_of(int rows, float *out, int64_t out_stride, const float *weights,
+                    const float *tile, int64_t stride, int count)
 {
     int64_t i = 0;
     for (; i + COLUMNS * WIDTH <= stride; i += COLUMNS * WIDTH) {

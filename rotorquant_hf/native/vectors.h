@@ -63,7 +63,8 @@ INLINE Floats exponential(Floats x)
 {
     Floats scaled = larger(x, all(-88.0f)) * all(1.44269504f);
     Floats nearest = (scaled + all(12582912.0f)) - all(12582912.0f);
-    Floats r = (larger(x, all(-88.0f)) - nearest * all(0.693359375f)) + nearest * all(2.12194440e-4f);
+    Floats r = (larger(x, all(-88.0f)) - nearest * all(0.693359375f)) +
+               nearest * all(2.12194440e-4f);
     Floats p = all(1.0f / 5040);
     p = p * r + all(1.0f / 720);
     p = p * r + all(1.0f / 120);
