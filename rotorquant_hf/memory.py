@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotorquant_hf.backend import running
 from rotorquant_hf.layers.full import RotorQuantLayer
 
 PART_NAMES = {
@@ -41,6 +42,7 @@ class MemoryReport:
             still holds).
         packed_numbers: those of them that are stored quantised.
         dtype: the model's dtype.
+        backends: what codes and attends where compressed layers are; see `backend.running`.
     """
 
     tokens: int
@@ -48,6 +50,7 @@ class MemoryReport:
     numbers: int
     packed_numbers: int
     dtype: torch.dtype
+    backends: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -90,6 +93,7 @@ class MemoryReport:
             "ratio": self.ratio,
             "packed_ratio": self.packed_ratio,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "backends": list(self.backends),
         }
 
     def __str__(self) -> str:
@@ -105,6 +109,7 @@ class MemoryReport:
                 "element",
                 f"{'in ' + name:<26}{self.uncompressed_bytes:>15,}  {self.ratio:.2f}x smaller "
                 f"(quantised tokens alone: {self.packed_ratio:.2f}x)",
+                *(f"computed by {name}" for name in self.backends),
             ]
         )
 
@@ -116,6 +121,7 @@ def measure(layers: Iterable[Any], tokens: int) -> MemoryReport:
     dtype = torch.float32
     tables: dict[int, int] = {}
     ropes: set[int] = set()
+    devices: dict[torch.device, None] = {}  # in the order of the layers
     for layer in layers:
         if isinstance(layer, RotorQuantLayer):
             for name, size in layer.nbytes().items():
@@ -124,6 +130,7 @@ def measure(layers: Iterable[Any], tokens: int) -> MemoryReport:
             numbers, packed = numbers + all_numbers, packed + packed_numbers
             if layer.is_initialized:
                 dtype = layer.dtype
+                devices[layer.device] = None
                 if layer.rope is not None and layer.get_seq_length():
                     if id(layer.rope) in ropes:  # counted with another layer
                         parts["statistics"] -= layer.rope.frequencies.nbytes
@@ -139,7 +146,8 @@ def measure(layers: Iterable[Any], tokens: int) -> MemoryReport:
                 if tensor.is_floating_point():
                     numbers, dtype = numbers + tensor.numel(), tensor.dtype
     parts["tables"] = sum(tables.values())
-    return MemoryReport(tokens, parts, numbers, packed, dtype)
+    backends = tuple(dict.fromkeys(map(running, devices)))
+    return MemoryReport(tokens, parts, numbers, packed, dtype, backends)
 
 
 def tensors_of(layer: Any) -> dict[str, Tensor]:

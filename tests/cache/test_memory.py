@@ -9,6 +9,8 @@ import torch
 from transformers import LlamaConfig
 
 from rotorquant_hf import RotorQuantCache
+from rotorquant_hf.backend import backend, running
+from rotorquant_hf.native.library import library
 
 
 def fill(
@@ -99,7 +101,20 @@ def test_table_is_readable() -> None:
     assert report.to_dict()["parts"]["key_codes"] == report.parts["key_codes"]
 
 
+@pytest.mark.parametrize("name", ["torch", *(["native"] if library() else [])])
+def test_what_computes_is_named(name) -> None:
+    cache = RotorQuantCache()
+    fill(cache, 300)
+    with backend(name):
+        report = cache.memory()
+        assert report.backends == (running("cpu"),)
+    assert report.backends[0].startswith(name)
+    assert f"computed by {report.backends[0]}" in str(report)
+    assert report.to_dict()["backends"] == list(report.backends)
+
+
 def test_empty_cache() -> None:
     report = RotorQuantCache().memory()
+    assert report.backends == ()
     assert report.total_bytes == 0
     assert "0 tokens" in str(report)
