@@ -96,7 +96,7 @@ def test_failures_free_their_tensors_and_a_lost_device_is_not_swallowed() -> Non
 def test_copy_bandwidth_versions_and_chunks() -> None:
     assert timing.copy_bandwidth(timing.Stopwatch(CPU)) > 1e8
     versions = str(environment.Versions.of(CPU, "evals.x", ["--a", "1"]))
-    for text in (torch.__version__, "python -m evals.x --a 1", "CPU"):
+    for text in (torch.__version__, "python -m evals.x --a 1", environment.processor()):
         assert text in versions
     assert common.chunks(10, 7, max_elements=30) == [4, 4, 2]
     assert common.chunks(1, 100, max_elements=30) == [1]
