@@ -107,7 +107,7 @@ def test_what_is_recorded_is_what_triton_compiles():
         numbers = dict.fromkeys(("stride_ob", "stride_oh", "stride_on", "stride_od"), 64)
         numbers |= {"group": 4, "d": 64, "splits": 2, "exact_splits": 1, "stride_stats": 12}
         constants = dict.fromkeys(
-            ("MEAN", "SINKS", "ROWS", "PAD_D", "COLUMNS", "SPLITS", "EXACT"), 1
+            ("MEAN", "SINKS", "ROWS", "PAD_D", "COLUMNS", "SPLITS", "EXACT", "TENSOR_CORES"), 1
         )
         pointers = ("p_sums", "p_stats", "p_channel_scale", "p_mean", "p_rotation")
         arguments = dict.fromkeys((*pointers, "p_sink_logits", "p_out"), x) | numbers | constants
