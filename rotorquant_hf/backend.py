@@ -35,14 +35,17 @@ def kernels_take(device: torch.device, dtype: torch.dtype, *quantizers: Quantize
     max_dim = max(quantizer.d for quantizer in quantizers)
     if dtype == torch.float32 and max_dim > _MAX_FLOAT32_DIM:
         return False
-    return all(_is_known(quantizer) for quantizer in quantizers)
+    return all(is_known(quantizer) and quantizer.d % 8 == 0 for quantizer in quantizers)
 
 
-def _is_known(quantizer: Quantizer) -> bool:
-    # The very classes: a subclass may code in a way of its own.
+def is_known(quantizer: Quantizer) -> bool:
+    """Whether kernels and the native library know how a quantiser codes, with 16-bit scales.
+
+    The very classes: a subclass may code in a way of its own.
+    """
     if type(quantizer) not in (RotorQuantMSE, RotorQuantProd):
         return False
-    return quantizer.d % 8 == 0 and quantizer.stage_one.scale_dtype == torch.float16
+    return quantizer.stage_one.scale_dtype == torch.float16
 
 
 def uses_triton(device: torch.device) -> bool:

@@ -502,7 +502,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.device == "cpu" and args.largest_batch and args.memory == 1 << 62:
         parser.error("--largest-batch on a CPU needs --memory")
     if args.threads < 1:
-        parser.error("choose --threads from 1")
+        parser.error(f"--threads is {args.threads}; choose one from 1")
     return args
 
 

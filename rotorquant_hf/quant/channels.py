@@ -83,17 +83,18 @@ class Measured(NamedTuple):
         """That of vectors (batch, heads, tokens, d), or with more axes before."""
         x = sampled(x, _SAMPLE).float()
         # A NaN (on a GPU nobody looks for them) spoils its own vector, not the unit of the head.
-        if on_cpu(x):
-            # In more operations, each of which a CPU does in a pass along the memory: the two below
-            # take it ten times as long.
+        # What a GPU does in one operation takes a CPU ten times as long as the same in two, each of
+        # which is a pass along the memory.
+        short = on_cpu(x)
+        if short:
             peak = x.abs().amax(dim=(-2, -1), keepdim=True)
-            peak = _or_one(peak.nan_to_num(0.0, math.inf))
-            unit = x / peak
-            mean, energy = (y.mean(dim=-2, keepdim=True) for y in (unit, unit.square()))
         else:
             peak = torch.linalg.vector_norm(x, ord=math.inf, dim=(-2, -1), keepdim=True)
-            peak = _or_one(peak.nan_to_num(0.0, math.inf))
-            unit = x / peak
+        peak = _or_one(peak.nan_to_num(0.0, math.inf))
+        unit = x / peak
+        if short:
+            mean, energy = (y.mean(dim=-2, keepdim=True) for y in (unit, unit.square()))
+        else:
             variance, mean = torch.var_mean(unit, dim=-2, correction=0, keepdim=True)
             energy = torch.addcmul(variance, mean, mean)
         total = energy.sum(dim=-1, keepdim=True)

@@ -8,26 +8,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rotorquant_hf.backend import is_known
 from rotorquant_hf.native.library import MAX_SIZE, AppendArguments, library
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.hessian import LowRankHessian
-from rotorquant_hf.quant.mse import SCALES, RotorQuantMSE
-from rotorquant_hf.quant.prod import RotorQuantProd
+from rotorquant_hf.quant.mse import SCALES
 from rotorquant_hf.quant.quantizer import Quantizer
 
 
 def native_takes(dtype: torch.dtype, quantizer: Quantizer) -> bool:
     """Whether the library, if there is one, codes vectors of a dtype: float64 is torch's.
 
-    So is what a class of one's own codes, and any but 16-bit scales.
+    So are quantisers that are not known here (`backend.is_known`).
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    # The very classes: a subclass may code in a way of its own.
-    if type(quantizer) not in (RotorQuantMSE, RotorQuantProd):
-        return False
-    most = max(quantizer.d, quantizer.num_signs)
-    return quantizer.stage_one.scale_dtype == torch.float16 and most <= MAX_SIZE
+    return is_known(quantizer) and max(quantizer.d, quantizer.num_signs) <= MAX_SIZE
 
 
 def encode_native(
@@ -70,9 +66,10 @@ def encode_native(
     a.rotation = mse.rotation.matrix().data_ptr()
     a.boundaries, a.centroids = mse.boundaries.data_ptr(), mse.centroids.data_ptr()
     if hessian is not None:
-        factor, share = hessian.factor.contiguous(), hessian.level
+        # Held by these names while the library reads them: the level is made anew at every access.
+        factor, level_of_hessian = hessian.factor.contiguous(), hessian.level
         a.factor.point(factor)
-        a.level.point(share)
+        a.level.point(level_of_hessian)
     a.codes.point(rows["codes"])
     a.scale.point(rows["scale"])
     if quantizer.sign_matrix is not None:

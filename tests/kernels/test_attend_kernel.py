@@ -314,6 +314,13 @@ def test_default_tiling_covers_the_rows_and_fills_the_processors():
     def choose(rows, programs, tokens, dtype=torch.float16, **options):
         return choose_tiling(rows, programs, tokens, (128, 128), (3, 3), H100, dtype, **options)
 
+    def pairs(d, bits, rows=4):
+        return choose_tiling(rows, 8, 4096, (d, d), (bits, bits), H100, torch.float16).pairs
+
+    assert pairs(128, 4)
+    assert pairs(256, 4)
+    # Warps would do the same; many rows; not looked up so.
+    assert not any((pairs(64, 4), pairs(128, 3), pairs(256, 3), pairs(128, 4, 64), pairs(128, 8)))
     small = choose(4, 8, 4096)
     assert small.block_m == 8
     assert small.splits == 4096 // 256
