@@ -144,7 +144,6 @@ class RotorQuantCache(Cache):
         if config is None:
             self.layers = growing
 
-    @torch.compiler.disable  # lengths are Python's: a graph of them would be made anew each step
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -163,6 +162,15 @@ class RotorQuantCache(Cache):
                 before this one, so that the forward pass can be repeated. The same if they are
                 quantised, and refused, only when attention shows its queries.
         """
+        # Lengths are Python's: a graph of them would be made anew each step. The wrapper that keeps
+        # a compiler out takes long, so it is only there where one might look in.
+        compiling = torch.compiler.is_dynamo_compiling()
+        update = self._update_uncompiled if compiling else self._update
+        return update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         self._check_arguments(key_states, value_states, layer_idx)
         if layer_idx == self._last_update[0] and _is_called_by_cross_attention():
             with self._taking_back(layer_idx + 1, self._last_update[1]):
@@ -180,11 +188,16 @@ class RotorQuantCache(Cache):
             # Loaded to another device, or offloaded, and a pass that failed did not bring it back.
             layer.device = key_states.device
             layer.prefetch()
-        with self._taking_back(layer_idx, key_states.shape[-2]):
+        try:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except Exception as error:
+            self._take_back(layer_idx, key_states.shape[-2], error)
+            raise
         if isinstance(keys, CompressedTensor) and keys.on_query is not None:
             keys.on_query = partial(self._show, keys.on_query, layer_idx, key_states.shape[-2])
         return keys, values
+
+    _update_uncompiled = torch.compiler.disable(_update)
 
     def _check_arguments(self, key_states: Any, value_states: Any, layer_idx: Any) -> None:
         for name, x in (("key_states", key_states), ("value_states", value_states)):
@@ -233,17 +246,21 @@ class RotorQuantCache(Cache):
 
     @contextmanager
     def _taking_back(self, layer_idx: int, tokens: int) -> Iterator[None]:
-        """Take the newest tokens out of the layers before this one if it does not store them.
+        """`_take_back` if what is done within fails."""
+        try:
+            yield
+        except Exception as error:
+            self._take_back(layer_idx, tokens, error)
+            raise
+
+    def _take_back(self, layer_idx: int, tokens: int, error: Exception) -> None:
+        """Take the newest tokens out of the layers before this one, which did not store them.
 
         It refuses them, or there is no memory left: a smaller batch, or the same again when memory
         has been freed, then goes on from where the cache was.
         """
-        try:
-            yield
-        except Exception as error:
-            if not self._undo(layer_idx, tokens):
-                error.add_note("Parts of the cache hold the new tokens already: use cache.reset().")
-            raise
+        if not self._undo(layer_idx, tokens):
+            error.add_note("Parts of the cache hold the new tokens already: use cache.reset().")
 
     def _settle_others(self, layer_idx: int, tokens: int) -> None:
         """Store what still waits for queries that no attention has shown, one layer's at most.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rotorquant_hf.attention.native_attention import attend_native, native_takes
 from rotorquant_hf.attention.options import AttentionOptions
-from rotorquant_hf.attention.states import KVStates, RingStates
+from rotorquant_hf.attention.states import KVStates, RingStates, are_of_one_step
 from rotorquant_hf.attention.torch_attention import attend_tiled
 from rotorquant_hf.backend import kernels_take, uses_native, uses_triton
 
@@ -95,7 +95,7 @@ def why_unsupported(
 
 def _why_apart(keys: KVStates, values: KVStates) -> str | None:
     """Why keys and values are not those of one update; None if they may be."""
-    if isinstance(keys, RingStates) and isinstance(values, RingStates) and keys.same_step(values):
+    if are_of_one_step(keys, values):
         return None  # as in every decode step: what follows takes its time
     for part, ours, theirs in (
         ("sinks", keys.sinks, values.sinks),

@@ -14,6 +14,7 @@ from torch import Tensor
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.states import KVStates, unit_stride
 from rotorquant_hf.native.library import (
+    FLOATS,
     MAX_SIZE,
     MAX_TERMS,
     Arguments,
@@ -40,6 +41,36 @@ class NativeTerm(NamedTuple):
     basis: Tensor
 
 
+class Plan:
+    """What the library is told of keys and values that stay where they are.
+
+    Args:
+        keys, values: as of `attend_native`.
+    """
+
+    def __init__(self, keys: KVStates, values: KVStates) -> None:
+        self._arguments = a = Arguments()
+        a.batch, a.heads = values.shape[:2]
+        # Tensors that must live as long as the arguments.
+        self._kept = [*_fill(a.keys, keys), *_fill(a.values, values)]
+        a.sinks, a.packed = keys.sinks.shape[2], keys.packed.shape[2]
+
+    def arguments(self) -> Arguments:
+        """A copy, to be completed by what changes from call to call."""
+        return Arguments.from_buffer_copy(self._arguments)
+
+
+def _plan_of(keys: KVStates, values: KVStates) -> Plan:
+    """The plan of keys and values, kept with their memory if that is one of both."""
+    plans = keys.plans
+    if plans is not values.plans:
+        return Plan(keys, values)
+    plan: Plan | None = plans.get(Plan)
+    if plan is None:
+        plan = plans[Plan] = Plan(keys, values)
+    return plan
+
+
 def attend_native(
     query: Tensor,
     keys: KVStates,
@@ -55,13 +86,13 @@ def attend_native(
     """
     loaded = library()
     assert loaded is not None
+    plan = _plan_of(keys, values)
+    a = plan.arguments()
     batch, query_heads, n, _ = query.shape
-    heads, d_v = values.shape[1], values.shape[3]
     q = unit_stride(query.float())
     kept: list[Tensor] = []
-    out = torch.empty(batch, query_heads, n, d_v, device="cpu")
-    a = Arguments()
-    a.batch, a.heads, a.group, a.n = batch, heads, query_heads // heads, n
+    out = torch.empty(batch, query_heads, n, values.shape[3], device="cpu")
+    a.group, a.n = query_heads // a.heads, n
     a.factor, a.softcap, a.causal = options.scale, options.softcap or 0.0, options.causal
     a.query.point(q)
     a.out = out.data_ptr()
@@ -76,17 +107,18 @@ def attend_native(
         kept.append(mask)
         a.mask.point(mask)
         a.mask_stride_k = mask.stride(3)
-    for side, states in ((a.keys, keys), (a.values, values)):
-        kept += _fill(side, states)
-    a.sinks, a.packed, a.recent = keys.sinks.shape[2], keys.packed.shape[2], keys.recent.shape[2]
+    a.recent = keys.shape[2] - a.sinks - a.packed
     loaded.attend(a, level)
     return out.to(query.dtype)
 
 
 def native_takes(query: Tensor, keys: KVStates, values: KVStates) -> bool:
     """Whether the library, if there is one, computes this attention: it has such numbers."""
-    floats = {query.dtype, keys.sinks.dtype, values.sinks.dtype}
-    if not floats <= {torch.float32, torch.bfloat16, torch.float16}:
+    if query.dtype not in FLOATS:
+        return False
+    if Plan in keys.plans and keys.plans is values.plans:
+        return True
+    if not {keys.sinks.dtype, values.sinks.dtype} <= FLOATS:
         return False
     return all(_native_terms(x.packed.quantizer) is not None for x in (keys, values))
 

@@ -62,7 +62,7 @@ class KVStates(Protocol):
 
     @property
     def plans(self) -> dict[Hashable, Any]:
-        """What attention through the kernels has prepared for states in this memory."""
+        """What attention has prepared for states in this memory."""
 
     def device_view(self) -> DeviceView:
         """Where the kernels find the packed and the recent tokens."""
@@ -122,6 +122,66 @@ class CachedStates:
         if self.stand_ins is not None:
             self.stand_ins.put_back(out, self.sinks)
         return out
+
+
+@dataclass(frozen=True)
+class BufferMemory:
+    """Where one side of a layer has its tokens while a buffer takes in new ones.
+
+    Attributes:
+        sinks, packed, stand_ins: as in `KVStates`.
+        buffer: (batch, heads, slots, d), the recent tokens from the first slot on.
+        plans: as in `KVStates`; the other side of the layer has the same.
+    """
+
+    sinks: Tensor
+    packed: PackedSpan
+    buffer: Tensor
+    stand_ins: StandIns | None
+    plans: dict[Hashable, Any]
+
+
+class BufferStates:
+    """`KVStates` whose recent tokens are the first `count` of a buffer.
+
+    Later tokens take their places behind these, so that nothing changes them. A decode step makes
+    two in every layer, so it computes nothing that nobody asks for.
+    """
+
+    def __init__(self, memory: BufferMemory, count: int) -> None:
+        self.sinks, self.packed, self.plans = memory.sinks, memory.packed, memory.plans
+        self.stand_ins, self.count, self._buffer = memory.stand_ins, count, memory.buffer
+        batch, heads, sinks, d = self.sinks.shape
+        self.shape = (batch, heads, sinks + self.packed.shape[2] + count, d)
+
+    @property
+    def recent(self) -> Tensor:
+        """As in `KVStates`."""
+        return self._buffer[:, :, : self.count]
+
+    @property
+    def max_packed(self) -> int:
+        """As in `KVStates`: all there are."""
+        return self.packed.shape[2]
+
+    def same_step(self, other: BufferStates) -> bool:
+        """Whether the other states are of the same step of the same layer."""
+        return self.plans is other.plans and self.count == other.count
+
+    def device_view(self) -> DeviceView:
+        """As in `KVStates`."""
+        return self._as_tensors().device_view()
+
+    def lengths(self) -> Tensor:
+        """As in `KVStates`."""
+        return self._as_tensors().lengths()
+
+    def materialize(self) -> Tensor:
+        """The dequantised tensor, in the dtype of the recent tokens."""
+        return self._as_tensors().materialize()
+
+    def _as_tensors(self) -> CachedStates:
+        return CachedStates(self.sinks, self.packed, self.recent, self.stand_ins)
 
 
 @dataclass(frozen=True)
@@ -267,6 +327,15 @@ class RingStates:
                 "these keys or values are of an earlier update of the cache, whose window has "
                 "moved on since; clone() them before the next update, or read layer.keys anew"
             )
+
+
+def are_of_one_step(keys: KVStates, values: KVStates) -> bool:
+    """Whether keys and values are certainly of the same decode step of the same layer."""
+    if isinstance(keys, BufferStates):
+        return isinstance(values, BufferStates) and keys.same_step(values)
+    if isinstance(keys, RingStates):
+        return isinstance(values, RingStates) and keys.same_step(values)
+    return False
 
 
 def read_ring(ring: Tensor, begin: int, count: int) -> Tensor:

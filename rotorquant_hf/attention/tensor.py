@@ -39,6 +39,7 @@ class CompressedTensor(Tensor):
     states: KVStates | PlainStates
     view_of_heads: HeadView
     on_query: Callable[[Tensor, Tensor | None], None] | None
+    _size: torch.Size
 
     @staticmethod
     def __new__(
@@ -47,15 +48,28 @@ class CompressedTensor(Tensor):
         view: HeadView = AS_STORED,
         on_query: Callable[[Tensor, Tensor | None], None] | None = None,
     ) -> CompressedTensor:
-        tensor = Tensor._make_wrapper_subclass(
-            cls, view.shape(states.shape), dtype=states.sinks.dtype, device=states.sinks.device
-        )
+        sinks, size = states.sinks, torch.Size(view.shape(states.shape))
+        tensor = Tensor._make_wrapper_subclass(cls, size, dtype=sinks.dtype, device=sinks.device)
+        tensor._size = size
         tensor.states, tensor.view_of_heads, tensor.on_query = states, view, on_query
         return tensor
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         packed = 0 if self.packed_states is None else self.packed_states.packed.shape[2]
         return f"CompressedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, packed={packed})"
+
+    # Attention asks for these some times a step; through `__torch_function__` each takes longer
+    # than copying a token.
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """As of any tensor."""
+        return self._size
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """As of any tensor."""
+        return self.states.sinks.dtype
 
     @property
     def packed_states(self) -> KVStates | None:

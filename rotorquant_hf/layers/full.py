@@ -35,9 +35,11 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from rotorquant_hf.attention.stand_ins import StandIns
 from rotorquant_hf.attention.states import CachedStates, PlainStates
 from rotorquant_hf.attention.tensor import CompressedTensor
-from rotorquant_hf.backend import brought
+from rotorquant_hf.backend import brought, uses_native
 from rotorquant_hf.config import RotorQuantConfig
+from rotorquant_hf.layers.recent import RecentBuffer
 from rotorquant_hf.layers.ring import RingBuffer
+from rotorquant_hf.native.library import FLOATS
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.checks import check_finite
 from rotorquant_hf.quant.moments import QueryMoment
@@ -77,6 +79,7 @@ class RotorQuantLayer(CacheLayerMixin):
         self.config, self.calibration, self.rope = config, calibration, rope
         self.is_initialized = False
         self.ring: RingBuffer | None = None
+        self.buffer: RecentBuffer | None = None
         self.moment: QueryMoment | None = None
         self.stand_ins: StandIns | None = None
         # Of single tokens, not yet in the moment, and where in the text these are.
@@ -108,8 +111,8 @@ class RotorQuantLayer(CacheLayerMixin):
         fork = object.__new__(type(self))
         fork.__dict__.update(self.__dict__)
         if self.is_initialized:
-            # The ring is written in place, the store when its rows are not shared any more.
-            fork._recent, fork.ring = self.recent, None
+            # Ring and buffer are written in place, the store when its rows are not shared any more.
+            fork._recent, fork.ring, fork.buffer = self.recent, None, None
             fork._store, fork._queries = copy.copy(self.store), list(self._queries)
         return fork
 
@@ -149,22 +152,25 @@ class RotorQuantLayer(CacheLayerMixin):
     def recent(self) -> tuple[Tensor, Tensor]:
         """The recent keys and values, (batch, heads, m, d), in full precision, oldest first.
 
-        They are plain tensors, or lie in the ring while the layer decodes through the kernels.
-        Whatever sets them ends that: the ring is left, and made again by the next decoding step.
+        They are plain tensors, or lie in the ring while the layer decodes through the kernels, or
+        in the buffer while it decodes through the native library. Whatever sets them ends that:
+        ring or buffer is left, and made again by the next decoding step.
         """
         self.settle()
-        return self._recent if self.ring is None else self.ring.recent()
+        decoding = self.ring or self.buffer
+        return self._recent if decoding is None else decoding.recent()
 
     @recent.setter
     def recent(self, recent: tuple[Tensor, Tensor]) -> None:
         if self.ring is not None:
             self.ring.clock.tick()  # attention must not read this ring any more
-        self._recent, self.ring = recent, None
+        self._recent, self.ring, self.buffer = recent, None, None
 
     @property
     def recent_length(self) -> int:
         """Recent tokens held in full precision, those that wait for their queries included."""
-        return self._recent[0].shape[2] if self.ring is None else self.ring.count
+        decoding = self.ring or self.buffer
+        return self._recent[0].shape[2] if decoding is None else decoding.count
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -183,6 +189,10 @@ class RotorQuantLayer(CacheLayerMixin):
             TypeError, ValueError: for a wrong dtype or shape, or (on the CPU) NaN or infinite
                 entries. The layer is then as it was.
         """
+        if self.buffer is not None:
+            seen = self._buffered(self.buffer, key_states, value_states)
+            if seen is not None:
+                return seen
         self._check(key_states, value_states)
         if not torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             # Leaves, which would ask for a gradient in a later pass.
@@ -220,6 +230,9 @@ class RotorQuantLayer(CacheLayerMixin):
         """Store the new tokens and return what their attention reads; an error stores none."""
         if self._decodes(key_states, value_states):
             return self._step(key_states, value_states)
+        seen = self._into_buffer(key_states, value_states)
+        if seen is not None:
+            return seen
         past = self.recent
         recent = (join(past[0], key_states), join(past[1], value_states))
         visible = self._states(self.sinks, recent)
@@ -229,6 +242,29 @@ class RotorQuantLayer(CacheLayerMixin):
             self.recent = recent
             return visible
         return self._take_in(recent, past, key_states.shape[2], visible)
+
+    def _into_buffer(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Take a step through a new buffer, if the native library decodes; None if not."""
+        if not uses_native(self.device) or torch.is_grad_enabled() or not len(self._store):
+            return None
+        if not {keys.dtype, values.dtype} <= FLOATS:
+            return None
+        if self.config.num_to_quantise(self.recent_length + keys.shape[2]):
+            return None
+        buffer = RecentBuffer(self._store, self._sinks, self.recent, self.config, self.stand_ins)
+        seen = self._buffered(buffer, keys, values)
+        if seen is not None:
+            # The buffer holds the tokens from here on; a second copy would count twice.
+            self.recent = buffer.none()
+            self.buffer = buffer
+        return seen
+
+    def _buffered(
+        self, buffer: RecentBuffer, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """What attention reads after a step through a buffer; None if that does not take it."""
+        seen = buffer.step(keys, values) if buffer.sinks is self._sinks else None
+        return None if seen is None else (CompressedTensor(seen[0]), CompressedTensor(seen[1]))
 
     def _take_in(
         self,
@@ -324,17 +360,18 @@ class RotorQuantLayer(CacheLayerMixin):
         if not self._fits_a_step(keys, values):
             return False
         if self.ring is None:
-            self.ring = RingBuffer(
+            ring = RingBuffer(
                 self.store,
                 self.sinks,
-                self._recent,
+                self.recent,
                 self.config,
                 position=self.get_seq_length() - self.recent_length,
                 sliding_window=self._seen_by_a_query(),
                 stand_ins=self.stand_ins,
             )
             # The ring holds the tokens from here on; a second copy would count twice.
-            self._recent = (keys[:, :, :0], values[:, :, :0])
+            self.recent = (keys[:, :, :0], values[:, :, :0])
+            self.ring = ring
         return True
 
     def _fits_a_step(self, keys: Tensor, values: Tensor) -> bool:
@@ -589,7 +626,7 @@ class RotorQuantLayer(CacheLayerMixin):
         """Forget everything, also the shapes."""
         for name in ("_store", "_sinks", "_recent", "dtype", "device"):
             self.__dict__.pop(name, None)
-        self.ring = self.moment = self._before = self.stand_ins = None
+        self.ring = self.buffer = self.moment = self._before = self.stand_ins = None
         self._gradient_cut = False
         self._queries = []
         self.is_initialized = False
@@ -650,8 +687,9 @@ class RotorQuantLayer(CacheLayerMixin):
         self.settle()
         self.count_queries()
         recent = sum(x.nbytes for x in self._recent)
-        if self.ring is not None:
-            recent += self.ring.nbytes
+        decoding = self.ring or self.buffer
+        if decoding is not None:
+            recent += decoding.nbytes
         sinks = sum(x.nbytes for x in self.sinks)
         parts = {"sinks": sinks, "window": recent} | self.store.nbytes()
         if self.moment is not None:

@@ -5,6 +5,7 @@
 
 #include "append.h"
 #include "attend.h"
+#include "push.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -44,6 +45,8 @@ EXPORT int rotorquant_append(const Coding *coding, const char *level, Team team,
 #endif
     return append_portable(coding, team, threads);
 }
+
+EXPORT int rotorquant_push(const Push *push) { return push_tokens(push); }
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_library", NULL, -1, NULL};
 

@@ -22,6 +22,9 @@ MAX_SIZE = 4096
 LEVELS = ("avx512", "avx2", "portable")
 """What it is compiled for, the fastest first; each needs the instructions of those after it."""
 
+FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
+"""Dtypes of queries, keys and values that it reads."""
+
 _TYPES = {
     torch.float32: 0,
     torch.float16: 1,
@@ -107,6 +110,22 @@ class AppendArguments(ctypes.Structure):
     ]
 
 
+class PushedArgument(ctypes.Structure):
+    """`Pushed` of push.h."""
+
+    _fields_ = [("d", c_int64), ("from_", TensorArgument), ("to", TensorArgument)]
+
+
+class PushArguments(ctypes.Structure):
+    """`Push` of push.h."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "heads", "tokens")),
+        ("keys", PushedArgument),
+        ("values", PushedArgument),
+    ]
+
+
 class Library:
     """The loaded library.
 
@@ -117,11 +136,14 @@ class Library:
     def __init__(self, path: str) -> None:
         loaded = ctypes.CDLL(path)
         loaded.rotorquant_level.restype = c_char_p
-        self.level: str = loaded.rotorquant_level().decode()
+        self._name: bytes = loaded.rotorquant_level()
+        self.level = self._name.decode()
         self._attend = loaded.rotorquant_attend
         self._attend.argtypes = [POINTER(Arguments), c_char_p, c_void_p, c_int]
         self._append = loaded.rotorquant_append
         self._append.argtypes = [POINTER(AppendArguments), c_char_p, c_void_p, c_int]
+        self._push = loaded.rotorquant_push
+        self._push.argtypes = [POINTER(PushArguments)]
         self._team = _team_of_torch()
 
     def attend(self, arguments: Arguments, level: str | None = None) -> None:
@@ -130,8 +152,8 @@ class Library:
         Raises:
             MemoryError: if there is none for the sums.
         """
-        name = (level or self.level).encode()
-        if self._attend(ctypes.byref(arguments), name, self._team, torch.get_num_threads()):
+        name = self._name if level is None else level.encode()
+        if self._attend(arguments, name, self._team, torch.get_num_threads()):
             raise MemoryError("no memory for attention over packed codes")
 
     def append(self, arguments: AppendArguments, level: str | None = None) -> bool:
@@ -143,11 +165,15 @@ class Library:
         Raises:
             MemoryError: if there is none to work in.
         """
-        name = (level or self.level).encode()
-        done = self._append(ctypes.byref(arguments), name, self._team, torch.get_num_threads())
+        name = self._name if level is None else level.encode()
+        done = self._append(arguments, name, self._team, torch.get_num_threads())
         if done < 0:
             raise MemoryError("no memory for coding keys and values")
         return done == 0
+
+    def push(self, arguments: PushArguments) -> bool:
+        """Copy new tokens to their places; whether all their elements are finite."""
+        return self._push(arguments) == 0
 
 
 @functools.cache

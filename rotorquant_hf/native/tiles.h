@@ -70,57 +70,48 @@ static void unpack(uint8_t *codes, const uint8_t *packed, int bits, int64_t size
     }
 }
 
-/* The bytes of a plane from one on, as integers; of half as many all of them twice. */
-INLINE Ints bytes_of(const uint8_t *plane, int64_t begin, int64_t bytes)
-{
-    if (2 * bytes == WIDTH)
-        return twice(plane);
-    return widened(plane + begin % bytes);
-}
-
-/* Centroids of a vector. Each byte of the widest plane is taken once for all of its slots; `planes`
-   and `bits` are constants. Needs planes of whole vectors, the narrower ones at least of half. */
-INLINE void look_up_vector(float *out, const uint8_t *packed, int planes, int bits, int64_t size,
-                           const Table *table)
-{
-    const int width = PLANES[bits][0];
-    int64_t bytes = size * width / 8;
-    for (int64_t i = 0; i < bytes; i += WIDTH) {
-        const uint8_t *plane = packed;
-        Ints wide = widened(plane + i), narrow[2] = {{0}}, first[2] = {{0}};
-        int shift = width;
-        plane += bytes;
-        for (int n = 1; n < planes; n++) {
-            int64_t own = size * PLANES[bits][n] / 8;
-            narrow[n - 1] = bytes_of(plane, i, own) << shift;
-            /* The slot of the plane for the first slot of the widest. */
-            Ints halves = 2 * own == WIDTH ? LANE / (WIDTH / 2) : all_ints(0);
-            first[n - 1] = (all_ints((int)(i / own)) + halves) * PLANES[bits][n];
-            plane += own;
-            shift += PLANES[bits][n];
-        }
-        for (int slot = 0; slot < 8 / width; slot++) {
-            Ints code = wide >> (slot * width);
-            int below = width;
-            if (planes > 1 || bits > 4)
-                code &= (1 << width) - 1;
-            for (int n = 1; n < planes; n++) {
-                int mask = ((1 << PLANES[bits][n]) - 1) << below;
-                code |= (narrow[n - 1] >> (first[n - 1] + slot * width)) & mask;
-                below += PLANES[bits][n];
-            }
-            store(out + slot * bytes + i, look_up(table, bits, code));
-        }
-    }
-}
-
-/* Centroids of packed tokens, not scaled. */
+/* Centroids of packed tokens, not scaled. Each byte of the widest plane is taken once for all of its
+   slots; `bits` is a constant. Needs planes of whole vectors, the narrower ones at least of half. */
 INLINE void look_up_vectors(float *tile, int64_t stride, const uint8_t *packed, int64_t row,
                             int bits, int64_t size, const Table *table, int count)
 {
-    const int planes = PLANES[bits][1] ? PLANES[bits][2] ? 3 : 2 : 1;
-    for (int t = 0; t < count; t++)
-        look_up_vector(tile + t * stride, packed + t * row, planes, bits, size, table);
+    const uint8_t *widths = PLANES[bits];
+    const int planes = widths[1] ? widths[2] ? 3 : 2 : 1, width = widths[0];
+    int64_t bytes = size * width / 8;
+    for (int64_t i = 0; i < bytes; i += WIDTH) {
+        /* Of each narrower plane, for all tokens: its bytes, which half a vector has twice; where
+           its bits go in a code; and how far down those of the widest plane's first slot are. */
+        int64_t from[3], own_bytes, end = bytes;
+        int half[3], up[3], up_next = width;
+        Ints down[3];
+        for (int n = 1; n < planes; n++) {
+            own_bytes = size * widths[n] / 8;
+            half[n] = 2 * own_bytes == WIDTH;
+            from[n] = end + (half[n] ? 0 : i % own_bytes);
+            Ints halves = half[n] ? LANE / (WIDTH / 2) : all_ints(0);
+            down[n] = (all_ints((int)(i / own_bytes)) + halves) * widths[n];
+            up[n] = up_next;
+            end += own_bytes;
+            up_next += widths[n];
+        }
+        for (int t = 0; t < count; t++) {
+            const uint8_t *token = packed + t * row;
+            float *out = tile + t * stride + i;
+            Ints wide = widened(token + i), narrow[3];
+            for (int n = 1; n < planes; n++)
+                narrow[n] = (half[n] ? twice(token + from[n]) : widened(token + from[n])) << up[n];
+            for (int slot = 0; slot < 8 / width; slot++) {
+                Ints code = wide >> (slot * width);
+                if (bits == 3) /* bits above its own do no harm: one instruction less */
+                    code = (code & 3) | (narrow[1] >> (down[1] + slot * width) & ~3);
+                else if (bits > 4)
+                    code &= (1 << width) - 1;
+                for (int n = 1; n < planes && bits != 3; n++)
+                    code |= narrow[n] >> (down[n] + slot * width) & ((1 << widths[n]) - 1) << up[n];
+                store(out + slot * bytes, look_up(table, bits, code));
+            }
+        }
+    }
 }
 
 static int ends_on_vectors(int bits, int64_t size)

@@ -123,10 +123,17 @@ INLINE Ints widened(const uint8_t *from)
 /* Half as many bytes, twice. */
 INLINE Ints twice(const uint8_t *from)
 {
-    uint8_t bytes[WIDTH];
-    memcpy(bytes, from, WIDTH / 2);
-    memcpy(bytes + WIDTH / 2, from, WIDTH / 2);
-    return widened(bytes);
+#if defined(USE_AVX512)
+    int64_t half;
+    memcpy(&half, from, 8);
+    return (Ints)_mm512_cvtepu8_epi32(_mm_set1_epi64x(half));
+#elif defined(USE_AVX2)
+    int32_t half;
+    memcpy(&half, from, 4);
+    return (Ints)_mm256_cvtepu8_epi32(_mm_set1_epi32(half));
+#else
+    return (Ints){from[0], from[1], from[0], from[1]};
+#endif
 }
 
 /* A table of centroids, (2^bits,); of at most 16 in registers, over and over. */

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rotorquant_hf.backend import is_known
-from rotorquant_hf.native.library import MAX_SIZE, AppendArguments, library
+from rotorquant_hf.native.library import FLOATS, MAX_SIZE, AppendArguments, library
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.hessian import LowRankHessian
 from rotorquant_hf.quant.mse import SCALES
@@ -21,9 +21,9 @@ def native_takes(dtype: torch.dtype, quantizer: Quantizer) -> bool:
 
     So are quantisers that are not known here (`backend.is_known`).
     """
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in FLOATS or not is_known(quantizer):
         return False
-    return is_known(quantizer) and max(quantizer.d, quantizer.num_signs) <= MAX_SIZE
+    return max(quantizer.d, quantizer.num_signs) <= MAX_SIZE
 
 
 def encode_native(

@@ -14,6 +14,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.quant.quantizer import Quantizer
 from rotorquant_hf.store.buffers import TokenBuffers
 
 VOCAB = 97
@@ -390,6 +392,8 @@ def storages(root: Any) -> dict[int, int]:
             stack.extend(item.values())
         elif isinstance(item, list | tuple | set):
             stack.extend(item)
+        elif isinstance(item, Quantizer):
+            continue  # its tables are shared by all caches
         elif type(item).__module__.startswith(("rotorquant_hf", "transformers")):
             stack.extend(vars(item).values() if hasattr(item, "__dict__") else ())
     return found
@@ -398,7 +402,8 @@ def storages(root: Any) -> dict[int, int]:
 def snapshot(root: Any) -> Any:
     """A copy of everything that an object holds, as plain values, to be compared with `same`.
 
-    Of buffers only the rows in use: the spare ones are not initialised.
+    Of buffers only the rows in use: the spare ones are not initialised. Recent tokens are the same
+    wherever they lie.
     """
     if isinstance(root, TokenBuffers):
         return snapshot(root.rows(0, len(root)))
@@ -408,6 +413,9 @@ def snapshot(root: Any) -> Any:
         return [snapshot(item) for item in root]
     if isinstance(root, dict):
         return {key: snapshot(value) for key, value in root.items()}
+    if isinstance(root, RotorQuantLayer) and root.buffer is not None:
+        held = vars(root) | {"_recent": root.buffer.recent(), "buffer": None}
+        return {"class": type(root).__name__} | snapshot(held)
     if type(root).__module__.startswith("rotorquant_hf") and hasattr(root, "__dict__"):
         return {"class": type(root).__name__} | snapshot(vars(root))
     return root
