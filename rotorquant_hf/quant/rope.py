@@ -55,6 +55,8 @@ class Rope:
                 has them too: (m, 1, 1, 1) gives (m, batch, heads, n, d).
         """
         angles = positions[..., None] * self.frequencies
+        if on_cpu(x):
+            return self._turned(x, angles.cos(), angles.sin())
         return self._times(x, torch.polar(torch.ones_like(angles), angles))
 
     def spread(self, x: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -107,14 +109,25 @@ class Rope:
 
     def _times(self, x: Tensor, factor: Tensor) -> Tensor:
         """x with its pairs, as complex numbers, multiplied by `factor` (..., r)."""
-        a, b, rest = self._split(x.float())
         if on_cpu(x):
-            # In real numbers: complex ones are copied together first, and apart in the end.
-            cos, sin = factor.real, factor.imag
-            turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
-            return self._join(*turned, rest.expand(*turned[0].shape[:-1], -1))
+            return self._turned(x, factor.real, factor.imag)
+        a, b, rest = self._split(x.float())
         z = torch.complex(a, b) * factor
         return self._join(z.real, z.imag, rest.expand(*z.shape[:-1], -1))
+
+    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`_times` of cos + i sin, for a CPU: real numbers, and each written where it stays.
+
+        Complex numbers would be copied together first, and apart in the end.
+        """
+        a, b, rest = self._split(x.float())
+        first, second = self._pairs
+        with torch.no_grad():
+            out = torch.empty(*cos.shape[: cos.dim() - x.dim()], *x.shape, device=x.device)
+            torch.mul(a, cos, out=out[..., first]).addcmul_(b, sin, value=-1)
+            torch.mul(b, cos, out=out[..., second]).addcmul_(a, sin)
+            out[..., self.channels :] = rest
+        return out
 
     @property
     def _pairs(self) -> tuple[slice, slice]:
