@@ -52,10 +52,10 @@ def test_generation_has_a_row_for_every_cache(tmp_path, capsys, monkeypatch) -> 
     assert base["cache_bytes"] == 2 * 2 * 2 * 2 * 312 * 16 * 4
     cache = RotorQuantCache("k4v4")
     for layer in range(2):
-        cache.update(
-            *common.random_states((2, 2, 311, 16), torch.float32, torch.Generator()), layer
-        )
-        cache.update(*common.random_states((2, 2, 1, 16), torch.float32, torch.Generator()), layer)
+        for n in (311, 1):
+            states = common.random_states((2, 2, n, 16), torch.float32, torch.Generator())
+            with torch.no_grad():
+                cache.update(*states, layer)
     hessian = 2 * 2 * 2 * 16 * 16 * 2  # of queries, of which `cache` has seen none
     frequencies = (1 + 2 * 2) * 8 * 4  # of RoPE, for all layers and for each row of a layer
     known = hessian + frequencies  # with the model's config

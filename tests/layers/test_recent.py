@@ -265,3 +265,19 @@ def test_a_step_makes_few_calls():
         sys.setprofile(None)
         counts.append(calls)
     assert counts[1] == counts[2] <= 60
+
+
+def test_the_kernels_take_over_what_is_in_the_buffer():
+    target, twin = started(), started()
+    twin.update(*tokens(1, 1))
+    with backend("triton"):
+        keys, values = target.update(*tokens(1, 1))
+        assert target.buffer is None
+        assert target.ring is not None
+        assert torch.equal(dense(keys), dense(twin.keys))
+        assert torch.equal(dense(values), dense(twin.values))
+    new = tokens(1, 2)
+    keys, values = target.update(*new)
+    assert target.ring is None
+    assert target.buffer is not None
+    assert torch.equal(dense(keys), dense(twin.update(*new)[0]))
