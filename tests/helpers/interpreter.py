@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from types import ModuleType
@@ -12,13 +13,18 @@ from triton.runtime import interpreter
 
 
 def hasten() -> None:
-    """Let the functions that a kernel calls find Triton's language as the launch has made it.
+    """Leave out what changes nothing: half of a small kernel's time.
 
-    At a launch the interpreter puts its own functions in the place of Triton's. It does so again at
-    every call of another function within, to the same effect: a sixth of a small kernel's time.
+    - At a launch the interpreter puts its own functions in the place of Triton's language, and does
+      so again at every call of another function within.
+    - Every sum, difference and product of integers is computed once more in 64 bits, for an
+      assertion that they do not overflow, which then is only made where `debug` is set.
     """
     if not hasattr(interpreter, "_patch_lang"):  # another Triton may do otherwise
         return
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     prepare = interpreter._patch_lang
 
     def prepare_once(fn: Callable[..., Any]) -> Any:
