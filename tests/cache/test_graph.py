@@ -61,7 +61,7 @@ def assert_same_steps(found, wanted):
 def test_replayed_steps_are_eager_steps(options, graphs, monkeypatch):
     """Through several flushes of the ring, growth of the rows, turns, and captures anew."""
     for module in ("quant.channels", "store.side", "layers.ring"):
-        monkeypatch.setattr(f"rotorquant_hf.{module}.SEGMENT", 8)
+        monkeypatch.setattr(f"rotorquant_hf.{module}.SEGMENT", 4)
     model = narrow("llama", layers=1 if "query_aware" in options else 2).to(DEVICE)
     ids = prompt(model, 1, 48)
     settings = SMALL | options
@@ -78,6 +78,10 @@ def test_replayed_steps_are_eager_steps(options, graphs, monkeypatch):
         assert cuda_graph.EmulatedGraph.captures >= 2  # room for a few tokens at a time
     for ours, theirs in zip(cache.layers, eager.layers, strict=True):
         assert torch.equal(ours.store.state()["key_codes"], theirs.store.state()["key_codes"])
+        assert (ours.ring._feedback is not None) == ("query_aware" in options)
+        turned = zip(ours.ring._feedback or (), theirs.ring._feedback or (), strict=True)
+        for found_now, wanted_now in turned:
+            torch.testing.assert_close(found_now, wanted_now)
 
 
 def test_sliding_layers(graphs):
