@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter; before triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    from tests.helpers.interpreter import hasten
+
+    hasten()
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 

@@ -20,7 +20,7 @@ from evals.verify import VerifyOptions
 from rotorquant_hf import RotorQuantCache
 from tests.conftest import ROOT
 from tests.helpers import cuda_graph
-from tests.helpers.models import build
+from tests.helpers.models import narrow
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MANUAL = (ROOT / "evals" / "README.md").read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def test_the_snippets_of_graphs_run(monkeypatch) -> None:
     generating, stepping = blocks("py")
     generating = generating.replace(": 200", ": 8")  # in Triton's interpreter a step is slow
     stepping = stepping.replace("range(100)", "range(8)")
-    model = build("llama")
+    model = narrow("llama")
     prompt = torch.randint(1, model.config.vocab_size, (1, 300))
     if torch.cuda.is_available():
         model, prompt = model.cuda(), prompt.cuda()

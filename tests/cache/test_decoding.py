@@ -1,7 +1,6 @@
 """`decode_with_graph` in `generate`: the tokens of plain `generate`, or a clear refusal."""
 
 import copy
-import functools
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from transformers import (
 from rotorquant_hf import RotorQuantCache, decode_with_graph, decoding
 from rotorquant_hf.backend import backend
 from tests.helpers import cuda_graph
-from tests.helpers.models import build, prompt
+from tests.helpers.models import build, narrow, prompt
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"residual_length": 8, "statistics_length": 0, "block_length": 4, "num_sink_tokens": 2}
@@ -26,18 +25,8 @@ ON_GPU = cuda_graph.on_gpu(decode_with_graph)
 CUSTOM = decode_with_graph if DEVICE == "cuda" else ON_GPU
 
 
-@functools.cache
 def small(name="llama", attention=None):
-    """One layer with one kv head: steps are slow in the interpreter."""
-    model = build(name, attention)
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads = 1, 2, 1
-    config.head_dim = 16
-    if name == "mistral":
-        config.sliding_window = 20
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return type(model)(config).eval().to(DEVICE)
+    return narrow(name, attention).to(DEVICE)
 
 
 class Streamer:

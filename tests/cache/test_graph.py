@@ -10,7 +10,7 @@ from rotorquant_hf import RotorQuantCache
 from rotorquant_hf.backend import backend
 from rotorquant_hf.graph import DecodeGraph
 from tests.helpers import cuda_graph
-from tests.helpers.models import build
+from tests.helpers.models import build, narrow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"residual_length": 8, "statistics_length": 0, "block_length": 4, "num_sink_tokens": 2}
@@ -36,14 +36,12 @@ def prompt(model, batch, length, seed=0):
     return ids.to(model.device)
 
 
-def decode_eagerly(model, ids, cache, first):
-    """Logits of one step per token of `ids` after the first."""
+def decode_eagerly(model, ids, cache, first, sizes=None):
+    """Logits of the steps after the first tokens, of one token each or of so many as in `sizes`."""
     with torch.no_grad():
         model(ids[:, :first], past_key_values=cache)
-        return [
-            model(ids[:, i : i + 1], past_key_values=cache).logits
-            for i in range(first, ids.shape[1])
-        ]
+        steps = torch.split(ids[:, first:], sizes or 1, dim=1)
+        return [model(step, past_key_values=cache).logits for step in steps]
 
 
 def _kinds(rope_type):
@@ -63,28 +61,31 @@ def assert_same_steps(found, wanted):
 def test_replayed_steps_are_eager_steps(options, graphs, monkeypatch):
     """Through several flushes of the ring, growth of the rows, turns, and captures anew."""
     for module in ("quant.channels", "store.side", "layers.ring"):
-        monkeypatch.setattr(f"rotorquant_hf.{module}.SEGMENT", 8)
-    model = build("llama").to(DEVICE)
-    ids = prompt(model, 1, 46)
+        monkeypatch.setattr(f"rotorquant_hf.{module}.SEGMENT", 4)
+    model = narrow("llama", layers=1 if "query_aware" in options else 2).to(DEVICE)
+    ids = prompt(model, 1, 48)
     settings = SMALL | options
     eager = RotorQuantCache(**settings, config=model.config)
-    wanted = decode_eagerly(model, ids, eager, 30)
+    wanted = decode_eagerly(model, ids, eager, 36)
     cache = RotorQuantCache(**settings, config=model.config)
     with torch.no_grad():
-        model(ids[:, :30], past_key_values=cache)
-    graph = graphs(model, cache, room=6)
-    found = [graph(ids[:, i : i + 1]) for i in range(30, 46)]
+        model(ids[:, :36], past_key_values=cache)
+    graph = graphs(model, cache, room=2)
+    found = [graph(ids[:, i : i + 1]) for i in range(36, 48)]
     assert_same_steps(found, wanted)
-    assert cache.get_seq_length() == 46
+    assert cache.get_seq_length() == 48
     if DEVICE == "cpu":
-        assert cuda_graph.EmulatedGraph.captures >= 2  # room for 6 tokens at a time
+        assert cuda_graph.EmulatedGraph.captures >= 2  # room for a few tokens at a time
     for ours, theirs in zip(cache.layers, eager.layers, strict=True):
         assert torch.equal(ours.store.state()["key_codes"], theirs.store.state()["key_codes"])
+        assert (ours.ring._feedback is not None) == ("query_aware" in options)
+        turned = zip(ours.ring._feedback or (), theirs.ring._feedback or (), strict=True)
+        for found_now, wanted_now in turned:
+            torch.testing.assert_close(found_now, wanted_now)
 
 
 def test_sliding_layers(graphs):
-    model = copy.deepcopy(build("mistral", "rotorquant")).to(DEVICE)
-    model.config.sliding_window = 20
+    model = narrow("mistral", "rotorquant").to(DEVICE)
     ids = prompt(model, 1, 46)
     wanted = decode_eagerly(model, ids, RotorQuantCache(config=model.config, **SMALL), 15)
     cache = RotorQuantCache(config=model.config, **SMALL)
@@ -97,7 +98,7 @@ def test_sliding_layers(graphs):
 
 
 def test_the_cache_can_be_used_otherwise_in_between(graphs):
-    model = build("llama").to(DEVICE)
+    model = narrow("llama").to(DEVICE)
     ids = prompt(model, 1, 60)
     cache = RotorQuantCache(**SMALL)
     with torch.no_grad():
@@ -119,7 +120,7 @@ def test_the_cache_can_be_used_otherwise_in_between(graphs):
 
 
 def test_eager_steps_until_there_is_something_packed(graphs):
-    model = build("llama").to(DEVICE)
+    model = narrow("llama").to(DEVICE)
     ids = prompt(model, 1, 26)
     wanted = decode_eagerly(model, ids, RotorQuantCache(**SMALL), 8)
     cache = RotorQuantCache(**SMALL)
@@ -132,17 +133,18 @@ def test_eager_steps_until_there_is_something_packed(graphs):
 
 def test_ordinary_steps_in_between_may_move_the_memory(graphs):
     """They outgrow the room of the graph, which has to be captured anew."""
-    model = build("llama").to(DEVICE)
+    model = narrow("llama").to(DEVICE)
     ids = prompt(model, 1, 74)
-    wanted = decode_eagerly(model, ids, RotorQuantCache(**SMALL), 30)
+    sizes = [*[1] * 4, *[4] * 9, *[1] * 4]
+    wanted = decode_eagerly(model, ids, RotorQuantCache(**SMALL), 30, sizes)
     cache = RotorQuantCache(**SMALL)
     with torch.no_grad():
         model(ids[:, :30], past_key_values=cache)
         graph = graphs(model, cache, room=6)
         found = [graph(ids[:, i : i + 1]) for i in range(30, 34)]
         before = cache.layers[0].store.keys.buffers.tensors["codes"]
-        for i in range(34, 70):
-            found.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
+        for i in range(34, 70, 4):
+            found.append(model(ids[:, i : i + 4], past_key_values=cache).logits)
         assert cache.layers[0].store.keys.buffers.tensors["codes"] is not before
         found += [graph(ids[:, i : i + 1]) for i in range(70, 74)]
     assert_same_steps(found, wanted)
@@ -171,7 +173,7 @@ def test_a_failed_capture_counts_nothing(graphs, monkeypatch):
 
 
 def test_closing_gives_memory_back(graphs):
-    model = build("llama").to(DEVICE)
+    model = narrow("llama").to(DEVICE)
     ids = prompt(model, 1, 40)
     cache = RotorQuantCache(**SMALL)
     with torch.no_grad():

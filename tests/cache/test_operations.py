@@ -35,7 +35,7 @@ def operations_of(layers, tokens, device="cpu", **options):
     return seen
 
 
-@pytest.mark.parametrize("tokens", [1024, 4096])
+@pytest.mark.parametrize("tokens", [1024, 2560])
 @pytest.mark.parametrize(("query_aware", "at_most"), [(True, 151), (False, 58)])
 def test_a_layer_takes_few_operations(tokens, query_aware, at_most, monkeypatch):
     """Four of them look for NaN, on a CPU only. What layers share is done in the first."""

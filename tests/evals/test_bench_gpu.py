@@ -188,7 +188,7 @@ def pytest_runtest_call(item):
 """
 
 
-@pytest.mark.parametrize("workers", [[], *([["-n", "2"]] if find_spec("xdist") else [])], ids=str)
+@pytest.mark.parametrize("workers", [[], *([["-n", "1"]] if find_spec("xdist") else [])], ids=str)
 def test_a_check_that_breaks_the_device_fails_no_other(workers, tmp_path) -> None:
     (tmp_path / "conftest.py").write_text(BROKEN)
     (tmp_path / "test_some.py").write_text(

@@ -192,6 +192,22 @@ def _call(installed: Path, *command: str) -> subprocess.CompletedProcess:
     )
 
 
+SEVERAL = """
+import json, sys
+sys.path.append({root!r})
+from tests.helpers.base_install import run
+sys.path.remove({root!r})
+print(json.dumps([run(command) for command in {commands}]))
+"""
+
+
+def _call_several(installed: Path, *commands: list[str]) -> list[tuple[int, str, str]]:
+    """Exit status, stdout and stderr of modules, run in one process: to start takes seconds."""
+    done = _call(installed, "-c", SEVERAL.format(root=str(ROOT), commands=commands))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def test_the_script_measures_from_any_folder(installed) -> None:
     """And its rows name the command as it was given."""
     config = installed / "sweep.yaml"
@@ -208,22 +224,24 @@ def test_the_script_measures_from_any_folder(installed) -> None:
 
 
 def test_the_installed_module_names_itself_and_what_is_not_there(installed) -> None:
-    shown = _call(installed, "-m", "rotorquant_evals", "--help")
-    assert shown.stdout.startswith("usage: python -m rotorquant_evals "), shown.stderr
-    assert "it has no hook for plugins" in " ".join(shown.stdout.split())
-    for command, path in (
-        (["memory"], "examples/books-7m"),
-        (["sweep", "configs/quick.yaml"], "configs/quick.yaml"),
-    ):
-        done = _call(installed, "-m", "rotorquant_evals", *command)
-        assert done.returncode == 2
-        assert done.stderr == (
+    paths = ("examples/books-7m", "configs/quick.yaml")
+    shown, *absent, untold = _call_several(
+        installed,
+        ["rotorquant_evals", "--help"],
+        ["rotorquant_evals", "memory"],
+        ["rotorquant_evals", "sweep", "configs/quick.yaml"],
+        ["rotorquant_evals", "verify", "--model", str(MODEL)],
+    )
+    assert shown[1].startswith("usage: python -m rotorquant_evals "), shown[2]
+    assert "it has no hook for plugins" in " ".join(shown[1].split())
+    for (status, _, err), path in zip(absent, paths, strict=True):
+        assert status == 2
+        assert err == (
             f"error: {path} is not here: {path.split('/')[0]}/ comes with the clone of "
             "rotorquant_hf, and this is an installed copy; name a path of your own\n"
         )
-    done = _call(installed, "-m", "rotorquant_evals", "verify", "--model", str(MODEL))
-    assert done.returncode == 2
-    assert "verify needs a text like yours: --text FILE" in done.stderr
+    assert untold[0] == 2
+    assert "verify needs a text like yours: --text FILE" in untold[2]
 
 
 def test_lm_eval_from_the_script(installed) -> None:

@@ -12,19 +12,20 @@ from evals.sweep.rows import read_results
 from tests.conftest import ROOT
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    """The folder of the sweep and its report."""
-    folder = tmp_path_factory.mktemp("quick")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        main(["sweep", "configs/quick.yaml", "--out", str(folder)])
-        main(["report", str(folder)])
-    return folder
+def test_what_the_quick_sweep_says(tmp_path, monkeypatch) -> None:
+    """One test, because it takes minutes: workers of pytest-xdist would each run their own."""
+    monkeypatch.chdir(ROOT)
+    main(["sweep", "configs/quick.yaml", "--out", str(tmp_path)])
+    main(["report", str(tmp_path)])
+    results = results_in(tmp_path)
+    quality_follows_bits(results)
+    long_texts_take_the_bits_of_their_codes(results)
+    the_cache_is_read_by_every_measurement(results)
+    memory_and_speed_have_every_point(results)
+    the_report_shows_the_figures(tmp_path, results)
 
 
-@pytest.fixture(scope="module")
-def results(out) -> dict[tuple[str, str], dict]:
+def results_in(out) -> dict[tuple[str, str], dict]:
     """Results by measurement and cache."""
     _, rows = read_results([out])
     found = {}
@@ -37,7 +38,7 @@ def results(out) -> dict[tuple[str, str], dict]:
     return found
 
 
-def test_quality_follows_bits(results) -> None:
+def quality_follows_bits(results) -> None:
     quality = {label: r for (measure, label), r in results.items() if measure == "perplexity"}
     kl = [quality[label]["kl_mean"] for label in ("dynamic", "k8v8", "k4v4", "k3v3", "k2v2")]
     assert kl == sorted(kl)
@@ -56,7 +57,7 @@ def test_quality_follows_bits(results) -> None:
             assert low < result["delta"] < high
 
 
-def test_long_texts_take_the_bits_of_their_codes(results) -> None:
+def long_texts_take_the_bits_of_their_codes(results) -> None:
     """A 16-bit scale for 64 elements. Statistics, tables and spare room are spread over the tokens
     there are, the 608 quantised ones of a window."""
     for label, bits in (("k8v8", 8), ("k4v4", 4), ("k3v3", 3), ("k2v2", 2)):
@@ -65,7 +66,7 @@ def test_long_texts_take_the_bits_of_their_codes(results) -> None:
         assert bits + 0.25 < found["packed_bits_per_number"] < bits + 1, label
 
 
-def test_the_cache_is_read_by_every_measurement(results) -> None:
+def the_cache_is_read_by_every_measurement(results) -> None:
     assert results["agreement", "dynamic"]["mean_length"] == 96
     assert results["agreement", "k2v2"]["mean_length"] < 96
     scores, plain = (
@@ -79,7 +80,7 @@ def test_the_cache_is_read_by_every_measurement(results) -> None:
     assert needle["quantised"] > 12
 
 
-def test_memory_and_speed_have_every_point(results) -> None:
+def memory_and_speed_have_every_point(results) -> None:
     for label in ("dynamic", "k4v4", "k2v2"):
         memory, speed = (results[measure, label]["points"] for measure in ("memory", "speed"))
         assert [p["context"] for p in memory] == [p["context"] for p in speed] == [512, 1024]
@@ -89,7 +90,7 @@ def test_memory_and_speed_have_every_point(results) -> None:
     assert plain["peak_prefill_bytes"] > packed["peak_prefill_bytes"]
 
 
-def test_the_report_shows_the_figures(out, results) -> None:
+def the_report_shows_the_figures(out, results) -> None:
     page = (out / "report.html").read_text(encoding="utf-8")
     markdown = (out / "report.md").read_text(encoding="utf-8")
     with (out / "rows.csv").open(encoding="utf-8", newline="") as file:
