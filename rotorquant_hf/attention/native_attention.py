@@ -132,6 +132,7 @@ def _fill(side: SideArgument, states: KVStates) -> list[Tensor]:
     side.d, side.terms = packed.quantizer.d, len(terms)
     side.sinks.point(sinks)
     side.recent.point(recent)
+    # The arguments point to them; of the terms there is only a cache that forgets.
     kept = [sinks, recent]
     for argument, term in zip(side.term, terms, strict=False):
         codes, scale = unit_stride(packed.rows[term.codes]), packed.rows[term.scale]
@@ -139,7 +140,7 @@ def _fill(side: SideArgument, states: KVStates) -> list[Tensor]:
         argument.scale.point(scale)
         argument.bits, argument.size = term.bits, term.size
         argument.table, argument.basis = term.table.data_ptr(), term.basis.data_ptr()
-        kept.append(codes)
+        kept += [codes, term.table, term.basis]
     side.scale.point(statistics.scale)
     side.scale.strides[2] = int(statistics.scale.shape[3] > 1)  # of the channels
     if statistics.mean is not None:

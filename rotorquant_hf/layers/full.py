@@ -247,9 +247,10 @@ class RotorQuantLayer(CacheLayerMixin):
         """Take a step through a new buffer, if the native library decodes; None if not."""
         if not uses_native(self.device) or torch.is_grad_enabled() or not len(self._store):
             return None
-        if not {keys.dtype, values.dtype} <= FLOATS:
-            return None
-        if self.config.num_to_quantise(self.recent_length + keys.shape[2]):
+        n = keys.shape[2]
+        if not {keys.dtype, values.dtype} <= FLOATS or not 0 < n <= self.config.block_length:
+            return None  # pieces of a prompt are longer: they need no room for more
+        if self.config.num_to_quantise(self.recent_length + n):
             return None
         buffer = RecentBuffer(self._store, self._sinks, self.recent, self.config, self.stand_ins)
         seen = self._buffered(buffer, keys, values)

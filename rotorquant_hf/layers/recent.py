@@ -7,7 +7,8 @@ attention reads lies where it lay, so that its description for the library is ma
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +19,13 @@ from rotorquant_hf.backend import uses_native
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.native.library import PushArguments, library
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
+
+
+class _Binding(NamedTuple):
+    """What attention and the library are told of a buffer."""
+
+    memory: tuple[BufferMemory, BufferMemory]
+    push: PushArguments
 
 
 class RecentBuffer:
@@ -49,12 +57,6 @@ class RecentBuffer:
         slots = config.residual_length + config.block_length - 1
         with torch.inference_mode(False), torch.no_grad():  # also written to outside of it
             self._buffers = (_buffer(recent[0], slots), _buffer(recent[1], slots))
-        self._memory: tuple[BufferMemory, ...] = ()  # bound to the buffers, as is the next
-        self._push: PushArguments | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies: all but what is bound to this memory, and made again where missing."""
-        return self.__dict__ | {"_memory": (), "_push": None}
 
     def step(self, keys: Tensor, values: Tensor) -> tuple[BufferStates, BufferStates] | None:
         """Take in new tokens (batch, heads, n, d); what attention reads.
@@ -66,10 +68,10 @@ class RecentBuffer:
         count = self._count_after(keys, values)
         if not count or not uses_native(self._device):
             return None
-        if self._push is None:
-            self._bind()
-        assert self._push is not None
-        push, loaded = self._push, library()
+        binding = _bindings.get(self)
+        if binding is None:
+            binding = _bindings[self] = self._bind()
+        push, loaded = binding.push, library()
         assert loaded is not None
         keys, values = unit_stride(keys), unit_stride(values)  # held while they are copied
         push.tokens = count - self.count
@@ -82,7 +84,7 @@ class RecentBuffer:
         if not loaded.push(push):
             return None
         self.count = count
-        return BufferStates(self._memory[0], count), BufferStates(self._memory[1], count)
+        return BufferStates(binding.memory[0], count), BufferStates(binding.memory[1], count)
 
     def _count_after(self, keys: Tensor, values: Tensor) -> int:
         """Tokens held after a step, 0 if it cannot be taken."""
@@ -100,18 +102,18 @@ class RecentBuffer:
             return 0
         return self.count + n
 
-    def _bind(self) -> None:
-        """Describe the memory to attention and to the library."""
+    def _bind(self) -> _Binding:
         plans: dict[Hashable, Any] = {}
-        self._memory = tuple(
+        keys, values = (
             BufferMemory(part, side.span(), buffer, self.stand_ins, plans)
             for part, side, buffer in zip(self.sinks, self._store.sides, self._buffers, strict=True)
         )
-        self._push = push = PushArguments()
+        push = PushArguments()
         push.batch, push.heads = self._buffers[0].shape[:2]
         for pushed, buffer in zip((push.keys, push.values), self._buffers, strict=True):
             pushed.d = buffer.shape[3]
             pushed.to.point(buffer)
+        return _Binding((keys, values), push)
 
     def recent(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the recent tokens, oldest first: views, which nothing changes."""
@@ -127,6 +129,10 @@ class RecentBuffer:
     def nbytes(self) -> int:
         """Bytes of the buffers, free slots included."""
         return sum(x.nbytes for x in self._buffers)
+
+
+_bindings: WeakKeyDictionary[RecentBuffer, _Binding] = WeakKeyDictionary()
+"""Not in the buffers: a cache holds none of the tables that all share, and a copy binds anew."""
 
 
 def _buffer(recent: Tensor, slots: int) -> Tensor:

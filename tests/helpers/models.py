@@ -16,7 +16,6 @@ import transformers
 from torch import Tensor
 
 from rotorquant_hf.layers.full import RotorQuantLayer
-from rotorquant_hf.quant.quantizer import Quantizer
 from rotorquant_hf.store.buffers import TokenBuffers
 
 VOCAB = 97
@@ -407,8 +406,6 @@ def storages(root: Any) -> dict[int, int]:
             stack.extend(item.values())
         elif isinstance(item, list | tuple | set):
             stack.extend(item)
-        elif isinstance(item, Quantizer):
-            continue  # its tables are shared by all caches
         elif type(item).__module__.startswith(("rotorquant_hf", "transformers")):
             stack.extend(vars(item).values() if hasattr(item, "__dict__") else ())
     return found
