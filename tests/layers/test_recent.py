@@ -1,15 +1,17 @@
 """Decoding steps through a buffer of recent tokens, beside the same steps without one."""
 
 import copy
+import gc
 import pickle
 import sys
+import weakref
 
 import pytest
 import torch
 
 from rotorquant_hf import RotorQuantCache, RotorQuantConfig
 from rotorquant_hf.attention.dispatch import attend
-from rotorquant_hf.attention.native_attention import Plan
+from rotorquant_hf.attention.native_attention import Plan, _native_terms
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.states import BufferStates, CachedStates
 from rotorquant_hf.attention.tensor import CompressedTensor
@@ -128,6 +130,21 @@ def test_a_plan_is_of_the_keys_and_values_that_it_was_made_of():
         wanted = attend_tiled(query, keys.states, values.states, options)
         found = attend(query, keys.states, values.states, options)
         torch.testing.assert_close(found, wanted, rtol=0, atol=3e-6)
+
+
+def test_a_plan_keeps_the_tables_that_it_points_to():
+    """Of which there is otherwise only a cache, that forgets."""
+    keys, values = (x.states for x in started().update(*tokens(1, 1)))
+    attend(torch.randn(B, HEADS, 1, D_KEY), keys, values, AttentionOptions(scale=1.0))
+    terms = [*_native_terms(keys.packed.quantizer), *_native_terms(values.packed.quantizer)]
+    held = [weakref.ref(x.basis) for x in terms]
+    del terms
+    _native_terms.cache_clear()
+    gc.collect()
+    assert all(ref() is not None for ref in held)
+    keys.plans.clear()
+    gc.collect()
+    assert all(ref() is None for ref in held)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
