@@ -1,6 +1,7 @@
-"""Nothing is made on torch's default device, which scripts set before they load a model.
+"""Nothing is made on torch's default device or in its dtype, which scripts set before a model.
 
-On the device "meta" whatever is made there, and should not be, has no data.
+On the device "meta" whatever is made there, and should not be, has no data. In float64 it has more
+bytes than it is read by.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from rotorquant_hf import RotorQuantCache, RotorQuantMSE
+from rotorquant_hf import RotorQuantCache, RotorQuantMSE, RotorQuantProd
 from rotorquant_hf.backend import on_device
 from rotorquant_hf.kernels.lookup import centroid_table, ptx_words
 from rotorquant_hf.model_rope import ropes_of
@@ -38,12 +39,20 @@ def forget_tables() -> None:
 
 
 def check(made: Callable[[], Any]) -> None:
-    """Whether the same comes out with another default device."""
+    """Whether the same comes out with another default device, and with another dtype."""
     forget_tables()
     expected = snapshot(made())
     forget_tables()
     with torch.device("meta"):
         found = made()
+    assert same(snapshot(found), expected)
+    forget_tables()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = made()
+    finally:
+        torch.set_default_dtype(before)
     assert same(snapshot(found), expected)
 
 
@@ -92,7 +101,8 @@ def test_so_do_many_vectors_at_once_and_the_algebra() -> None:
         turned = clifford.rotor_sandwich(
             rotor, clifford.embed_vectors_as_multivectors(x[0, 0, :3, :9])
         )
-        return [*RotorQuantMSE(64, bits=2)(x)[1].values(), turned]
+        gaussian = RotorQuantProd(64, bits=3, projection="gaussian")
+        return [*RotorQuantMSE(64, bits=2)(x)[1].values(), turned, gaussian.sign_matrix]
 
     check(coded)
 

@@ -91,7 +91,7 @@ def attend_native(
     batch, query_heads, n, _ = query.shape
     q = unit_stride(query.float())
     kept: list[Tensor] = []
-    out = torch.empty(batch, query_heads, n, values.shape[3], device="cpu")
+    out = torch.empty(batch, query_heads, n, values.shape[3], dtype=torch.float32, device="cpu")
     a.group, a.n = query_heads // a.heads, n
     a.factor, a.softcap, a.causal = options.scale, options.softcap or 0.0, options.causal
     a.query.point(q)

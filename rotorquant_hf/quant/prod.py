@@ -177,7 +177,7 @@ class RotorQuantProd(Quantizer):
 
     def terms(self) -> tuple[Term, ...]:
         """As in `Quantizer`: stage 1, and the residual as its signs estimate it."""
-        signs = CodeTable.of(torch.tensor([-1.0, 1.0], device=self.S.device), 1, self.qjl_dim)
+        signs = CodeTable.of(self.S.new_tensor([-1.0, 1.0]), 1, self.qjl_dim)
         basis = self.correction @ self.rotation.matrix()
         return *self.mse.terms(), Term.of("signs", "residual_norm", signs, basis)
 
@@ -233,7 +233,7 @@ def _projection_matrix(projection: str, m: int, d: int, seed: int) -> Tensor:
     """S, (m, d) float32."""
     generator = torch.Generator().manual_seed(seed)
     if projection == "gaussian":
-        return torch.randn(m, d, generator=generator)
+        return torch.randn(m, d, generator=generator, dtype=torch.float32)
     if projection == "orthogonal":
         blocks = [haar_matrix(d, generator) for _ in range((m + d - 1) // d)]
         length = math.sqrt(2) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2))

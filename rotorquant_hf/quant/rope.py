@@ -123,7 +123,7 @@ class Rope:
         a, b, rest = self._split(x.float())
         first, second = self._pairs
         with torch.no_grad():
-            out = torch.empty(*cos.shape[: cos.dim() - x.dim()], *x.shape, device=x.device)
+            out = a.new_empty(*cos.shape[: cos.dim() - x.dim()], *x.shape)
             torch.mul(a, cos, out=out[..., first]).addcmul_(b, sin, value=-1)
             torch.mul(b, cos, out=out[..., second]).addcmul_(a, sin)
             out[..., self.channels :] = rest

@@ -151,7 +151,9 @@ class RotorCascade(Rotation):
         generator = torch.Generator().manual_seed(seed)
         # exp(-B/2) with |B| = pi in the plane dual to n: n* = (e23 - e13 + e12) / sqrt(3).
         half_turn = torch.zeros(8, dtype=torch.float64)
-        half_turn[4:7] = torch.tensor([-1.0, 1.0, -1.0]) * (math.pi / 2) / math.sqrt(3)
+        # Rounded to float32, as it is in the codes of all caches saved so far.
+        axis = torch.tensor([-1.0, 1.0, -1.0], dtype=torch.float32)
+        half_turn[4:7] = axis * (math.pi / 2) / math.sqrt(3)
         rotors = exp_bivector(half_turn).repeat((d + 2) // 3, 1)
         if d % 3:
             rotors[-1] = _plane_rotor(math.pi / 4 if d % 3 == 2 else 0.0)
