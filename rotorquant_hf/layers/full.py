@@ -37,7 +37,7 @@ from rotorquant_hf.attention.states import CachedStates, PlainStates
 from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.backend import brought, uses_native
 from rotorquant_hf.config import RotorQuantConfig
-from rotorquant_hf.layers.recent import RecentBuffer
+from rotorquant_hf.layers.recent import ROOM, RecentBuffer
 from rotorquant_hf.layers.ring import RingBuffer
 from rotorquant_hf.native.library import FLOATS
 from rotorquant_hf.quant.channels import ChannelStatistics
@@ -157,8 +157,7 @@ class RotorQuantLayer(CacheLayerMixin):
         ring or buffer is left, and made again by the next decoding step.
         """
         self.settle()
-        decoding = self.ring or self.buffer
-        return self._recent if decoding is None else decoding.recent()
+        return self._recent if self._decoding is None else self._decoding.recent()
 
     @recent.setter
     def recent(self, recent: tuple[Tensor, Tensor]) -> None:
@@ -169,8 +168,12 @@ class RotorQuantLayer(CacheLayerMixin):
     @property
     def recent_length(self) -> int:
         """Recent tokens held in full precision, those that wait for their queries included."""
-        decoding = self.ring or self.buffer
-        return self._recent[0].shape[2] if decoding is None else decoding.count
+        return self._recent[0].shape[2] if self._decoding is None else self._decoding.count
+
+    @property
+    def _decoding(self) -> RingBuffer | RecentBuffer | None:
+        """What holds the recent tokens while the layer decodes."""
+        return self.ring or self.buffer
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -248,8 +251,8 @@ class RotorQuantLayer(CacheLayerMixin):
         if not uses_native(self.device) or torch.is_grad_enabled() or not len(self._store):
             return None
         n = keys.shape[2]
-        if not {keys.dtype, values.dtype} <= FLOATS or not 0 < n <= self.config.block_length:
-            return None  # pieces of a prompt are longer: they need no room for more
+        if not {keys.dtype, values.dtype} <= FLOATS or not 0 < n <= ROOM:
+            return None
         if self.config.num_to_quantise(self.recent_length + n):
             return None
         buffer = RecentBuffer(self._store, self._sinks, self.recent, self.config, self.stand_ins)
@@ -688,9 +691,8 @@ class RotorQuantLayer(CacheLayerMixin):
         self.settle()
         self.count_queries()
         recent = sum(x.nbytes for x in self._recent)
-        decoding = self.ring or self.buffer
-        if decoding is not None:
-            recent += decoding.nbytes
+        if self._decoding is not None:
+            recent += self._decoding.nbytes
         sinks = sum(x.nbytes for x in self.sinks)
         parts = {"sinks": sinks, "window": recent} | self.store.nbytes()
         if self.moment is not None:

@@ -1,7 +1,8 @@
 """The recent tokens of a layer while it decodes through the native library: a buffer with room.
 
 A step whose tokens all stay in full precision copies them into free slots, and nothing else: what
-attention reads lies where it lay, so that its description for the library is made once a block.
+attention reads lies where it lay, so that its description for the library is made once in `ROOM`
+tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from rotorquant_hf.attention.states import BufferMemory, BufferStates, unit_stri
 from rotorquant_hf.backend import uses_native
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.native.library import PushArguments, library
+from rotorquant_hf.store.buffers import with_room
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
+
+ROOM = 16
+"""Tokens that a buffer has room for at first: with more it is made less often, and more is idle."""
 
 
 class _Binding(NamedTuple):
@@ -29,7 +34,7 @@ class _Binding(NamedTuple):
 
 
 class RecentBuffer:
-    """The recent tokens of one layer, and room for those that come before a block leaves.
+    """The recent tokens of one layer, and room for the next, at most until a block leaves.
 
     Args:
         store: the layer's packed tokens; at least one.
@@ -54,15 +59,15 @@ class RecentBuffer:
         self.sinks, self.stand_ins, self.count = sinks, stand_ins, recent[0].shape[2]
         self._store, self._device = store, recent[0].device
         self._rows = _rows_of(store)
-        slots = config.residual_length + config.block_length - 1
+        slots = min(self.count + ROOM, config.residual_length + config.block_length - 1)
         with torch.inference_mode(False), torch.no_grad():  # also written to outside of it
-            self._buffers = (_buffer(recent[0], slots), _buffer(recent[1], slots))
+            self._buffers = (with_room(recent[0], slots), with_room(recent[1], slots))
 
     def step(self, keys: Tensor, values: Tensor) -> tuple[BufferStates, BufferStates] | None:
         """Take in new tokens (batch, heads, n, d); what attention reads.
 
         None if they are not to be copied and no more: tokens of another kind than those held, or
-        with NaN or infinite elements; so many that a block leaves; packed tokens that are not where
+        with NaN or infinite elements; more than there is room for; packed tokens that are not where
         they were; a pass that autograd may record. Nothing is then taken in.
         """
         count = self._count_after(keys, values)
@@ -133,12 +138,6 @@ class RecentBuffer:
 
 _bindings: WeakKeyDictionary[RecentBuffer, _Binding] = WeakKeyDictionary()
 """Not in the buffers: a cache holds none of the tables that all share, and a copy binds anew."""
-
-
-def _buffer(recent: Tensor, slots: int) -> Tensor:
-    buffer = recent.new_empty(*recent.shape[:2], slots, recent.shape[3])
-    buffer[:, :, : recent.shape[2]] = recent
-    return buffer
 
 
 def _rows_of(store: RotorQuantKVCache) -> tuple[Any, ...]:

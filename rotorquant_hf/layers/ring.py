@@ -28,6 +28,7 @@ from rotorquant_hf.attention.states import Clock, RingMemory, RingStates, read_r
 from rotorquant_hf.backend import on_device
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.quant.channels import SEGMENT
+from rotorquant_hf.store.buffers import with_room
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
 
 
@@ -63,7 +64,7 @@ class RingBuffer:
         slots = config.residual_length + 2 * config.block_length
         self.begin, self.count, self.position = 0, recent[0].shape[2], position
         with torch.inference_mode(False), torch.no_grad():  # also written to outside of it
-            self.rings = (_ring(recent[0], slots), _ring(recent[1], slots))
+            self.rings = (with_room(recent[0], slots), with_room(recent[1], slots))
             self.lengths = torch.zeros(STATE, dtype=torch.int32, device=recent[0].device)
             self._feedback = store.keys.feedback(position)
         self._push_tokens: Any = None  # bound to this memory, as the next is
@@ -238,9 +239,3 @@ class RingBuffer:
         """Bytes of rings, lengths, and what the kernel rounds by."""
         held = (*self.rings, self.lengths, *(self._feedback or ()))
         return sum(x.nbytes for x in held)
-
-
-def _ring(recent: Tensor, slots: int) -> Tensor:
-    ring = recent.new_empty(*recent.shape[:2], slots, recent.shape[3])
-    ring[:, :, : recent.shape[2]] = recent
-    return ring

@@ -19,6 +19,18 @@ typedef struct {
     int64_t stride_b, stride_h, stride_t;
 } Tensor;
 
+static inline int64_t element_size(int64_t type)
+{
+    return type == FLOAT32 ? 4 : type == BOOLEAN ? 1 : 2;
+}
+
+/* Where token t of a row and head is. Codes are BOOLEAN: bytes. */
+static inline const uint8_t *place(const Tensor *x, int64_t b, int64_t h, int64_t t)
+{
+    int64_t elements = b * x->stride_b + h * x->stride_h + t * x->stride_t;
+    return (const uint8_t *)x->data + elements * element_size(x->type);
+}
+
 /* One term of packed vectors: scale * (centroids of the codes) @ basis. */
 typedef struct {
     Tensor codes, scale;

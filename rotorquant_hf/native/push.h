@@ -37,18 +37,14 @@ static int all_finite(const uint8_t *from, int64_t type, int64_t count)
 
 static int push_side(const Push *push, const Pushed *side)
 {
-    int64_t size = side->from.type == FLOAT32 ? 4 : 2;
-    const Tensor *from = &side->from, *to = &side->to;
+    int64_t type = side->from.type, size = side->d * element_size(type);
     for (int64_t b = 0; b < push->batch; b++)
         for (int64_t h = 0; h < push->heads; h++)
             for (int64_t t = 0; t < push->tokens; t++) {
-                const uint8_t *x = (const uint8_t *)from->data +
-                    (b * from->stride_b + h * from->stride_h + t * from->stride_t) * size;
-                uint8_t *place = (uint8_t *)to->data +
-                    (b * to->stride_b + h * to->stride_h + t * to->stride_t) * size;
-                if (!all_finite(x, from->type, side->d))
+                const uint8_t *token = place(&side->from, b, h, t);
+                if (!all_finite(token, type, side->d))
                     return 0;
-                memcpy(place, x, side->d * size);
+                memcpy((uint8_t *)place(&side->to, b, h, t), token, size);
             }
     return 1;
 }

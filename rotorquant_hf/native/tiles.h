@@ -9,18 +9,6 @@ enum { TOKENS = 32, MAX_SIZE = 4096 };
 
 INLINE int64_t padded(int64_t size) { return (size + 15) / 16 * 16; }
 
-INLINE int64_t element_size(int64_t type)
-{
-    return type == FLOAT32 ? 4 : type == BOOLEAN ? 1 : 2;
-}
-
-/* Where token t of a row and head is. Codes are BOOLEAN: bytes. */
-INLINE const uint8_t *place(const Tensor *x, int64_t b, int64_t h, int64_t t)
-{
-    int64_t elements = b * x->stride_b + h * x->stride_h + t * x->stride_t;
-    return (const uint8_t *)x->data + elements * element_size(x->type);
-}
-
 INLINE float number(const uint8_t *from, int64_t type)
 {
     float value;

@@ -12,6 +12,13 @@ _GROWTH = 64
 _GRANULE = 32
 
 
+def with_room(x: Tensor, capacity: int) -> Tensor:
+    """A tensor (batch, heads, capacity, ...) whose first rows are those of x."""
+    copy = x.new_empty(*x.shape[:2], capacity, *x.shape[3:])
+    copy[:, :, : x.shape[2]] = x
+    return copy
+
+
 class TokenBuffers:
     """Named tensors (batch, heads, capacity, ...) of which the rows [start, end) are in use.
 
@@ -92,12 +99,8 @@ class TokenBuffers:
         self._written = max(self._written, self.end)
 
     def _copies(self, like: dict[str, Tensor], capacity: int) -> dict[str, Tensor]:
-        copies = {}
-        for name, new in like.items():
-            copies[name] = new.new_empty(*new.shape[:2], capacity, *new.shape[3:])
-            if len(self):
-                copies[name][:, :, : len(self)] = self.tensors[name][:, :, self.start : self.end]
-        return copies
+        held = self.rows(0, len(self)) if len(self) else {n: x[:, :, :0] for n, x in like.items()}
+        return {name: with_room(x, capacity) for name, x in held.items()}
 
     def rows(self, start: int, end: int) -> dict[str, Tensor]:
         """Views of the rows [start, end), counted from the first row in use."""
