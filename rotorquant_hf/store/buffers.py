@@ -99,8 +99,9 @@ class TokenBuffers:
         self._written = max(self._written, self.end)
 
     def _copies(self, like: dict[str, Tensor], capacity: int) -> dict[str, Tensor]:
-        held = self.rows(0, len(self)) if len(self) else {n: x[:, :, :0] for n, x in like.items()}
-        return {name: with_room(x, capacity) for name, x in held.items()}
+        if len(self):
+            return {name: with_room(x, capacity) for name, x in self.rows(0, len(self)).items()}
+        return {name: x.new_empty(*x.shape[:2], capacity, *x.shape[3:]) for name, x in like.items()}
 
     def rows(self, start: int, end: int) -> dict[str, Tensor]:
         """Views of the rows [start, end), counted from the first row in use."""
