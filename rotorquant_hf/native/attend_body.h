@@ -6,8 +6,8 @@
 */
 #include <stdlib.h>
 
+#include "fused.h"
 #include "team.h"
-#include "tiles.h"
 
 enum { BLOCK = 16, MIN_SHARE = 512, MAX_ROWS = 8192 };
 
@@ -207,8 +207,12 @@ static void read_packed(Round *round, const float *folded, float *state, int64_t
         for (int term = 0; term < keys->terms; term++) {
             const Term *x = &keys->term[term];
             float *out = term ? some : scores;
-            look_up_tile(tile, padded(x->size), x, b, h, first, count);
-            products(rows, out, queries, round->folded_stride, tile, padded(x->size));
+            if (are_products_fused(rows, x)) {
+                fused_products(rows, out, queries, round->folded_stride, x, b, h, first, count);
+            } else {
+                look_up_tile(tile, padded(x->size), x, b, h, first, count);
+                products(rows, out, queries, round->folded_stride, tile, padded(x->size));
+            }
             copy_scales(scales, &x->scale, b, h, first, count);
             for (int64_t r = 0; r < rows; r++)
                 for (int t = 0; t < TOKENS; t += WIDTH) {
@@ -229,8 +233,12 @@ static void read_packed(Round *round, const float *folded, float *state, int64_t
             for (int64_t r = 0; r < rows; r++)
                 for (int t = r * TOKENS; t < (r + 1) * TOKENS; t += WIDTH)
                     store(some + t, load(scores + t) * load(scales + t % TOKENS));
-            look_up_tile(tile, padded(x->size), x, b, h, first, count);
-            add_sums(rows, sums, step, some, tile, padded(x->size), count);
+            if (are_sums_fused(rows, x)) {
+                fused_sums(rows, sums, step, some, x, b, h, first, count);
+            } else {
+                look_up_tile(tile, padded(x->size), x, b, h, first, count);
+                add_sums(rows, sums, step, some, tile, padded(x->size), count);
+            }
             sums += padded(x->size);
         }
     }

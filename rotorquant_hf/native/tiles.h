@@ -2,8 +2,7 @@
 #ifndef ROTORQUANT_TILES_H
 #define ROTORQUANT_TILES_H
 
-#include "attend.h"
-#include "vectors.h"
+#include "codes.h"
 
 enum { TOKENS = 32, MAX_SIZE = 4096 };
 
@@ -39,9 +38,6 @@ static void copy_tile(float *tile, int64_t stride, const Tensor *x, int64_t d, i
     }
 }
 
-/* Widths of the planes of codes: see `quant/packing.py`. */
-static const uint8_t PLANES[9][3] = {{0}, {1}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}, {8}};
-
 /* Codes of a vector, a byte each. */
 static void unpack(uint8_t *codes, const uint8_t *packed, int bits, int64_t size)
 {
@@ -58,59 +54,20 @@ static void unpack(uint8_t *codes, const uint8_t *packed, int bits, int64_t size
     }
 }
 
-/* Centroids of packed tokens, not scaled. Each byte of the widest plane is taken once for all of its
-   slots; `bits` is a constant. Needs planes of whole vectors, the narrower ones at least of half. */
+/* Centroids of packed tokens, not scaled, of planes that end on vectors; `bits` is a constant. */
 INLINE void look_up_vectors(float *tile, int64_t stride, const uint8_t *packed, int64_t row,
                             int bits, int64_t size, const Table *table, int count)
 {
-    const uint8_t *widths = PLANES[bits];
-    const int planes = widths[1] ? widths[2] ? 3 : 2 : 1, width = widths[0];
-    int64_t bytes = size * width / 8;
+    int64_t bytes = size * WIDEST(bits) / 8;
     for (int64_t i = 0; i < bytes; i += WIDTH) {
-        /* Of each narrower plane, for all tokens: its bytes, which half a vector has twice; where
-           its bits go in a code; and how far down those of the widest plane's first slot are. */
-        int64_t from[3], own_bytes, end = bytes;
-        int half[3], up[3], up_next = width;
-        Ints down[3];
-        for (int n = 1; n < planes; n++) {
-            own_bytes = size * widths[n] / 8;
-            half[n] = 2 * own_bytes == WIDTH;
-            from[n] = end + (half[n] ? 0 : i % own_bytes);
-            Ints halves = half[n] ? LANE / (WIDTH / 2) : all_ints(0);
-            down[n] = (all_ints((int)(i / own_bytes)) + halves) * widths[n];
-            up[n] = up_next;
-            end += own_bytes;
-            up_next += widths[n];
-        }
+        Slice slice = slice_of(bits, size, i);
         for (int t = 0; t < count; t++) {
-            const uint8_t *token = packed + t * row;
             float *out = tile + t * stride + i;
-            Ints wide = widened(token + i), narrow[3];
-            for (int n = 1; n < planes; n++)
-                narrow[n] = (half[n] ? twice(token + from[n]) : widened(token + from[n])) << up[n];
-            for (int slot = 0; slot < 8 / width; slot++) {
-                Ints code = wide >> (slot * width);
-                if (bits == 3) /* bits above its own do no harm: one instruction less */
-                    code = (code & 3) | (narrow[1] >> (down[1] + slot * width) & ~3);
-                else if (bits > 4)
-                    code &= (1 << width) - 1;
-                for (int n = 1; n < planes && bits != 3; n++)
-                    code |= narrow[n] >> (down[n] + slot * width) & ((1 << widths[n]) - 1) << up[n];
-                store(out + slot * bytes, look_up(table, bits, code));
-            }
+            Codes codes = codes_of(&slice, packed + t * row);
+            for (int slot = 0; slot < SLOTS(bits); slot++)
+                store(out + slot * bytes, centroids(&slice, table, &codes, slot));
         }
     }
-}
-
-static int ends_on_vectors(int bits, int64_t size)
-{
-    for (int n = 0; n < 3 && PLANES[bits][n]; n++) {
-        int64_t width = PLANES[bits][n], bytes = size * width / 8;
-        int half = n > 0 && 2 * bytes == WIDTH;
-        if (size * width % 8 || (bytes % WIDTH && !half))
-            return 0;
-    }
-    return 1;
 }
 
 static void look_up_tile(float *tile, int64_t stride, const Term *term, int64_t b, int64_t h,

@@ -36,13 +36,32 @@ INLINE void store(float *to, Floats x) { memcpy(to, &x, sizeof x); }
 
 INLINE Floats all(float x) { return x - (Floats){0}; }
 
-/* a where the mask has all bits, b where it has none. */
-INLINE Floats choose(Ints mask, Floats a, Floats b)
+/* Bits of a where the mask has them, of b where not. */
+INLINE Ints choose_bits(Ints mask, Ints a, Ints b)
 {
-    return (Floats)((mask & (Ints)a) | (~mask & (Ints)b));
+#if defined(USE_AVX512)
+    return (Ints)_mm512_ternarylogic_epi32((__m512i)mask, (__m512i)a, (__m512i)b, 0xca);
+#else
+    return (mask & a) | (~mask & b);
+#endif
 }
 
-INLINE Floats larger(Floats a, Floats b) { return choose(a > b, a, b); }
+INLINE Floats choose(Ints mask, Floats a, Floats b)
+{
+    return (Floats)choose_bits(mask, (Ints)a, (Ints)b);
+}
+
+/* b if either is NaN. */
+INLINE Floats larger(Floats a, Floats b)
+{
+#if defined(USE_AVX512)
+    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(USE_AVX2)
+    return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
 
 INLINE float sum(Floats x)
 {
@@ -136,21 +155,22 @@ INLINE Ints twice(const uint8_t *from)
 #endif
 }
 
-/* A table of centroids, (2^bits,); of at most 16 in registers, over and over. */
+/* A table of centroids, (2^bits,); a small one in registers too, one of less than a register over
+   and over. */
 typedef struct {
     const float *entries;
-    Floats low, high;
+    Floats part[4];
 } Table;
 
 INLINE Table table_of(const float *entries, int bits)
 {
     Table table = {.entries = entries};
-    if (bits <= 4) {
-        float repeated[16];
-        for (int i = 0; i < 16; i++)
-            repeated[i] = entries[i & ((1 << bits) - 1)];
-        table.low = load(repeated);
-        table.high = load(repeated + 16 - WIDTH);
+    int size = 1 << bits;
+    for (int n = 0; n < 4 && (n == 0 || n * WIDTH < size); n++) {
+        float some[WIDTH];
+        for (int i = 0; i < WIDTH; i++)
+            some[i] = entries[(n * WIDTH + i) & (size - 1)];
+        table.part[n] = load(some);
     }
     return table;
 }
@@ -159,16 +179,24 @@ INLINE Table table_of(const float *entries, int bits)
 INLINE Floats look_up(const Table *table, int bits, Ints codes)
 {
 #if defined(USE_AVX512)
+    __m512i at = (__m512i)codes;
     if (bits <= 4)
-        return (Floats)_mm512_permutexvar_ps((__m512i)codes, (__m512)table->low);
-    return (Floats)_mm512_i32gather_ps((__m512i)codes, table->entries, 4);
+        return (Floats)_mm512_permutexvar_ps(at, (__m512)table->part[0]);
+    if (bits > 6)
+        return (Floats)_mm512_i32gather_ps(at, table->entries, 4);
+    __m512 low = _mm512_permutex2var_ps((__m512)table->part[0], at, (__m512)table->part[1]);
+    if (bits == 5)
+        return (Floats)low;
+    __m512 high = _mm512_permutex2var_ps((__m512)table->part[2], at, (__m512)table->part[3]);
+    __mmask16 is_high = _mm512_test_epi32_mask(at, _mm512_set1_epi32(32));
+    return (Floats)_mm512_mask_blend_ps(is_high, low, high);
 #elif defined(USE_AVX2)
     if (bits > 4)
         return (Floats)_mm256_i32gather_ps(table->entries, (__m256i)codes, 4);
-    __m256 low = _mm256_permutevar8x32_ps((__m256)table->low, (__m256i)codes);
+    __m256 low = _mm256_permutevar8x32_ps((__m256)table->part[0], (__m256i)codes);
     if (bits <= 3)
         return (Floats)low;
-    __m256 high = _mm256_permutevar8x32_ps((__m256)table->high, (__m256i)codes);
+    __m256 high = _mm256_permutevar8x32_ps((__m256)table->part[1], (__m256i)codes);
     return (Floats)_mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32((__m256i)codes, 28));
 #else
     Floats found;

@@ -85,7 +85,18 @@ def test_options(level, n, option) -> None:
 def test_bits(level, d, bits, quantizer) -> None:
     key_bits = max(bits, 2 if quantizer == "prod" else 1)
     keys, values = states(90, d, d, 1, key_quantizer=quantizer, key_bits=key_bits, value_bits=bits)
-    check(queries(2, d, 1), keys, values, AttentionOptions(d**-0.5), level)
+    for group in (1, 2, 3, 4, 5):
+        check(queries(1, d, 1, group), keys, values, AttentionOptions(d**-0.5), level)
+
+
+@pytest.mark.parametrize("packed", [1, 2, 3, 31, 33, 35, 64])
+@pytest.mark.parametrize("level", HERE)
+def test_packed_tokens_of_any_number(level, packed) -> None:
+    """Tiles of four tokens at a time, of which the last may not be full."""
+    keys, values = states(packed + 20, 64, 64, 1, block_length=1)
+    assert keys.packed.shape[2] == packed
+    for group in (1, 4):
+        check(queries(1, 64, 1, group), keys, values, AttentionOptions(0.125), level)
 
 
 @pytest.mark.parametrize(
