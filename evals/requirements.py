@@ -16,7 +16,12 @@ _EXTRAS = {
     **dict.fromkeys(("hqq", "optimum-quanto"), "peers"),
     "triton": "triton",
 }
-_MODULES = {"lm-eval": "lm_eval", "optimum-quanto": "optimum.quanto", "adjusttext": "adjustText"}
+_MODULES = {
+    "adjusttext": "adjustText",
+    "llama-cpp-python": "llama_cpp",
+    "lm-eval": "lm_eval",
+    "optimum-quanto": "optimum.quanto",
+}
 
 
 def require_packages(purpose: str, packages: Iterable[str]) -> None:
