@@ -9,7 +9,7 @@
 #include "tiles.h"
 
 /* Vectors that stay in registers while tokens are summed up. */
-#if defined(USE_AVX512)
+#if defined(USE_AVX512) || defined(USE_NEON)
 enum { SUMS_IN_REGISTERS = 16 };
 #elif defined(USE_AVX2)
 enum { SUMS_IN_REGISTERS = 8 };
@@ -20,7 +20,7 @@ enum { SUMS_IN_REGISTERS = 0 };
 /* Whether `fused_products` takes so many rows and such vectors. */
 static int are_products_fused(int64_t rows, const Term *term)
 {
-    return SUMS_IN_REGISTERS && rows <= ROWS && term->bits <= 4 &&
+    return SUMS_IN_REGISTERS > 0 && rows <= ROWS && term->bits <= 4 &&
            ends_on_vectors((int)term->bits, term->size);
 }
 

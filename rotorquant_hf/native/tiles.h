@@ -111,6 +111,15 @@ static void copy_scales(float *scales, const Tensor *x, int64_t b, int64_t h, in
                              _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + 2 * t))));
         return;
     }
+#elif defined(USE_NEON)
+    if (x->type == FLOAT16 && x->stride_t == 1 && count == TOKENS) {
+        for (int t = 0; t < TOKENS; t += 4) {
+            float16x4_t some;
+            memcpy(&some, from + 2 * t, 8);
+            store(scales + t, (Floats)vcvt_f32_f16(some));
+        }
+        return;
+    }
 #endif
     for (int t = 0; t < count; t++)
         scales[t] = number(from + t * x->stride_t * element_size(x->type), x->type);

@@ -1,7 +1,8 @@
 /* Vectors of WIDTH floats, for whatever processor the file that includes this is compiled for.
 
    Arithmetic is that of the compiler's vector types (GCC and Clang). What these lack, looking up
-   centroids, is written with intrinsics where the processor has an instruction for it.
+   centroids, is written with intrinsics where the processor has an instruction for it. An ARM
+   processor of 64 bits always has NEON: what is compiled for any processor takes it there.
 */
 #ifndef ROTORQUANT_VECTORS_H
 #define ROTORQUANT_VECTORS_H
@@ -18,6 +19,10 @@
 #define WIDTH 8
 #else
 #define WIDTH 4
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#define USE_NEON
+#endif
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -67,6 +72,8 @@ INLINE float sum(Floats x)
 {
 #if defined(USE_AVX512)
     return _mm512_reduce_add_ps((__m512)x);
+#elif defined(USE_NEON)
+    return vaddvq_f32((float32x4_t)x);
 #else
     float total = 0;
     for (int i = 0; i < WIDTH; i++)
@@ -134,6 +141,10 @@ INLINE Ints widened(const uint8_t *from)
     return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
 #elif defined(USE_AVX2)
     return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#elif defined(USE_NEON)
+    uint32_t bytes;
+    memcpy(&bytes, from, 4);
+    return (Ints)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes))));
 #else
     return (Ints){from[0], from[1], from[2], from[3]};
 #endif
@@ -198,6 +209,22 @@ INLINE Floats look_up(const Table *table, int bits, Ints codes)
         return (Floats)low;
     __m256 high = _mm256_permutevar8x32_ps((__m256)table->part[1], (__m256i)codes);
     return (Floats)_mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32((__m256i)codes, 28));
+#elif defined(USE_NEON)
+    if (bits <= 4) {
+        /* The four bytes of entry c are bytes 4 c ... 4 c + 3 of the table. */
+        uint32x4_t own = (uint32x4_t)(codes & ((1 << bits) - 1));
+        uint8x16_t at = (uint8x16_t)(own * 0x04040404 + 0x03020100);
+        uint8x16x4_t bytes;
+        for (int n = 0; n < 4; n++)
+            bytes.val[n] = (uint8x16_t)table->part[n];
+        if (bits <= 2)
+            return (Floats)vqtbl1q_u8(bytes.val[0], at);
+        if (bits == 3)
+            return (Floats)vqtbl2q_u8((uint8x16x2_t){{bytes.val[0], bytes.val[1]}}, at);
+        return (Floats)vqtbl4q_u8(bytes, at);
+    }
+    return (Floats){table->entries[codes[0]], table->entries[codes[1]], table->entries[codes[2]],
+                    table->entries[codes[3]]};
 #else
     Floats found;
     for (int i = 0; i < WIDTH; i++)
@@ -210,6 +237,8 @@ INLINE float largest(Floats x)
 {
 #if defined(USE_AVX512)
     return _mm512_reduce_max_ps((__m512)x);
+#elif defined(USE_NEON)
+    return vmaxnmvq_f32((float32x4_t)x);
 #else
     float found = x[0];
     for (int i = 1; i < WIDTH; i++)
