@@ -36,6 +36,7 @@ from ..environment import Versions, device_of
 from ..measurements.comparison import compared
 from ..probes.footprint import footprint
 from ..requirements import require_packages
+from ..subjects import gguf
 from ..subjects.llama_cpp import FORMATS, PACKAGES, UNCOMPRESSED, LlamaCpp, float32_copy
 from ..subjects.models import LoadedModel, ModelOptions, load
 from ..subjects.texts import TextOptions, cut
@@ -147,6 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     """Print the tables."""
     args = _arguments(argv)
     require_packages("this", PACKAGES)
+    gguf.check(args.model)
+    specs = [CacheSpec.named(name, "--caches") for name in (BASELINE, *args.caches)]
     torch.set_num_threads(args.threads)
     loaded = load(ModelOptions(model=args.model, dtype="float32", device="cpu"))
     windows = _windows(loaded, args) if args.text else []
@@ -155,21 +158,15 @@ def main(argv: list[str] | None = None) -> int:
     with TemporaryDirectory() as folder:
         copy = float32_copy(args.model, Path(folder))
         subjects = [
-            Subject("Transformers", spec.label, partial(Reader, loaded, spec))
-            for spec in (CacheSpec.named(name, "--caches") for name in (BASELINE, *args.caches))
+            Subject("Transformers", spec.label, partial(Reader, loaded, spec)) for spec in specs
         ]
         subjects += [
             Subject("llama.cpp", name, partial(LlamaCpp, copy, name, threads=args.threads))
             for name in (UNCOMPRESSED, *args.formats)
         ]
         if args.context:
-            print(
-                markdown(
-                    ("tokens", "engine", "cache", "ms", "p10-p90", "beside uncompressed"),
-                    [],
-                    left=3,
-                )
-            )
+            header = ("tokens", "engine", "cache", "ms", "p10-p90", "beside uncompressed")
+            print(markdown(header, [], left=3))
         for context in args.context:
             generator = random.Random(0)
             ids = [generator.randrange(loaded.model.config.vocab_size) for _ in range(context)]
@@ -178,8 +175,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"| {' | '.join(row)} |", flush=True)
         if windows:
             print()
-            header = ("engine", "cache", "bits", "KL", "same likeliest", "perplexity")
-            print(markdown(header, [], left=2))
+            columns = ("engine", "cache", "bits", "KL", "same likeliest", "perplexity")
+            print(markdown(columns, [], left=2))
             for row in divergence_rows(subjects, windows, args.chunk):
                 print(f"| {' | '.join(row)} |", flush=True)
     return 0

@@ -150,6 +150,16 @@ def test_what_cannot_be_had_is_said(stand_in, model, tokenizer, tmp_path) -> Non
         LlamaCpp(tmp_path / "a.gguf", "q4_0", 1 << 20, 1)
 
 
+def test_input_is_looked_at_before_the_model_is_loaded(stand_in, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(bench, "load", lambda options: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=r"none\.gguf"):
+        bench.main(["--model", str(tmp_path / "none.gguf")])
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(InputError, match="k9v9"):
+        bench.main(["--model", str(path), "--caches", "k9v9"])
+
+
 def test_the_package_is_asked_for(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(NotAvailableError, match="pip install llama-cpp-python"):
