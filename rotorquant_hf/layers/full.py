@@ -45,6 +45,7 @@ from rotorquant_hf.quant.checks import check_finite
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.rope import Rope
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
+from rotorquant_hf.store.statistics import query_moment
 
 # Copies of ropes on other devices. A rope is that of many layers, and goes to a device once.
 _copies: WeakKeyDictionary[Rope, dict[torch.device, Rope]] = WeakKeyDictionary()
@@ -335,7 +336,7 @@ class RotorQuantLayer(CacheLayerMixin):
             return
         with torch.inference_mode(False), torch.no_grad():
             query, positions = _in_one(queries)
-            seen = QueryMoment.of(query, self._sinks[0].shape[1], self.rope, positions)
+            seen = query_moment(query, self._sinks[0].shape[1], self.rope, positions)
             self.moment = seen if self.moment is None else self.moment.merged(seen)
 
     def settle(self) -> None:

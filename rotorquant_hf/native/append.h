@@ -23,7 +23,11 @@ typedef struct {
     const float *boundaries; /* (2^bits - 1,), ascending */
     const float *centroids;  /* (2^bits,) */
     Tensor factor;           /* of the Hessian, (batch, heads, d, RANK), or no data */
-    Tensor level;            /* the same, (batch, heads, 1, 1) float32 */
+    double ridge;            /* what it adds to a mean diagonal of 1 */
+    int64_t pairs;           /* of channels that RoPE turns, and the Hessian with them, or 0 */
+    int64_t interleaved;     /* pair i: channels 2 i and 2 i + 1, or else i and i + pairs */
+    Tensor frequencies;      /* in radians a token, (batch, any, 1, pairs) float32 */
+    int64_t position;        /* to where it turns */
     int64_t projections;     /* of the residual, or 0 */
     const float *projection; /* S, (projections, d) */
     /* What is written: rows (batch, heads, tokens, ...). */

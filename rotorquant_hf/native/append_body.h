@@ -59,7 +59,7 @@ static Feedback feedback_of(const Work *work, int64_t b, int64_t h)
 {
     const Coding *coding = work->coding;
     float *memory = work->feedback + (b * coding->heads + h) * feedback_floats(coding->d);
-    return feedback_at(memory, coding->d, number(place(&coding->level, b, h, 0), FLOAT32));
+    return feedback_at(memory, coding->d);
 }
 
 static void prepare(void *data, int64_t item, int64_t thread)
@@ -192,9 +192,9 @@ INLINE void quantise(int bits, const Work *work, Scratch *s, int64_t b, int64_t 
         store(s->swept_along + i, load(s->along + i) - load(s->swept_along + i));
     for (int t = 0; t < TOKENS; t += WIDTH) {
         Floats error = {0}, swept_error = {0};
-        Floats scale = weigh(rule, d, s->y + t, s->c + t, feedback.level, s->along + t,
+        Floats scale = weigh(rule, d, s->y + t, s->c + t, *feedback.level, s->along + t,
                              s->nearest_along + t, &error);
-        Floats swept_scale = weigh(rule, d, s->y + t, swept + t, feedback.level, s->along + t,
+        Floats swept_scale = weigh(rule, d, s->y + t, swept + t, *feedback.level, s->along + t,
                                    s->swept_along + t, &swept_error);
         Ints better = swept_error < error;
         store(s->scale + t, choose(better, swept_scale, scale));

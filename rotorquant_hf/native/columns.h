@@ -75,26 +75,6 @@ INLINE uint8_t *row_of(const Tensor *x, int64_t b, int64_t h, int64_t t)
     return (uint8_t *)place(x, b, h, t);
 }
 
-/* The nearest float16, of two the even one. */
-INLINE uint16_t to_half(float x)
-{
-    uint32_t bits, sign;
-    memcpy(&bits, &x, 4);
-    sign = bits >> 16 & 0x8000;
-    bits &= 0x7fffffff;
-    if (bits >= 0x47800000) /* 65536 and more, infinity, NaN */
-        return (uint16_t)(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00));
-    if (bits < 0x38800000) { /* subnormal: the last place of 0.5 is 2^-24 */
-        float magnitude;
-        memcpy(&magnitude, &bits, 4);
-        magnitude += 0.5f;
-        memcpy(&bits, &magnitude, 4);
-        return (uint16_t)(sign | (bits - 0x3f000000));
-    }
-    bits += 0xfff + (bits >> 13 & 1) - 0x38000000;
-    return (uint16_t)(sign | bits >> 13);
-}
-
 /* Codes (size, TOKENS), a byte each, into the planes of `count` rows: see `quant/packing.py`. */
 static void pack(uint8_t *out, int64_t row, const uint8_t *codes, int bits, int64_t size, int count)
 {

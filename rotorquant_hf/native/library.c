@@ -6,6 +6,7 @@
 #include "append.h"
 #include "attend.h"
 #include "push.h"
+#include "statistics.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -24,26 +25,38 @@ EXPORT const char *rotorquant_level(void)
     return "portable";
 }
 
+#if defined(__x86_64__)
+#define RUN(NAME, ...) \
+    (!strcmp(level, "avx512")  ? NAME##_avx512(__VA_ARGS__) \
+     : !strcmp(level, "avx2") ? NAME##_avx2(__VA_ARGS__) \
+                              : NAME##_portable(__VA_ARGS__))
+#else
+#define RUN(NAME, ...) ((void)level, NAME##_portable(__VA_ARGS__))
+#endif
+
 EXPORT int rotorquant_attend(const Arguments *arguments, const char *level, Team team, int threads)
 {
-#if defined(__x86_64__)
-    if (!strcmp(level, "avx512"))
-        return attend_avx512(arguments, team, threads);
-    if (!strcmp(level, "avx2"))
-        return attend_avx2(arguments, team, threads);
-#endif
-    return attend_portable(arguments, team, threads);
+    return RUN(attend, arguments, team, threads);
 }
 
 EXPORT int rotorquant_append(const Coding *coding, const char *level, Team team, int threads)
 {
-#if defined(__x86_64__)
-    if (!strcmp(level, "avx512"))
-        return append_avx512(coding, team, threads);
-    if (!strcmp(level, "avx2"))
-        return append_avx2(coding, team, threads);
-#endif
-    return append_portable(coding, team, threads);
+    return RUN(append, coding, team, threads);
+}
+
+EXPORT int rotorquant_moment(const Moment *moment, const char *level, Team team, int threads)
+{
+    return RUN(moment, moment, team, threads);
+}
+
+EXPORT int rotorquant_block(const Block *block, const char *level, Team team, int threads)
+{
+    return RUN(block, block, team, threads);
+}
+
+EXPORT int rotorquant_hessian(const Hessian *hessian, const char *level, Team team, int threads)
+{
+    return RUN(hessian, hessian, team, threads);
 }
 
 EXPORT int rotorquant_push(const Push *push) { return push_tokens(push); }

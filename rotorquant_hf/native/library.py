@@ -103,10 +103,72 @@ class AppendArguments(ctypes.Structure):
         *((name, c_int64) for name in ("batch", "heads", "tokens", "d", "bits", "rule")),
         *((name, TensorArgument) for name in ("x", "channels", "mean")),
         *((name, c_void_p) for name in ("rotation", "boundaries", "centroids")),
-        *((name, TensorArgument) for name in ("factor", "level")),
+        ("factor", TensorArgument),
+        ("ridge", c_double),
+        ("pairs", c_int64),
+        ("interleaved", c_int64),
+        ("frequencies", TensorArgument),
+        ("position", c_int64),
         ("projections", c_int64),
         ("projection", c_void_p),
         *((name, TensorArgument) for name in ("codes", "scale", "signs", "residual_norm")),
+    ]
+
+
+class TurnedArgument(ctypes.Structure):
+    """`Turned` of statistics.h."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "heads", "tokens", "d")),
+        ("x", TensorArgument),
+        ("places", c_void_p),
+        ("pairs", c_int64),
+        ("interleaved", c_int64),
+        ("cos", TensorArgument),
+        ("sin", TensorArgument),
+    ]
+
+
+class MomentArguments(ctypes.Structure):
+    """`Moment` of statistics.h."""
+
+    _fields_ = [
+        ("x", TurnedArgument),
+        ("group", c_int64),
+        *((name, c_void_p) for name in ("mean", "before")),
+    ]
+
+
+class BlockArguments(ctypes.Structure):
+    """`Block` of statistics.h."""
+
+    _fields_ = [
+        ("x", TurnedArgument),
+        ("power", c_double),
+        *((name, c_int64) for name in ("center", "layout")),
+        ("spread", TensorArgument),
+        *((name, c_double) for name in ("turns", "min_rms", "offset_energy", "offset_share")),
+        *((name, c_void_p) for name in ("scale", "mean")),
+        ("frequencies", TensorArgument),
+        ("turning", c_void_p),
+    ]
+
+
+class HessianArguments(ctypes.Structure):
+    """`Hessian` of statistics.h."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "heads", "d")),
+        *((name, c_void_p) for name in ("moment", "before")),
+        ("frequencies", TensorArgument),
+        *((name, c_int64) for name in ("pairs", "interleaved")),
+        *((name, TensorArgument) for name in ("by_cos", "by_sin", "by_turn")),
+        ("level", c_double),
+        ("scale", TensorArgument),
+        ("start", c_void_p),
+        ("ridge", c_double),
+        ("iterations", c_int64),
+        ("factor", c_void_p),
     ]
 
 
@@ -142,6 +204,12 @@ class Library:
         self._attend.argtypes = [POINTER(Arguments), c_char_p, c_void_p, c_int]
         self._append = loaded.rotorquant_append
         self._append.argtypes = [POINTER(AppendArguments), c_char_p, c_void_p, c_int]
+        self._moment = loaded.rotorquant_moment
+        self._moment.argtypes = [POINTER(MomentArguments), c_char_p, c_void_p, c_int]
+        self._block = loaded.rotorquant_block
+        self._block.argtypes = [POINTER(BlockArguments), c_char_p, c_void_p, c_int]
+        self._hessian = loaded.rotorquant_hessian
+        self._hessian.argtypes = [POINTER(HessianArguments), c_char_p, c_void_p, c_int]
         self._push = loaded.rotorquant_push
         self._push.argtypes = [POINTER(PushArguments)]
         self._team = _team_of_torch()
@@ -169,6 +237,41 @@ class Library:
         done = self._append(arguments, name, self._team, torch.get_num_threads())
         if done < 0:
             raise MemoryError("no memory for coding keys and values")
+        return done == 0
+
+    def moment(self, arguments: MomentArguments, level: str | None = None) -> None:
+        """Take second moments, with as many threads as torch has.
+
+        Raises:
+            MemoryError: if there is none for the sums.
+        """
+        name = self._name if level is None else level.encode()
+        if self._moment(arguments, name, self._team, torch.get_num_threads()):
+            raise MemoryError("no memory for the second moments of queries")
+
+    def block(self, arguments: BlockArguments, level: str | None = None) -> None:
+        """Take scales and means of channels, with as many threads as torch has.
+
+        Raises:
+            MemoryError: if there is none to work in.
+        """
+        name = self._name if level is None else level.encode()
+        if self._block(arguments, name, self._team, torch.get_num_threads()):
+            raise MemoryError("no memory for the statistics of keys and values")
+
+    def hessian(self, arguments: HessianArguments, level: str | None = None) -> bool:
+        """Make Hessians of second moments, with as many threads as torch has.
+
+        Returns:
+            Whether they are right: not of a moment that is none.
+
+        Raises:
+            MemoryError: if there is none to work in.
+        """
+        name = self._name if level is None else level.encode()
+        done = self._hessian(arguments, name, self._team, torch.get_num_threads())
+        if done < 0:
+            raise MemoryError("no memory for the Hessian of keys")
         return done == 0
 
     def push(self, arguments: PushArguments) -> bool:

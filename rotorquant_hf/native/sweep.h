@@ -9,40 +9,72 @@
 /* What the sweep reads of a head's Hessian level I + F F', of rotated vectors: F and the gains p_i,
    (d, RANK), and what the error of a coordinate adds to the next one, p_(i + 1) . f_i, (d,). */
 typedef struct {
-    float level;
-    float *factor, *gains, *next;
+    float *level, *factor, *gains, *next;
 } Feedback;
 
-INLINE int64_t feedback_floats(int64_t d) { return padded(d) * (2 * RANK + 1); }
+INLINE int64_t feedback_floats(int64_t d) { return padded(d) * (2 * RANK + 1) + 16; }
 
-INLINE Feedback feedback_at(float *memory, int64_t d, float level)
+INLINE Feedback feedback_at(float *memory, int64_t d)
 {
-    float *gains = memory + padded(d) * RANK;
-    return (Feedback){level, memory, gains, gains + padded(d) * RANK};
+    float *gains = memory + padded(d) * RANK, *next = gains + padded(d) * RANK;
+    return (Feedback){next + padded(d), memory, gains, next};
 }
 
-/* T F, and from the last row backwards the gains p = (level I + sum over rows from here on of
-   f f')^-1 f. The inverse takes in one row after the other (Sherman and Morrison), in float64. */
+static double energy_of(const float *factor, int64_t d)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < d * RANK; i++)
+        sum += (double)factor[i] * factor[i];
+    return sum;
+}
+
+/* F, turned along with the keys, of the same strength: `ChannelStatistics.hessians_from`. Its
+   columns are directions of queries, in units of the channels' scales. */
+static void take_factor(float *factor, const Coding *coding, int64_t b, int64_t h)
+{
+    int64_t d = coding->d, pairs = coding->pairs, step = coding->channels.stride_t;
+    int64_t between = coding->interleaved ? 2 : 1, other = coding->interleaved ? 1 : pairs;
+    const float *scale = (const float *)place(&coding->channels, b, h, 0);
+    copy_tile(factor, RANK, &coding->factor, RANK, b, h, 0, (int)d);
+    if (!pairs)
+        return;
+    const float *frequency = (const float *)place(&coding->frequencies, b, 0, 0);
+    double before = energy_of(factor, d);
+    for (int64_t i = 0; i < pairs; i++) {
+        float *one = factor + i * between * RANK, *two = one + other * RANK;
+        float angle = (float)coding->position * frequency[i], cos = cosf(angle), sin = sinf(angle);
+        float first = scale[i * between * step], second = scale[(i * between + other) * step];
+        for (int r = 0; r < RANK; r++) {
+            float x = one[r] / first, y = two[r] / second;
+            one[r] = (x * cos - y * sin) * first;
+            two[r] = (x * sin + y * cos) * second;
+        }
+    }
+    double after = energy_of(factor, d);
+    float strength = after > 0 ? (float)sqrt(before / after) : 1;
+    for (int64_t i = 0; i < d * RANK; i++)
+        factor[i] = from_half(to_half(factor[i] * strength));
+}
+
+/* T F, the level, and from the last row backwards the gains p = (level I + sum over rows from here
+   on of f f')^-1 f. The inverse takes in one row after the other (Sherman and Morrison), in
+   float64. */
 static void make_feedback(Feedback feedback, const Coding *coding, int64_t b, int64_t h)
 {
     int64_t d = coding->d;
-    const uint8_t *factor = place(&coding->factor, b, h, 0);
-    int64_t step = coding->factor.stride_t * element_size(coding->factor.type);
-    float row[RANK];
+    float *unrotated = feedback.gains; /* which come later */
+    take_factor(unrotated, coding, b, h);
+    *feedback.level = (float)(coding->ridge + 1 - energy_of(unrotated, d) / (double)d);
     memset(feedback.factor, 0, d * RANK * sizeof(float));
-    for (int64_t k = 0; k < d; k++) {
-        for (int r = 0; r < RANK; r++)
-            row[r] = number(factor + k * step + r * element_size(coding->factor.type),
-                            coding->factor.type);
+    for (int64_t k = 0; k < d; k++)
         for (int64_t j = 0; j < d; j++) {
             float w = coding->rotation[j * d + k];
             for (int r = 0; r < RANK; r++)
-                feedback.factor[j * RANK + r] += w * row[r];
+                feedback.factor[j * RANK + r] += w * unrotated[k * RANK + r];
         }
-    }
     double inverse[RANK][RANK] = {{0}};
     for (int r = 0; r < RANK; r++)
-        inverse[r][r] = 1 / (double)feedback.level;
+        inverse[r][r] = 1 / (double)*feedback.level;
     for (int64_t i = d - 1; i >= 0; i--) {
         const float *f = feedback.factor + i * RANK;
         double product[RANK] = {0}, energy = 1;

@@ -2,6 +2,8 @@
 #ifndef ROTORQUANT_TEAM_H
 #define ROTORQUANT_TEAM_H
 
+#include <stdlib.h>
+
 #include "attend.h"
 
 typedef struct {
@@ -32,6 +34,32 @@ static void share(void (*step)(void *, int64_t, int64_t), void *data, int64_t it
         team(take_items, &shared, (unsigned)(threads < items ? threads : items), 0);
     else
         take_items(&shared);
+}
+
+typedef struct {
+    void (*step)(const void *asked, int64_t item, float *scratch);
+    const void *asked;
+    int64_t floats;
+    float *scratch;
+} Scratched;
+
+static inline void take_scratch(void *data, int64_t item, int64_t thread)
+{
+    const Scratched *work = data;
+    work->step(work->asked, item, work->scratch + thread * work->floats);
+}
+
+/* The same with so many floats of each thread's own. 0, or -1 if there is no memory. */
+static inline int for_each(void (*step)(const void *, int64_t, float *), const void *asked,
+                           int64_t items, int64_t floats, Team team, int threads)
+{
+    Scratched work = {step, asked, (floats + 15) / 16 * 16, NULL};
+    work.scratch = aligned_alloc(64, (threads > 1 ? threads : 1) * work.floats * sizeof(float));
+    if (!work.scratch)
+        return -1;
+    share(take_scratch, &work, items, team, threads);
+    free(work.scratch);
+    return 0;
 }
 
 #endif

@@ -116,6 +116,26 @@ INLINE float from_half(uint16_t x)
     return value;
 }
 
+/* The nearest float16, of two the even one. */
+INLINE uint16_t to_half(float x)
+{
+    uint32_t bits, sign;
+    memcpy(&bits, &x, 4);
+    sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits >= 0x47800000) /* 65536 and more, infinity, NaN */
+        return (uint16_t)(sign | (bits > 0x7f800000 ? 0x7e00 : 0x7c00));
+    if (bits < 0x38800000) { /* subnormal: the last place of 0.5 is 2^-24 */
+        float magnitude;
+        memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;
+        memcpy(&bits, &magnitude, 4);
+        return (uint16_t)(sign | (bits - 0x3f000000));
+    }
+    bits += 0xfff + (bits >> 13 & 1) - 0x38000000;
+    return (uint16_t)(sign | bits >> 13);
+}
+
 INLINE float from_bfloat(uint16_t x)
 {
     uint32_t bits = (uint32_t)x << 16;

@@ -36,28 +36,29 @@ SEGMENT = 1024
 """Tokens of a text that are coded with the same Hessian: positions 0 ... 1023, 1024 ..., and so on.
 On SmolLM2, 256 of them are no better."""
 
-_SAMPLE = 2048  # tokens
+SAMPLED_TOKENS = 2048
+"""Tokens looked at of a long first block."""
 
 _HORIZON = 2048
 """Positions that the mean of keys is to fit at least; more if it is taken from further on. (8192
 are better after position 4096, but cost a third of the quality at the beginning.)"""
 
-_READ_AFTER = (512, 2048)
+READ_AFTER = (512, 2048)
 """How long after a segment's keys the queries come that read them: half up to either."""
 
-_TURNS = 0.98
+TURNS = 0.98
 """Keys are taken to be turned as their model's config says if their mean before RoPE is at least
 this share of their mean after it, in energy. In layers of SmolLM2, Gemma 3 and Qwen2.5 it is 1.00
 to 1.96 times that; with wrong pairs of channels 0.13 to 0.99."""
 
 # A channel's rms counts as at least this share of the head's: a channel that is silent in the
 # first block may speak later, and would then be blown up by the division.
-_MIN_RMS = 0.02
+MIN_RMS = 0.02
 
 # A channel is an offset channel if its energy is this many times the head's median and nearly all
 # of it is in the mean (measured on the first block, of 32 tokens or more).
-_OFFSET_ENERGY = 25.0
-_OFFSET_SHARE = 0.999
+OFFSET_ENERGY = 25.0
+OFFSET_SHARE = 0.999
 
 
 class Measured(NamedTuple):
@@ -81,7 +82,7 @@ class Measured(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> Measured:
         """That of vectors (batch, heads, tokens, d), or with more axes before."""
-        x = sampled(x, _SAMPLE).float()
+        x = sampled(x, SAMPLED_TOKENS).float()
         # A NaN (on a GPU nobody looks for them) spoils its own vector, not the unit of the head.
         # What a GPU does in one operation takes a CPU ten times as long as the same in two, each of
         # which is a pass along the memory.
@@ -106,7 +107,7 @@ class Measured(NamedTuple):
         equal = (keys.shape, keys.dtype) == (values.shape, values.dtype)
         if not equal or on_cpu(keys):
             return cls.of(keys), cls.of(values)
-        both = cls.of(torch.stack([sampled(x, _SAMPLE) for x in (keys, values)]))
+        both = cls.of(torch.stack([sampled(x, SAMPLED_TOKENS) for x in (keys, values)]))
         return cls(*(x[0] for x in both)), cls(*(x[1] for x in both))
 
 
@@ -156,15 +157,11 @@ class ChannelStatistics:
         """
         unit, peak, mean, energy, total = x if isinstance(x, Measured) else Measured.of(x)
         if rope is not None and positions is not None:
-            places = sampled_positions(positions, _SAMPLE, unit.device)
+            places = sampled_positions(positions, SAMPLED_TOKENS, unit.device)
             before = rope.turn(unit, -places).mean(dim=2, keepdim=True)
             is_turned = _is_turned(before, mean, total)
             if center is True:
-                if isinstance(positions, range):
-                    last = positions[last_sampled(len(positions), _SAMPLE)]
-                else:
-                    last = int(places.max())
-                spread = rope.spread(before, (max(last, _HORIZON),))
+                spread = rope.spread(before, (fitted_length(positions),))
                 mean = torch.where(is_turned, spread, mean)
             rope = rope.where(is_turned)
         if center == "auto":
@@ -175,7 +172,7 @@ class ChannelStatistics:
         # The scales are those of the uncentred energy: RoPE may turn a constant later, and a
         # scale taken from the small spread around it would let it drown the head then.
         shared = _share_pairs(energy, rope_layout)
-        square = shared.clamp(min=total * (_MIN_RMS**2 / energy.shape[-1])) ** power
+        square = shared.clamp(min=total * (MIN_RMS**2 / energy.shape[-1])) ** power
         coded = _or_one((energy / square).sum(dim=-1, keepdim=True))  # energy of x / scale
         return cls((square * coded).sqrt() * peak, center_point, rope=rope)
 
@@ -236,7 +233,7 @@ class ChannelStatistics:
         """
         moment = queries.mean
         if self.rope is not None and queries.pre_rope is not None:
-            later = (rope or self.rope).spread_moment(queries.pre_rope, _READ_AFTER)
+            later = (rope or self.rope).spread_moment(queries.pre_rope, READ_AFTER)
             moment = torch.where(self.rope.turns, later, moment)
         # In float64, for the square of a scale may leave float32.
         scale = doubled(self._channel_scales(moment.shape[-1]))
@@ -262,7 +259,7 @@ class ChannelStatistics:
         scale = self._channel_scales(factor.shape[-2])
         # The factor's columns are directions of queries, in units of the scales.
         rows = factor.mT / scale
-        first = position // SEGMENT * SEGMENT + SEGMENT // 2
+        first = middle_of_segment(position)
         last = first + (count - 1) * SEGMENT
         middles = torch.arange(first, last + 1, SEGMENT, device=factor.device)
         # (count, batch, heads, d, RANK)
@@ -293,6 +290,20 @@ class ChannelStatistics:
         return sum(x.nbytes for x in self.tensors().values())
 
 
+def fitted_length(positions: range | Tensor) -> int:
+    """Up to where in the text a mean of keys from these positions is to fit."""
+    if isinstance(positions, range):
+        last = positions[last_sampled(len(positions), SAMPLED_TOKENS)]
+    else:
+        last = int(sampled(positions, SAMPLED_TOKENS, axis=0).max())
+    return max(last, _HORIZON)
+
+
+def middle_of_segment(position: int) -> int:
+    """Where in the text the middle of a position's segment is, to which its Hessian is turned."""
+    return position // SEGMENT * SEGMENT + SEGMENT // 2
+
+
 def _or_one(x: Tensor) -> Tensor:
     """x, of which none is negative, and 1 where it is 0."""
     return torch.nn.functional.threshold(x, 0.0, 1.0)
@@ -304,7 +315,7 @@ def _is_turned(before: Tensor, mean: Tensor, total: Tensor) -> Tensor:
     Turned back rightly, keys agree with each other at least as well as they do turned; turned by
     angles that are not theirs, hardly. `total` is the energy of the heads, (batch, heads, 1, 1).
     """
-    excess = torch.addcmul(before.square(), mean, mean, value=-_TURNS)
+    excess = torch.addcmul(before.square(), mean, mean, value=-TURNS)
     return (excess / total).sum(dim=(1, 3), keepdim=True) >= 0
 
 
@@ -317,8 +328,8 @@ def _offset_channels(energy: Tensor, mean: Tensor, rope_layout: str) -> Tensor:
     """
     energy, constant = _share_pairs(energy, rope_layout), _share_pairs(mean.square(), rope_layout)
     median = energy.median(dim=-1, keepdim=True).values
-    large = energy > _OFFSET_ENERGY * median
-    return (large & (constant > _OFFSET_SHARE * energy)).float()
+    large = energy > OFFSET_ENERGY * median
+    return (large & (constant > OFFSET_SHARE * energy)).float()
 
 
 def _share_pairs(energy: Tensor, rope_layout: str) -> Tensor:

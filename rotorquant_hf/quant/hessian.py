@@ -28,7 +28,8 @@ RIDGE = 0.03
 """Added to the diagonal, as a share of its mean: it keeps directions that no query looked along
 from taking all of the error."""
 
-_ITERATIONS = 3
+ITERATIONS = 3
+"""Of the subspace iteration."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class LowRankHessian:
             mean = h.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
             h = h / torch.nn.functional.threshold(mean, 0.0, 1.0)  # 1 for 0
             h.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
-            basis = _start(d, rank, h.device)
-            for _ in range(_ITERATIONS):
+            basis = start_of_iteration(d, rank, h.device)
+            for _ in range(ITERATIONS):
                 basis = _orthonormal(h @ basis)
             _check_moment(hessian, basis)
             factor = basis @ torch.linalg.cholesky_ex(basis.mT @ h @ basis)[0]
@@ -107,7 +108,7 @@ def doubled(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _start(d: int, rank: int, device: torch.device) -> Tensor:
+def start_of_iteration(d: int, rank: int, device: torch.device) -> Tensor:
     """Where subspace iteration starts: at random, as no direction is known to matter."""
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False):

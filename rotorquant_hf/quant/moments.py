@@ -12,7 +12,8 @@ from rotorquant_hf.quant.hessian import doubled
 from rotorquant_hf.quant.rope import Rope
 from rotorquant_hf.quant.tiles import sampled, sampled_positions
 
-_SAMPLE = 1024  # tokens; every query head of a group has a query of each
+SAMPLED_QUERIES = 1024
+"""Tokens looked at of a long pass; every query head of a group has a query of each."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,13 @@ class QueryMoment:
             rope: how RoPE has turned them; None if that is not known, or there is none.
             positions: where in the text they are, a range or (n,); needed for `rope`.
         """
-        query = sampled(query, _SAMPLE).detach()
+        query = sampled(query, SAMPLED_QUERIES).detach()
         query = query.to(torch.float32, memory_format=torch.contiguous_format)
         mean = _moment(query, heads)
         count = query.shape[2] * (query.shape[1] // heads)
         if rope is None or positions is None:
             return cls(mean, count)
-        before = rope.turn(query, -sampled_positions(positions, _SAMPLE, query.device))
+        before = rope.turn(query, -sampled_positions(positions, SAMPLED_QUERIES, query.device))
         return cls(mean, count, _moment(before, heads))
 
     def merged(self, other: QueryMoment) -> QueryMoment:
@@ -75,8 +76,13 @@ class QueryMoment:
         shrunk = doubled(moment)  # a copy
         diagonal = shrunk.diagonal(dim1=-2, dim2=-1)
         level = diagonal.mean(dim=-1, keepdim=True)
-        diagonal.add_(level, alpha=moment.shape[-1] / max(self.count, 1))
+        diagonal.add_(level, alpha=self.shrinkage)
         return shrunk
+
+    @property
+    def shrinkage(self) -> float:
+        """What `shrunk` adds to the diagonal, as a share of its mean."""
+        return self.mean.shape[-1] / max(self.count, 1)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> QueryMoment:
         """The same with `fn` applied to the tensors (a batch selection, a move to a device)."""

@@ -54,10 +54,15 @@ class Rope:
             positions: p, (n,), or (1,) for all; negative ones turn back. With more axes the result
                 has them too: (m, 1, 1, 1) gives (m, batch, heads, n, d).
         """
-        angles = positions[..., None] * self.frequencies
         if on_cpu(x):
-            return self._turned(x, angles.cos(), angles.sin())
+            return self._turned(x, *self.sines(positions))
+        angles = positions[..., None] * self.frequencies
         return self._times(x, torch.polar(torch.ones_like(angles), angles))
+
+    def sines(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the angles at positions (n,), each (batch or 1, 1, n, r) float32."""
+        angles = positions[..., None] * self.frequencies
+        return angles.cos(), angles.sin()
 
     def spread(self, x: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """The mean of R(p) x over positions, float32.
@@ -66,7 +71,11 @@ class Rope:
             x: (batch, heads, n, d).
             lengths: a mixture, in equal shares, of the positions from 0 to each of these.
         """
-        return self._times(x, _mean_turns(self.frequencies, lengths))
+        return self._times(x, self.mean_turns(lengths))
+
+    def mean_turns(self, lengths: tuple[int, ...]) -> Tensor:
+        """By what `spread` multiplies pairs, as complex numbers: (batch or 1, 1, 1, r)."""
+        return _mean_turns(self.frequencies, lengths)
 
     def spread_moment(self, moment: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """The mean of R(p) C R(p)' over positions, float32.
@@ -79,7 +88,7 @@ class Rope:
         first, second = self._pairs
         # (..., r, d), its columns by pairs and those that do not turn.
         a, b, rest = self._split(torch.complex(c[..., first, :], c[..., second, :]))
-        by_cos, by_sin = _mean_products(self.frequencies, lengths)
+        by_cos, by_sin = self.mean_products(lengths)
         turned = (
             torch.addcmul(by_cos * a, by_sin, b, value=-1),
             torch.addcmul(by_cos * b, by_sin, a),
@@ -87,12 +96,18 @@ class Rope:
         if not rest.shape[-1]:
             rows = self._join(*turned, rest)
             return self._join(rows.real.mT, rows.imag.mT, c[..., :0]).mT
-        rest = rest * _mean_turns(self.frequencies, lengths).mT
+        rest = rest * self.mean_turns(lengths).mT
         rows = self._join(*turned, rest)
         # Rows that do not turn: symmetric to the columns, but for the corner where both do not.
         corner = c[..., self.channels :, self.channels :]
         still = self._join(rest.real.mT, rest.imag.mT, corner)
         return self._join(rows.real.mT, rows.imag.mT, still.mT).mT
+
+    def mean_products(self, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """By what `spread_moment` multiplies rows of pairs, their first columns and their second:
+        complex (batch or 1, 1, r, r).
+        """
+        return _mean_products(self.frequencies, lengths)
 
     @property
     def turns(self) -> Tensor:

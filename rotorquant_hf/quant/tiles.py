@@ -40,10 +40,13 @@ def sampled(x: Tensor, count: int, axis: int = -2) -> Tensor:
 
     A mean of thousands is as good, and a long prompt costs no more than a short one.
     """
-    tokens = x.shape[axis]
-    if tokens <= count:
-        return x
-    return x.index_select(axis, _places(tokens, count, x.device))
+    places = sampled_places(x.shape[axis], count, x.device)
+    return x if places is None else x.index_select(axis, places)
+
+
+def sampled_places(tokens: int, count: int, device: torch.device) -> Tensor | None:
+    """Which of so many tokens `sampled` takes, (count,) int64; None for all."""
+    return None if tokens <= count else _places(tokens, count, device)
 
 
 def sampled_positions(positions: range | Tensor, count: int, device: torch.device) -> Tensor:

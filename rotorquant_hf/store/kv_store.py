@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rotorquant_hf.backend import kernels_take, on_device
+from rotorquant_hf.backend import kernels_take, on_device, uses_native
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.quant.channels import ChannelStatistics, Measured
 from rotorquant_hf.quant.checks import check_finite, check_vectors
@@ -189,8 +189,11 @@ class RotorQuantKVCache:
         if self.has_statistics:
             return
         tokens = sample[0].shape[2]
-        keys, values = Measured.of_both(*sample)
-        self.keys.take_statistics(keys, range(position, position + tokens), queries)
+        keys: Tensor | Measured
+        values: Tensor | Measured
+        keys, values = sample if uses_native(self.device) else Measured.of_both(*sample)
+        positions = range(position, position + tokens)
+        self.keys.take_statistics(keys, positions, queries)
         self.values.take_statistics(values)
 
     def _append(self, keys: Tensor, values: Tensor, position: int) -> None:

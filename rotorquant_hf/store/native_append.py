@@ -1,6 +1,6 @@
 """Coding into the store's rows through the native library, for CPUs.
 
-`quantizer.encode(statistics.normalize(x), hessian)` is the reference.
+`quantizer.encode(statistics.normalize(x), statistics.hessian_at(position))` is the reference.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rotorquant_hf.backend import is_known
 from rotorquant_hf.native.library import FLOATS, MAX_SIZE, AppendArguments, library
-from rotorquant_hf.quant.channels import ChannelStatistics
-from rotorquant_hf.quant.hessian import LowRankHessian
+from rotorquant_hf.quant.channels import ChannelStatistics, middle_of_segment
+from rotorquant_hf.quant.hessian import RIDGE
 from rotorquant_hf.quant.mse import SCALES
 from rotorquant_hf.quant.quantizer import Quantizer
 
@@ -30,7 +30,7 @@ def encode_native(
     x: Tensor,
     quantizer: Quantizer,
     statistics: ChannelStatistics,
-    hessian: LowRankHessian | None,
+    position: int,
     rows: dict[str, Tensor],
     level: str | None = None,
 ) -> bool:
@@ -43,8 +43,8 @@ def encode_native(
     Args:
         x: (batch, heads, n, d), finite.
         quantizer: what codes them.
-        statistics: equalisation and centring.
-        hessian: what errors cost, (batch, heads, d, RANK), or None.
+        statistics: equalisation, centring, and what errors cost.
+        position: where in the text the vectors are: in one segment.
         rows: (batch, heads, n, ...), as `Quantizer.encode` names them. They are written to.
         level: one of `LEVELS`; None for the best.
 
@@ -65,11 +65,14 @@ def encode_native(
         a.mean.point(statistics.mean)
     a.rotation = mse.rotation.matrix().data_ptr()
     a.boundaries, a.centroids = mse.boundaries.data_ptr(), mse.centroids.data_ptr()
-    if hessian is not None:
-        # Held by these names while the library reads them: the level is made anew at every access.
-        factor, level_of_hessian = hessian.factor.contiguous(), hessian.level
+    if statistics.hessian is not None:
+        factor, a.ridge = statistics.hessian.factor.contiguous(), RIDGE
         a.factor.point(factor)
-        a.level.point(level_of_hessian)
+        if statistics.rope is not None:
+            frequencies = statistics.rope.frequencies.expand(a.batch, -1, -1, -1)
+            a.pairs, a.interleaved = frequencies.shape[3], statistics.rope.layout == "interleaved"
+            a.frequencies.point(frequencies)
+            a.position = middle_of_segment(position)
     a.codes.point(rows["codes"])
     a.scale.point(rows["scale"])
     if quantizer.sign_matrix is not None:

@@ -19,6 +19,7 @@ from rotorquant_hf.quant.rounding import Feedback
 from rotorquant_hf.quant.tiles import segments
 from rotorquant_hf.store.buffers import TokenBuffers
 from rotorquant_hf.store.native_append import encode_native, native_takes
+from rotorquant_hf.store.statistics import block_statistics, read_by
 
 # Rows of F made into feedback at a time: some 256 MiB of scratch memory.
 _FEEDBACK_ELEMENTS = 1 << 17
@@ -98,11 +99,11 @@ class PackedSide:
         """
         if self.statistics is not None:
             return
-        statistics = ChannelStatistics.of_block(
+        statistics = block_statistics(
             block, self._equalize, self._center, self._rope_layout, self.rope, positions
         )
         if queries is not None:
-            statistics = statistics.read_by(queries, self.rope)
+            statistics = read_by(statistics, queries, self.rope)
         self.statistics = statistics
 
     def append(self, x: Tensor, position: int, expected: int = 0) -> None:
@@ -116,16 +117,15 @@ class PackedSide:
             expected: as in `TokenBuffers.append`.
         """
         quantizer, statistics, _ = self.coding()
-        hessian = statistics.hessian_at(position)
         if uses_native(self.device) and native_takes(x.dtype, quantizer):
             count = x.shape[2]
             self.buffers.reserve(self._rows_like(*x.shape[:2]), count, expected)
             rows = self.buffers.rows(len(self), len(self) + count)
-            if encode_native(x, quantizer, statistics, hessian, rows):
+            if encode_native(x, quantizer, statistics, position, rows):
                 self.buffers.extend(count)
                 return
             # A vector does not fit its scale: torch names it.
-        rows = quantizer.encode(statistics.normalize(x), hessian)
+        rows = quantizer.encode(statistics.normalize(x), statistics.hessian_at(position))
         self.buffers.append(rows, expected)
 
     def feedback(self, position: int) -> Feedback | None:

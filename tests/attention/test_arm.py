@@ -8,9 +8,11 @@ import torch
 from rotorquant_hf.attention import native_attention
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.store import native_append
+from rotorquant_hf.store import statistics as store_statistics
 from tests.attention import test_native_attention as attention
 from tests.helpers.arm import Arm, compiled
 from tests.store import test_native_append as append
+from tests.store import test_statistics as statistics
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def path(tmp_path_factory):
 @pytest.fixture
 def arm(path, monkeypatch) -> Arm:
     processor = Arm(path)
-    for module in (native_attention, native_append):
+    for module in (native_attention, native_append, store_statistics):
         monkeypatch.setattr(module, "library", lambda: processor)
     return processor
 
@@ -63,4 +65,15 @@ def test_coding(arm, bits, kind) -> None:
     quantizer = append.make_quantizer(64, bits, kind)
     append.check(x, quantizer, append.statistics_of(x, bits), None)
     append.check_aware(x, quantizer, append.statistics_of(x, bits, aware=True), None)
-    assert arm.calls["append"] == 2
+    append.test_the_hessian_turns(None, 40, 20, "half", 1500)
+    assert arm.calls["append"] == 5
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize(("d", "pairs"), [(31, 9), (64, 32)])
+def test_statistics(arm, d, pairs, layout) -> None:
+    statistics.test_moment_before_rope(None, d, pairs, layout)
+    statistics.test_hessian(None, d, pairs, layout, 0.5)
+    for center in (True, False, "auto"):
+        statistics.test_block_that_rope_turned(None, d, pairs, layout, center)
+    assert arm.calls == {"moment": 2, "block": 9, "hessian": 3}

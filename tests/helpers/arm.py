@@ -18,32 +18,44 @@ import unicorn
 from elftools.elf.elffile import ELFFile
 from unicorn import arm64_const as registers
 
-from rotorquant_hf.native.library import AppendArguments, Arguments
+from rotorquant_hf.native.library import (
+    AppendArguments,
+    Arguments,
+    BlockArguments,
+    HessianArguments,
+    MomentArguments,
+)
 from tests.conftest import ROOT
 
 _PAGE = mmap.PAGESIZE
 _SIZE = 1 << 20  # of the stack, and of what a thread has of its own
 _STACK, _THREAD, _END = 0x7000_0000, 0x7800_0000, 0x7F00_0000
 _SYSTEM_CALL = 2
-_FUNCTIONS = {1: lambda x: math.exp(min(x, 88.0)), 2: math.tanh}
+_NAMES = ("attend", "append", "moment", "block", "hessian")
+_FUNCTIONS = {
+    1: lambda x, _: math.exp(min(x, 88.0)),
+    2: lambda x, _: math.tanh(x),
+    3: math.pow,
+    4: lambda x, _: math.cos(x),
+    5: lambda x, _: math.sin(x),
+}
 """Of `arm.c`, by number."""
 
 
 def compiled(folder: Path) -> Path:
     """The library for 64-bit ARM, linked to fixed addresses."""
     zig = [sys.executable, "-m", "ziglang"]
-    sources = [
-        ROOT / "rotorquant_hf" / "native" / "attend_portable.c",
-        ROOT / "rotorquant_hf" / "native" / "append_portable.c",
-        ROOT / "tests" / "helpers" / "arm.c",
-    ]
+    native = sorted((ROOT / "rotorquant_hf" / "native").glob("*_portable.c"))
+    sources = [*native, ROOT / "tests" / "helpers" / "arm.c"]
     objects = [folder / f"{source.stem}.o" for source in sources]
     flags = ["-target", "aarch64-linux-musl", "-O3"]
     for source, object_ in zip(sources, objects, strict=True):
         subprocess.run([*zig, "cc", *flags, "-c", source, "-o", object_], check=True)
     path = folder / "library.elf"
-    keep = ["-u", "attend_portable", "-u", "append_portable", "-e", "attend_portable"]
-    subprocess.run([*zig, "ld.lld", *keep, *objects, "-o", path], check=True)
+    keep = [part for name in _NAMES for part in ("-u", f"{name}_portable")]
+    subprocess.run(
+        [*zig, "ld.lld", *keep, "-e", "attend_portable", *objects, "-o", path], check=True
+    )
     return path
 
 
@@ -67,7 +79,7 @@ class Arm:
             symbols = elf.get_section_by_name(".symtab")
             self._address = {
                 name: symbols.get_symbol_by_name(f"{name}_portable")[0]["st_value"]
-                for name in ("attend", "append")
+                for name in _NAMES
             }
             self._load([x for x in elf.iter_segments() if x["p_type"] == "PT_LOAD"])
         for begin in (_STACK, _THREAD):
@@ -89,6 +101,20 @@ class Arm:
     def append(self, arguments: AppendArguments, level: str | None = None) -> bool:
         """As of `Library`."""
         done = self._run("append", arguments)
+        assert done >= 0
+        return done == 0
+
+    def moment(self, arguments: MomentArguments, level: str | None = None) -> None:
+        """As of `Library`."""
+        assert self._run("moment", arguments) == 0
+
+    def block(self, arguments: BlockArguments, level: str | None = None) -> None:
+        """As of `Library`."""
+        assert self._run("block", arguments) == 0
+
+    def hessian(self, arguments: HessianArguments, level: str | None = None) -> bool:
+        """As of `Library`."""
+        done = self._run("hessian", arguments)
         assert done >= 0
         return done == 0
 
@@ -127,9 +153,11 @@ class Arm:
         assert number == _SYSTEM_CALL, f"the processor stopped: exception {number}"
         before = uc.reg_read(registers.UC_ARM64_REG_PC) - 4
         instruction = int.from_bytes(uc.mem_read(before, 4), "little")
-        x = uc.reg_read(registers.UC_ARM64_REG_S0)
-        value = ctypes.c_float.from_buffer_copy(x.to_bytes(4, "little")).value
-        result = _FUNCTIONS[instruction >> 5 & 0xFFFF](value)
+        x, y = (
+            ctypes.c_float.from_buffer_copy(uc.reg_read(register).to_bytes(4, "little")).value
+            for register in (registers.UC_ARM64_REG_S0, registers.UC_ARM64_REG_S1)
+        )
+        result = _FUNCTIONS[instruction >> 5 & 0xFFFF](x, y)
         uc.reg_write(
             registers.UC_ARM64_REG_S0, int.from_bytes(bytes(ctypes.c_float(result)), "little")
         )

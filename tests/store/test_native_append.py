@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import hypothesis
 import pytest
@@ -18,6 +19,7 @@ from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.packing import pack, unpack
 from rotorquant_hf.quant.quantizer import Quantizer
+from rotorquant_hf.quant.rope import LAYOUTS, Rope
 from rotorquant_hf.quant.rounding import Feedback
 from rotorquant_hf.store import side
 from rotorquant_hf.store.native_append import encode_native, native_takes
@@ -74,14 +76,18 @@ def poisoned_rows(like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def encode(
-    x: Tensor, quantizer: Quantizer, statistics: ChannelStatistics, level: str | None = None
+    x: Tensor,
+    quantizer: Quantizer,
+    statistics: ChannelStatistics,
+    level: str | None = None,
+    position: int = 0,
 ) -> dict[str, Tensor]:
     """The rows; nothing beside them is written to."""
     like = quantizer.encode(statistics.normalize(x), statistics.hessian)
     rows = poisoned_rows(like)
     bases = {name: row._base for name, row in rows.items()}
     before = {name: base.clone() for name, base in bases.items()}
-    assert encode_native(x, quantizer, statistics, statistics.hessian, rows, level)
+    assert encode_native(x, quantizer, statistics, position, rows, level)
     for name, row in rows.items():
         expected = before[name].as_strided(row.shape, row.stride(), row.storage_offset())
         expected.copy_(row)
@@ -351,6 +357,26 @@ def test_query_aware_is_nearest_where_no_direction_is_preferred(level: str) -> N
     assert torch.equal(aware["codes"], near["codes"])
 
 
+@pytest.mark.parametrize("position", [0, 1500, 70_000])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("d", "pairs"), [(31, 8), (64, 32), (40, 20)])
+@pytest.mark.parametrize("level", HERE)
+def test_the_hessian_turns(level: str, d: int, pairs: int, layout: str, position: int) -> None:
+    """To where the keys are, row by row, as `hessian_at` has it."""
+    x, quantizer = states(60, d), make_quantizer(d, 3)
+    frequencies = 5000.0 ** (-torch.arange(pairs) / pairs)
+    rope = Rope(frequencies / torch.tensor([1, 3]).view(-1, 1, 1, 1), layout)
+    if d == 40:  # nothing turns in the second row
+        rope = rope.where(torch.tensor([True, False]).view(-1, 1, 1, 1))
+    statistics = replace(statistics_of(x, 1, aware=True), rope=rope)
+    rows = encode(x, quantizer, statistics, level, position)
+    there = replace(statistics, hessian=statistics.hessian_at(position), rope=None)
+    check_near(rows, quantizer.encode(there.normalize(x), there.hessian), share=0.98)
+    here = encode(x, quantizer, there, level)
+    check_near(rows, here, share=0.98)
+    assert not torch.equal(rows["codes"], encode(x, quantizer, statistics_of(x, 1), level)["codes"])
+
+
 # --- signs of the residual ---
 
 
@@ -494,9 +520,9 @@ def test_a_vector_without_a_scale_is_noticed(level: str, number: float) -> None:
     x, quantizer = torch.ones(1, 1, 40, 32), make_quantizer(32, 3)
     rows = poisoned_rows(quantizer.encode(x))
     statistics = ChannelStatistics(torch.ones(1, 1, 1, 1))
-    assert encode_native(x, quantizer, statistics, None, rows, level)
+    assert encode_native(x, quantizer, statistics, 0, rows, level)
     x[0, 0, 39, 31] = number
-    assert not encode_native(x, quantizer, statistics, None, rows, level)
+    assert not encode_native(x, quantizer, statistics, 0, rows, level)
 
 
 def test_no_tokens_and_no_rows() -> None:
