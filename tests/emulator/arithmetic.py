@@ -212,7 +212,10 @@ def _integer(statement: Statement, registers: Registers) -> Execute:
     for i in range(_COUNTS.get(statement.opcode, 0)):
         widths[len(widths) - 1 - i] = 32
     counts = len(sources) - _COUNTS.get(statement.opcode, 0)
-    readers = [registers.reader(x, w) for x, w in zip(sources, widths, strict=True)]
+    # Triton 3.6 lays single bytes side by side with bytes that nobody reads, of registers that it
+    # never writes. Results are compared, so that a read one does not go unnoticed.
+    poison = statement.opcode == "prmt"
+    readers = [registers.reader(x, w, poison) for x, w in zip(sources, widths, strict=True)]
     write = registers.writer(statement.operands[0])
 
     def execute(active: Array) -> None:

@@ -26,6 +26,8 @@ Writer = Callable[[Array, Array], None]
 
 UNSIGNED: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED: dict[int, Any] = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
+POISON = 0xA5
+"""A byte of what the compiler has left undefined."""
 
 
 class Fault(Exception):
@@ -61,8 +63,11 @@ class Registers:
         self.busy.clear()
         self.lent.clear()
 
-    def reader(self, operand: Operand, bits: int) -> Reader:
-        """What reads an operand as unsigned integers of `bits`, or as a predicate (1)."""
+    def reader(self, operand: Operand, bits: int, or_poison: bool = False) -> Reader:
+        """What reads an operand as unsigned integers of `bits`, or as a predicate (1).
+
+        With `or_poison` a register that was never written is no fault, but has POISON in all bytes.
+        """
         if isinstance(operand, Constant):
             constant = _constant(operand.value & ((1 << bits) - 1), bits, self.threads)
             return lambda: constant
@@ -74,16 +79,20 @@ class Registers:
             return lambda: ~positive()
         if not isinstance(operand, Register):
             raise UnknownPtx(f"{operand} as a value")
-        return self._register(operand, bits)
+        return self._register(operand, bits, or_poison)
 
-    def _register(self, register: Register, bits: int) -> Reader:
+    def _register(self, register: Register, bits: int, or_poison: bool) -> Reader:
         index = register.index
         dtype = np.bool_ if bits == 1 else UNSIGNED[bits]
         if (bits == 1) != (register.bits == 1):
             raise UnknownPtx(f"{register.name} has {register.bits} bits and is read as {bits}")
 
+        poison = np.full(self.threads, POISON * 0x01010101, dtype=np.uint32).astype(dtype)
+
         def read() -> Array:
             value = self.values[index]
+            if value is None and or_poison:
+                return poison
             if value is None:
                 raise Fault(f"{register.name} is read and was never written")
             return value if value.dtype == dtype else value.astype(dtype)

@@ -15,7 +15,7 @@ from tests.emulator.inline import run
 from tests.emulator.matrix import Descriptor
 from tests.emulator.memory import Buffer, Clock, GlobalMemory, SharedMemory
 from tests.emulator.parse import UnknownPtx
-from tests.emulator.registers import Array, Fault
+from tests.emulator.registers import POISON, Array, Fault
 
 LANES = np.arange(32)
 ALL = np.ones(32, dtype=bool)
@@ -54,6 +54,11 @@ def test_what_is_not_known_is_refused_by_name() -> None:
         run("sad.u32 $0, $1, $1, $1;", [1], 1)
     with pytest.raises(Fault, match="t is read and was never written"):
         run("{.reg .b32 t; add.u32 $0, $1, t;}", [1], 1)
+
+
+def test_bytes_of_a_register_that_nobody_writes_are_poison() -> None:
+    found = run("{.reg .b32 t; prmt.b32 $0, $1, t, 0x3340;}", [0x11223344], 1)
+    assert found == [0x11110044 | POISON << 8]
 
 
 @pytest.mark.parametrize(
