@@ -141,8 +141,7 @@ def _fill(side: SideArgument, states: KVStates) -> list[Tensor]:
         argument.bits, argument.size = term.bits, term.size
         argument.table, argument.basis = term.table.data_ptr(), term.basis.data_ptr()
         kept += [codes, term.table, term.basis]
-    side.scale.point(statistics.scale)
-    side.scale.strides[2] = int(statistics.scale.shape[3] > 1)  # of the channels
+    side.scale.point_channels(statistics.scale)
     if statistics.mean is not None:
         side.mean.point(statistics.mean)
     return kept

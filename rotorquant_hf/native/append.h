@@ -24,10 +24,8 @@ typedef struct {
     const float *centroids;  /* (2^bits,) */
     Tensor factor;           /* of the Hessian, (batch, heads, d, RANK), or no data */
     double ridge;            /* what it adds to a mean diagonal of 1 */
-    int64_t pairs;           /* of channels that RoPE turns, and the Hessian with them, or 0 */
-    int64_t interleaved;     /* pair i: channels 2 i and 2 i + 1, or else i and i + pairs */
-    Tensor frequencies;      /* in radians a token, (batch, any, 1, pairs) float32 */
-    int64_t position;        /* to where it turns */
+    Rope rope;               /* by which it turns along with the vectors */
+    int64_t position;        /* to where */
     int64_t projections;     /* of the residual, or 0 */
     const float *projection; /* S, (projections, d) */
     /* What is written: rows (batch, heads, tokens, ...). */

@@ -31,6 +31,21 @@ static inline const uint8_t *place(const Tensor *x, int64_t b, int64_t h, int64_
     return (const uint8_t *)x->data + elements * element_size(x->type);
 }
 
+/* How RoPE turns vectors: pair i are channels 2 i and 2 i + 1, or else i and i + pairs. */
+typedef struct {
+    int64_t pairs, interleaved; /* no pairs: it is not known, or nothing turns */
+    Tensor frequencies;         /* in radians a token, (batch, any, 1, pairs) float32 */
+} Rope;
+
+/* From the first channel of a pair to that of the next one, and to the second of the same. */
+static inline int64_t between_pairs(const Rope *rope) { return rope->interleaved ? 2 : 1; }
+static inline int64_t within_pair(const Rope *rope) { return rope->interleaved ? 1 : rope->pairs; }
+
+static inline const float *frequencies(const Rope *rope, int64_t b)
+{
+    return (const float *)place(&rope->frequencies, b, 0, 0);
+}
+
 /* One term of packed vectors: scale * (centroids of the codes) @ basis. */
 typedef struct {
     Tensor codes, scale;

@@ -61,7 +61,7 @@ static void measure_head(const void *asked, int64_t item, float *tile)
         for (int64_t i = 0; i < count * stride; i += WIDTH)
             store(tile + i, load(tile + i) / all(peak));
         add_vectors(sums, squares, tile, stride, count);
-        if (x->pairs) {
+        if (x->rope.pairs) {
             turn_back(tile, stride, x, b, first, count);
             add_vectors(before, NULL, tile, stride, count);
         }
@@ -151,7 +151,7 @@ static void store_center(float *center, const Measured *measured, int64_t b, int
 {
     const Block *block = measured->block;
     const Turned *x = &block->x;
-    int64_t d = x->d, pairs = x->pairs;
+    int64_t d = x->d, pairs = x->rope.pairs;
     const float *mean = measured->mean + item * d, *energy = measured->energy + item * d;
     double peak = measured->peak[item];
     if (block->center == OFFSET) {
@@ -171,7 +171,7 @@ static void store_center(float *center, const Measured *measured, int64_t b, int
     if (!turned)
         return;
     const float *turn = (const float *)place(&block->spread, b, 0, 0);
-    int64_t step = x->interleaved ? 2 : 1, other = x->interleaved ? 1 : pairs;
+    int64_t step = between_pairs(&x->rope), other = within_pair(&x->rope);
     for (int64_t k = 0; k < pairs; k++) {
         double re = turn[2 * k], im = turn[2 * k + 1];
         double one = before[k * step], two = before[k * step + other];
@@ -183,7 +183,7 @@ static void store_center(float *center, const Measured *measured, int64_t b, int
 int BLOCK(const Block *block, Team team, int threads)
 {
     const Turned *x = &block->x;
-    int64_t d = x->d, heads = x->batch * x->heads;
+    int64_t d = x->d, pairs = x->rope.pairs, heads = x->batch * x->heads;
     float *memory = aligned_alloc(64, (heads * (3 * d + 1) * sizeof(float) + 63) / 64 * 64);
     if (!memory)
         return -1;
@@ -192,11 +192,9 @@ int BLOCK(const Block *block, Team team, int threads)
     measured.before = measured.energy + heads * d;
     int done = for_each(measure_head, &measured, heads, (VECTORS + 3) * padded(d), team, threads);
     for (int64_t b = 0; b < x->batch && !done; b++) {
-        int turned = x->pairs && is_turned(&measured, b);
-        for (int64_t i = 0; i < x->pairs; i++) {
-            const float *frequency = (const float *)place(&block->frequencies, b, 0, 0);
-            block->turning[b * x->pairs + i] = turned ? frequency[i] : 0;
-        }
+        int turned = pairs && is_turned(&measured, b);
+        for (int64_t i = 0; i < pairs; i++)
+            block->turning[b * pairs + i] = turned ? frequencies(&x->rope, b)[i] : 0;
         for (int64_t h = b * x->heads; h < (b + 1) * x->heads; h++) {
             float *scale = block->scale + h * (block->power == 0 ? 1 : d);
             store_scale(scale, block, measured.energy + h * d, measured.peak[h]);

@@ -82,8 +82,8 @@ static void invert(double *inverse, const double *lower)
 
 static int turns(const Hessian *asked, int64_t b)
 {
-    const float *frequency = (const float *)place(&asked->frequencies, b, 0, 0);
-    for (int64_t i = 0; i < asked->pairs; i++)
+    const float *frequency = frequencies(&asked->rope, b);
+    for (int64_t i = 0; i < asked->rope.pairs; i++)
         if (frequency[i] != 0)
             return 1;
     return 0;
@@ -92,8 +92,8 @@ static int turns(const Hessian *asked, int64_t b)
 /* The moment of queries to come, if RoPE turns the keys along with them: `Rope.spread_moment`. */
 static void spread(double *h, const Hessian *asked, const float *moment, int64_t b)
 {
-    int64_t d = asked->d, pairs = asked->pairs, size = 2 * pairs;
-    int64_t step = asked->interleaved ? 2 : 1, other = asked->interleaved ? 1 : pairs;
+    int64_t d = asked->d, pairs = asked->rope.pairs, size = 2 * pairs;
+    int64_t step = between_pairs(&asked->rope), other = within_pair(&asked->rope);
     const float *turn = (const float *)place(&asked->by_turn, b, 0, 0);
     for (int64_t k = 0; k < pairs; k++) {
         const float *first = moment + k * step * d, *second = first + other * d;

@@ -49,6 +49,29 @@ class TensorArgument(ctypes.Structure):
         self.data, self.type = x.data_ptr(), _TYPES[x.dtype]
         self.strides[:] = x.stride()[:3]
 
+    def point_channels(self, scale: torch.Tensor) -> None:
+        """Let it be scales of channels, (batch, heads, 1, d) or (batch, heads, 1, 1): one for all.
+
+        Its third stride is that of the channels.
+        """
+        self.point(scale)
+        self.strides[2] = int(scale.shape[3] > 1)
+
+
+class RopeArgument(ctypes.Structure):
+    """`Rope` of attend.h."""
+
+    _fields_ = [
+        ("pairs", c_int64),
+        ("interleaved", c_int64),
+        ("frequencies", TensorArgument),
+    ]
+
+    def point(self, frequencies: torch.Tensor, layout: str, batch: int) -> None:
+        """Let it turn by frequencies (batch or 1, 1, 1, r), of a layout of `quant/rope.py`."""
+        self.pairs, self.interleaved = frequencies.shape[3], layout == "interleaved"
+        self.frequencies.point(frequencies.expand(batch, -1, -1, -1))
+
 
 class TermArgument(ctypes.Structure):
     """`Term` of attend.h."""
@@ -105,9 +128,7 @@ class AppendArguments(ctypes.Structure):
         *((name, c_void_p) for name in ("rotation", "boundaries", "centroids")),
         ("factor", TensorArgument),
         ("ridge", c_double),
-        ("pairs", c_int64),
-        ("interleaved", c_int64),
-        ("frequencies", TensorArgument),
+        ("rope", RopeArgument),
         ("position", c_int64),
         ("projections", c_int64),
         ("projection", c_void_p),
@@ -122,8 +143,7 @@ class TurnedArgument(ctypes.Structure):
         *((name, c_int64) for name in ("batch", "heads", "tokens", "d")),
         ("x", TensorArgument),
         ("places", c_void_p),
-        ("pairs", c_int64),
-        ("interleaved", c_int64),
+        ("rope", RopeArgument),
         ("cos", TensorArgument),
         ("sin", TensorArgument),
     ]
@@ -148,9 +168,7 @@ class BlockArguments(ctypes.Structure):
         *((name, c_int64) for name in ("center", "layout")),
         ("spread", TensorArgument),
         *((name, c_double) for name in ("turns", "min_rms", "offset_energy", "offset_share")),
-        *((name, c_void_p) for name in ("scale", "mean")),
-        ("frequencies", TensorArgument),
-        ("turning", c_void_p),
+        *((name, c_void_p) for name in ("scale", "mean", "turning")),
     ]
 
 
@@ -160,8 +178,7 @@ class HessianArguments(ctypes.Structure):
     _fields_ = [
         *((name, c_int64) for name in ("batch", "heads", "d")),
         *((name, c_void_p) for name in ("moment", "before")),
-        ("frequencies", TensorArgument),
-        *((name, c_int64) for name in ("pairs", "interleaved")),
+        ("rope", RopeArgument),
         *((name, TensorArgument) for name in ("by_cos", "by_sin", "by_turn")),
         ("level", c_double),
         ("scale", TensorArgument),
@@ -188,6 +205,16 @@ class PushArguments(ctypes.Structure):
     ]
 
 
+ARGUMENTS: dict[str, type[ctypes.Structure]] = {
+    "attend": Arguments,
+    "append": AppendArguments,
+    "moment": MomentArguments,
+    "block": BlockArguments,
+    "hessian": HessianArguments,
+}
+"""Of the functions that are compiled for every level."""
+
+
 class Library:
     """The loaded library.
 
@@ -200,19 +227,12 @@ class Library:
         loaded.rotorquant_level.restype = c_char_p
         self._name: bytes = loaded.rotorquant_level()
         self.level = self._name.decode()
-        self._attend = loaded.rotorquant_attend
-        self._attend.argtypes = [POINTER(Arguments), c_char_p, c_void_p, c_int]
-        self._append = loaded.rotorquant_append
-        self._append.argtypes = [POINTER(AppendArguments), c_char_p, c_void_p, c_int]
-        self._moment = loaded.rotorquant_moment
-        self._moment.argtypes = [POINTER(MomentArguments), c_char_p, c_void_p, c_int]
-        self._block = loaded.rotorquant_block
-        self._block.argtypes = [POINTER(BlockArguments), c_char_p, c_void_p, c_int]
-        self._hessian = loaded.rotorquant_hessian
-        self._hessian.argtypes = [POINTER(HessianArguments), c_char_p, c_void_p, c_int]
+        self._team = _team_of_torch()
+        self._functions = {name: getattr(loaded, f"rotorquant_{name}") for name in ARGUMENTS}
+        for name, arguments in ARGUMENTS.items():
+            self._functions[name].argtypes = [POINTER(arguments), c_char_p, c_void_p, c_int]
         self._push = loaded.rotorquant_push
         self._push.argtypes = [POINTER(PushArguments)]
-        self._team = _team_of_torch()
 
     def attend(self, arguments: Arguments, level: str | None = None) -> None:
         """Compute what the arguments say, with as many threads as torch has.
@@ -220,9 +240,7 @@ class Library:
         Raises:
             MemoryError: if there is none for the sums.
         """
-        name = self._name if level is None else level.encode()
-        if self._attend(arguments, name, self._team, torch.get_num_threads()):
-            raise MemoryError("no memory for attention over packed codes")
+        self._run("attend", arguments, level, "attention over packed codes")
 
     def append(self, arguments: AppendArguments, level: str | None = None) -> bool:
         """Code what the arguments say, with as many threads as torch has.
@@ -233,11 +251,7 @@ class Library:
         Raises:
             MemoryError: if there is none to work in.
         """
-        name = self._name if level is None else level.encode()
-        done = self._append(arguments, name, self._team, torch.get_num_threads())
-        if done < 0:
-            raise MemoryError("no memory for coding keys and values")
-        return done == 0
+        return self._run("append", arguments, level, "coding keys and values") == 0
 
     def moment(self, arguments: MomentArguments, level: str | None = None) -> None:
         """Take second moments, with as many threads as torch has.
@@ -245,9 +259,7 @@ class Library:
         Raises:
             MemoryError: if there is none for the sums.
         """
-        name = self._name if level is None else level.encode()
-        if self._moment(arguments, name, self._team, torch.get_num_threads()):
-            raise MemoryError("no memory for the second moments of queries")
+        self._run("moment", arguments, level, "the second moments of queries")
 
     def block(self, arguments: BlockArguments, level: str | None = None) -> None:
         """Take scales and means of channels, with as many threads as torch has.
@@ -255,9 +267,7 @@ class Library:
         Raises:
             MemoryError: if there is none to work in.
         """
-        name = self._name if level is None else level.encode()
-        if self._block(arguments, name, self._team, torch.get_num_threads()):
-            raise MemoryError("no memory for the statistics of keys and values")
+        self._run("block", arguments, level, "the statistics of keys and values")
 
     def hessian(self, arguments: HessianArguments, level: str | None = None) -> bool:
         """Make Hessians of second moments, with as many threads as torch has.
@@ -268,11 +278,15 @@ class Library:
         Raises:
             MemoryError: if there is none to work in.
         """
-        name = self._name if level is None else level.encode()
-        done = self._hessian(arguments, name, self._team, torch.get_num_threads())
+        return self._run("hessian", arguments, level, "the Hessian of keys") == 0
+
+    def _run(self, name: str, arguments: ctypes.Structure, level: str | None, what: str) -> int:
+        """What a function returns, 0 or more."""
+        at = self._name if level is None else level.encode()
+        done: int = self._functions[name](arguments, at, self._team, torch.get_num_threads())
         if done < 0:
-            raise MemoryError("no memory for the Hessian of keys")
-        return done == 0
+            raise MemoryError(f"no memory for {what}")
+        return done
 
     def push(self, arguments: PushArguments) -> bool:
         """Copy new tokens to their places; whether all their elements are finite."""

@@ -14,8 +14,7 @@ typedef struct {
     int64_t batch, heads, tokens, d; /* as many tokens as are looked at */
     Tensor x;                        /* (batch, heads, tokens or more, d) */
     const int64_t *places;           /* of the tokens that are looked at, or NULL: all */
-    int64_t pairs;                   /* of channels that are turned, or 0 */
-    int64_t interleaved;             /* pair i: channels 2 i and 2 i + 1, or else i and i + pairs */
+    Rope rope;
     Tensor cos, sin;                 /* of the angles, (batch, any, tokens, pairs) float32 */
 } Turned;
 
@@ -40,8 +39,8 @@ typedef struct {
     double turns, min_rms, offset_energy, offset_share; /* limits: see there */
     float *scale;         /* (batch, heads, d); with power 0 (batch, heads) */
     float *mean;          /* (batch, heads, d), or NULL */
-    Tensor frequencies;   /* of RoPE, (batch, any, 1, pairs) float32 */
-    float *turning;       /* (batch, pairs): the same of rows that it has turned, else 0; or NULL */
+    float *turning;       /* (batch, pairs): frequencies of rows that RoPE has turned, else 0; or
+                             NULL */
 } Block;
 
 /* What errors of coded vectors cost those who read them: `ChannelStatistics.read_by`. */
@@ -49,9 +48,8 @@ typedef struct {
     int64_t batch, heads, d;      /* d >= RANK */
     const float *moment;          /* of the queries, (batch, heads, d, d), contiguous */
     const float *before;          /* the same before they were turned, or NULL */
-    Tensor frequencies;           /* (batch, any, 1, pairs) float32: where one is not 0, that is
-                                     taken, turned to where the queries will be */
-    int64_t pairs, interleaved;   /* as in `Turned` */
+    Rope rope;                    /* in rows that it turns, that is taken, turned to where the
+                                     queries will be */
     Tensor by_cos, by_sin;        /* how to, complex (batch, any, pairs, pairs) */
     Tensor by_turn;               /* and with channels that stay, (batch, any, 1, pairs) */
     double level;                 /* to be added to the diagonal, as a share of its mean */

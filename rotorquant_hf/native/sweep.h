@@ -32,15 +32,16 @@ static double energy_of(const float *factor, int64_t d)
    columns are directions of queries, in units of the channels' scales. */
 static void take_factor(float *factor, const Coding *coding, int64_t b, int64_t h)
 {
-    int64_t d = coding->d, pairs = coding->pairs, step = coding->channels.stride_t;
-    int64_t between = coding->interleaved ? 2 : 1, other = coding->interleaved ? 1 : pairs;
+    const Rope *rope = &coding->rope;
+    int64_t d = coding->d, step = coding->channels.stride_t;
+    int64_t between = between_pairs(rope), other = within_pair(rope);
     const float *scale = (const float *)place(&coding->channels, b, h, 0);
     copy_tile(factor, RANK, &coding->factor, RANK, b, h, 0, (int)d);
-    if (!pairs)
+    if (!rope->pairs)
         return;
-    const float *frequency = (const float *)place(&coding->frequencies, b, 0, 0);
+    const float *frequency = frequencies(rope, b);
     double before = energy_of(factor, d);
-    for (int64_t i = 0; i < pairs; i++) {
+    for (int64_t i = 0; i < rope->pairs; i++) {
         float *one = factor + i * between * RANK, *two = one + other * RANK;
         float angle = (float)coding->position * frequency[i], cos = cosf(angle), sin = sinf(angle);
         float first = scale[i * between * step], second = scale[(i * between + other) * step];

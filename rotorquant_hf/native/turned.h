@@ -28,17 +28,17 @@ static void take_tile(float *tile, int64_t stride, const Turned *x, int64_t b, i
 static void turn_back(float *tile, int64_t stride, const Turned *x, int64_t b, int64_t first,
                       int count)
 {
-    int64_t pairs = x->pairs;
+    int64_t pairs = x->rope.pairs;
     for (int t = 0; t < count; t++, tile += stride) {
         const float *restrict cos = (const float *)place(&x->cos, b, 0, first + t);
         const float *restrict sin = (const float *)place(&x->sin, b, 0, first + t);
         float *restrict one = tile, *restrict other = tile + pairs;
-        for (int64_t i = 0; i < pairs && !x->interleaved; i++) {
+        for (int64_t i = 0; i < pairs && !x->rope.interleaved; i++) {
             float a = one[i], c = other[i];
             one[i] = a * cos[i] + c * sin[i];
             other[i] = c * cos[i] - a * sin[i];
         }
-        for (int64_t i = 0; i < pairs && x->interleaved; i++) {
+        for (int64_t i = 0; i < pairs && x->rope.interleaved; i++) {
             float a = tile[2 * i], c = tile[2 * i + 1];
             tile[2 * i] = a * cos[i] + c * sin[i];
             tile[2 * i + 1] = c * cos[i] - a * sin[i];

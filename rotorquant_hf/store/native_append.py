@@ -59,8 +59,7 @@ def encode_native(
     a.batch, a.heads, a.tokens, a.d = x.shape
     a.bits, a.rule = mse.bits, SCALES.index(mse.scale)
     a.x.point(x)
-    a.channels.point(statistics.scale)
-    a.channels.strides[2] = int(statistics.scale.shape[3] > 1)
+    a.channels.point_channels(statistics.scale)
     if statistics.mean is not None:
         a.mean.point(statistics.mean)
     a.rotation = mse.rotation.matrix().data_ptr()
@@ -69,9 +68,7 @@ def encode_native(
         factor, a.ridge = statistics.hessian.factor.contiguous(), RIDGE
         a.factor.point(factor)
         if statistics.rope is not None:
-            frequencies = statistics.rope.frequencies.expand(a.batch, -1, -1, -1)
-            a.pairs, a.interleaved = frequencies.shape[3], statistics.rope.layout == "interleaved"
-            a.frequencies.point(frequencies)
+            a.rope.point(statistics.rope.frequencies, statistics.rope.layout, a.batch)
             a.position = middle_of_segment(position)
     a.codes.point(rows["codes"])
     a.scale.point(rows["scale"])

@@ -140,10 +140,8 @@ def native_block(
         loaded.block(a, level)
         return ChannelStatistics(scale, mean, rope=rope)
     spread = _mean_turns(rope, (fitted_length(positions),), batch)
-    frequencies = rope.frequencies.expand(batch, -1, -1, -1)
-    turning = torch.empty_like(frequencies, memory_format=torch.contiguous_format)
+    turning = rope.frequencies.new_empty(batch, *rope.frequencies.shape[1:])
     a.spread.point(spread)
-    a.frequencies.point(frequencies)
     a.turning = turning.data_ptr()
     loaded.block(a, level)
     return ChannelStatistics(scale, mean, rope=Rope(turning, rope.layout))
@@ -172,18 +170,15 @@ def native_hessian(
     a.moment = mean.data_ptr()
     if statistics.rope is not None and queries.pre_rope is not None:
         before, rope = queries.pre_rope.contiguous(), rope or statistics.rope
-        frequencies = statistics.rope.frequencies.expand(a.batch, -1, -1, -1)
         by_cos, by_sin = _mean_products(rope, READ_AFTER, a.batch)
         by_turn = _mean_turns(rope, READ_AFTER, a.batch)
         a.before = before.data_ptr()
-        a.frequencies.point(frequencies)
-        a.pairs, a.interleaved = frequencies.shape[3], rope.layout == "interleaved"
+        a.rope.point(statistics.rope.frequencies, rope.layout, a.batch)
         a.by_cos.point(by_cos)
         a.by_sin.point(by_sin)
         a.by_turn.point(by_turn)
     a.level = queries.shrinkage
-    a.scale.point(statistics.scale)
-    a.scale.strides[2] = int(statistics.scale.shape[3] > 1)
+    a.scale.point_channels(statistics.scale)
     start = start_of_iteration(a.d, RANK, mean.device)
     a.start, a.ridge, a.iterations = start.data_ptr(), RIDGE, ITERATIONS
     factor = mean.new_empty(a.batch, a.heads, a.d, RANK, dtype=torch.float16)
@@ -219,10 +214,9 @@ class _Held:
         if self.places is not None:
             a.tokens, a.places = len(self.places), self.places.data_ptr()
         if self.rope is not None and self.sines is not None:
-            cos, sin = self.sines
-            a.pairs, a.interleaved = cos.shape[3], self.rope.layout == "interleaved"
-            a.cos.point(cos)
-            a.sin.point(sin)
+            a.rope.point(self.rope.frequencies, self.rope.layout, a.batch)
+            a.cos.point(self.sines[0])
+            a.sin.point(self.sines[1])
 
 
 def _sines(rope: Rope, positions: range | Tensor, count: int, batch: int) -> tuple[Tensor, Tensor]:

@@ -87,11 +87,11 @@ class Registers:
         if (bits == 1) != (register.bits == 1):
             raise UnknownPtx(f"{register.name} has {register.bits} bits and is read as {bits}")
 
-        poison = np.full(self.threads, POISON * 0x01010101, dtype=np.uint32).astype(dtype)
+        poison = _constant(POISON * 0x01010101, bits, self.threads) if or_poison else None
 
         def read() -> Array:
             value = self.values[index]
-            if value is None and or_poison:
+            if value is None and poison is not None:
                 return poison
             if value is None:
                 raise Fault(f"{register.name} is read and was never written")

@@ -12,26 +12,20 @@ import mmap
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import unicorn
 from elftools.elf.elffile import ELFFile
 from unicorn import arm64_const as registers
 
-from rotorquant_hf.native.library import (
-    AppendArguments,
-    Arguments,
-    BlockArguments,
-    HessianArguments,
-    MomentArguments,
-)
+from rotorquant_hf.native.library import ARGUMENTS, Library
 from tests.conftest import ROOT
 
 _PAGE = mmap.PAGESIZE
 _SIZE = 1 << 20  # of the stack, and of what a thread has of its own
 _STACK, _THREAD, _END = 0x7000_0000, 0x7800_0000, 0x7F00_0000
 _SYSTEM_CALL = 2
-_NAMES = ("attend", "append", "moment", "block", "hessian")
 _FUNCTIONS = {
     1: lambda x, _: math.exp(min(x, 88.0)),
     2: lambda x, _: math.tanh(x),
@@ -52,15 +46,15 @@ def compiled(folder: Path) -> Path:
     for source, object_ in zip(sources, objects, strict=True):
         subprocess.run([*zig, "cc", *flags, "-c", source, "-o", object_], check=True)
     path = folder / "library.elf"
-    keep = [part for name in _NAMES for part in ("-u", f"{name}_portable")]
+    keep = [part for name in ARGUMENTS for part in ("-u", f"{name}_portable")]
     subprocess.run(
         [*zig, "ld.lld", *keep, "-e", "attend_portable", *objects, "-o", path], check=True
     )
     return path
 
 
-class Arm:
-    """Stands in for `Library`.
+class Arm(Library):
+    """Functions run in the emulator, on one thread.
 
     Args:
         path: what `compiled` made.
@@ -68,8 +62,6 @@ class Arm:
     Attributes:
         calls: how often each function was called.
     """
-
-    level = "portable"
 
     def __init__(self, path: Path) -> None:
         self._uc = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
@@ -79,7 +71,7 @@ class Arm:
             symbols = elf.get_section_by_name(".symtab")
             self._address = {
                 name: symbols.get_symbol_by_name(f"{name}_portable")[0]["st_value"]
-                for name in _NAMES
+                for name in ARGUMENTS
             }
             self._load([x for x in elf.iter_segments() if x["p_type"] == "PT_LOAD"])
         for begin in (_STACK, _THREAD):
@@ -93,30 +85,8 @@ class Arm:
         self._uc.hook_add(unicorn.UC_HOOK_INTR, self._call)
         self._shared: set[int] = set()
         self.calls = Counter[str]()
-
-    def attend(self, arguments: Arguments, level: str | None = None) -> None:
-        """As of `Library`."""
-        assert self._run("attend", arguments) == 0
-
-    def append(self, arguments: AppendArguments, level: str | None = None) -> bool:
-        """As of `Library`."""
-        done = self._run("append", arguments)
-        assert done >= 0
-        return done == 0
-
-    def moment(self, arguments: MomentArguments, level: str | None = None) -> None:
-        """As of `Library`."""
-        assert self._run("moment", arguments) == 0
-
-    def block(self, arguments: BlockArguments, level: str | None = None) -> None:
-        """As of `Library`."""
-        assert self._run("block", arguments) == 0
-
-    def hessian(self, arguments: HessianArguments, level: str | None = None) -> bool:
-        """As of `Library`."""
-        done = self._run("hessian", arguments)
-        assert done >= 0
-        return done == 0
+        self.level, self._name, self._team = "portable", b"portable", None
+        self._functions = {name: partial(self._emulate, name) for name in ARGUMENTS}
 
     def _load(self, segments: list) -> None:
         begin = segments[0]["p_vaddr"] // _PAGE * _PAGE
@@ -125,7 +95,7 @@ class Arm:
         for segment in segments:
             self._uc.mem_write(segment["p_vaddr"], segment.data())
 
-    def _run(self, name: str, arguments: ctypes.Structure) -> int:
+    def _emulate(self, name: str, arguments: ctypes.Structure, *_: object) -> int:
         uc = self._uc
         uc.reg_write(registers.UC_ARM64_REG_SP, _STACK + _SIZE - 64)
         uc.reg_write(registers.UC_ARM64_REG_LR, _END)
