@@ -94,11 +94,19 @@ def _kernels() -> tuple[Any, ...]:
     """All kernels."""
     from rotorquant_hf.kernels.append import append_kernel
     from rotorquant_hf.kernels.attend import attend_kernel
+    from rotorquant_hf.kernels.block import block_kernel
+    from rotorquant_hf.kernels.channels import channels_kernel
     from rotorquant_hf.kernels.combine import combine_kernel
+    from rotorquant_hf.kernels.feedback import feedback_kernel
+    from rotorquant_hf.kernels.hessian import hessian_kernel
+    from rotorquant_hf.kernels.moment import moment_kernel
     from rotorquant_hf.kernels.push import push_kernel
     from rotorquant_hf.kernels.queries import prepare_kernel
 
-    return append_kernel, push_kernel, prepare_kernel, attend_kernel, combine_kernel
+    return (
+        *(moment_kernel, block_kernel, channels_kernel, hessian_kernel, feedback_kernel),
+        *(append_kernel, push_kernel, prepare_kernel, attend_kernel, combine_kernel),
+    )
 
 
 def _variants() -> Counter[str]:

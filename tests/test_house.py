@@ -13,7 +13,11 @@ PACKAGE = read_house(ROOT / "rotorquant_hf")
 HARNESS = read_house(ROOT / "evals")
 
 # These modules are made of Triton's functions; nothing imports them before a kernel is launched.
-TRITON_ROOMS = ("rotorquant_hf.kernels", "rotorquant_hf.attention.triton_attention")
+TRITON_ROOMS = (
+    "rotorquant_hf.kernels",
+    "rotorquant_hf.attention.triton_attention",
+    "rotorquant_hf.store.kernel_statistics",
+)
 # Examples that train or draw read texts as the harness does; the others can be copied out.
 COPIED = ("fetch_smollm2", "generate", "how_it_works", "sample_text")
 WITH_HARNESS = ("text_data", "train_model", "train_recall")

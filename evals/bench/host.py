@@ -8,6 +8,9 @@ One layer takes in a token and attends, in Transformers' attention, and beside i
 `DynamicCache`, whose tensors are small enough for a CPU to compute in no time. Microseconds a layer
 and step: median, and the middle half of the samples in brackets; Python calls are counted by the
 profiler. (Not counted: the driver's own launch, some microseconds each, as in DynamicCache's.)
+
+A second table has what a layer does besides when a prompt is first packed, once a text: statistics,
+query directions, codes. Its few operations of torch are of a size that a CPU hardly computes on.
 """
 
 from __future__ import annotations
@@ -19,20 +22,23 @@ import pstats
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rotorquant_hf import RotorQuantCache, RotorQuantConfig
+from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.backend import backend
 
 from .common import exit_with, middle_half, new_parser, require_triton
 
+_PROMPT = 512
 _DENSE_TOKENS = 8  # of the DynamicCache: few, so that the CPU's computing does not count
 
 
@@ -82,13 +88,17 @@ def without_device(arch: int = 90) -> Iterator[None]:
     """Launch Triton's kernels into the void, and look for NaN as rarely as on a GPU."""
     from triton.runtime import driver
 
+    from rotorquant_hf.kernels.launch import launch_of
+
     before = driver._active
     driver.set_active(_NoDevice(arch))
+    launch_of.cache_clear()  # kernels that another driver launches
     try:
         with backend("triton"), mock.patch("rotorquant_hf.layers.full.check_finite", _no_check):
             yield
     finally:
         driver._active = before
+        launch_of.cache_clear()
 
 
 def one_step(
@@ -121,6 +131,19 @@ def filled(settings: RotorQuantConfig, layers: int, keys: Tensor) -> RotorQuantC
         for index in range(layers):
             cache.update(prompt, prompt, index)
     return cache
+
+
+def pack_prompt(settings: RotorQuantConfig, config: LlamaConfig, states: list[Tensor]) -> None:
+    """Take in a prompt through a new cache, in all layers, and pack it.
+
+    Args:
+        states: queries, keys and values (batch, heads, n, d), the same in all layers.
+    """
+    cache = RotorQuantCache(settings, config=config)
+    for layer in range(config.num_hidden_layers):
+        keys, _ = cache.update(states[1], states[2], layer)
+        if isinstance(keys, CompressedTensor) and keys.on_query is not None:
+            keys.on_query(states[0], None)
 
 
 def calls(step: Callable[[], None], layers: int, steps: int) -> float:
@@ -164,6 +187,23 @@ def main(argv: list[str] | None = None) -> None:
             dense.crop(_DENSE_TOKENS - dense.get_seq_length())
         block = settings.block_length  # steps, in one of which a block is coded
         counted = {name: calls(step, args.layers, block) for name, step in steps.items()}
+        shapes = (args.heads, args.kv_heads, args.kv_heads)
+        prompt = [torch.randn(1, h, _PROMPT, args.head_dim).bfloat16() for h in shapes]
+        config = LlamaConfig(
+            hidden_size=args.heads * args.head_dim,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.kv_heads,
+            head_dim=args.head_dim,
+            num_hidden_layers=args.layers,
+        )
+        packing: dict[str, list[float]] = {}
+        for _ in range(max(2, args.samples // 4) + 1):
+            for aware in (True, False):
+                settings = replace(settings, query_aware=aware)
+                began = time.perf_counter()
+                pack_prompt(settings, config, prompt)
+                spent = (time.perf_counter() - began) / args.layers * 1e6
+                packing.setdefault("k3v3" if aware else "nearest rounding", []).append(spent)
     print(f"torch {torch.__version__}, triton {triton.__version__}, {args.layers} layers\n")
     print(
         "| step | us a layer | beside DynamicCache | calls a layer |\n| --- | ---: | ---: | ---: |"
@@ -173,6 +213,9 @@ def main(argv: list[str] | None = None) -> None:
         ratios = [x / y for x, y in zip(samples, plain, strict=True)]
         compared = "" if samples is plain else middle_half(ratios, "x")
         print(f"| {name} | {middle_half(samples)} | {compared} | {counted[name]:.0f} |")
+    print("\n| first packing of a prompt | us a layer |\n| --- | ---: |")
+    for name, samples in packing.items():
+        print(f"| {name} | {middle_half(samples[1:])} |")  # the first compiles
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

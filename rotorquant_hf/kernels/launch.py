@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import lru_cache
 from typing import Any
+
+import torch
 
 
 class Launch:
@@ -44,3 +47,18 @@ class Launch:
         compiled = self._kernel[grid](*changing, **self._bound)
         if compiled is not None:  # Triton's interpreter compiles nothing
             self._compiled[kind] = compiled
+
+
+@lru_cache(maxsize=256)
+def launch_of(kernel: Any, dtype: torch.dtype, device: torch.device, **bound: Any) -> Launch:
+    """A `Launch` bound to constants and options alone, for all layers that compute the same.
+
+    `enable_fp_fusion=False` is for sums of products across threads: where a lane adds another's
+    product, which is rounded, to its own, which is not, each has another sum, and which of them is
+    stored is chance.
+
+    Args:
+        dtype: of the changing tensors that are not of the same dtype everywhere.
+        device: of all tensors.
+    """
+    return Launch(kernel, **bound)

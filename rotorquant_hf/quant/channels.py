@@ -259,11 +259,9 @@ class ChannelStatistics:
         scale = self._channel_scales(factor.shape[-2])
         # The factor's columns are directions of queries, in units of the scales.
         rows = factor.mT / scale
-        first = middle_of_segment(position)
-        last = first + (count - 1) * SEGMENT
-        middles = torch.arange(first, last + 1, SEGMENT, device=factor.device)
+        middles = middles_of_segments(position, count, factor.device)
         # (count, batch, heads, d, RANK)
-        turned = (self.rope.turn(rows, middles.view(-1, 1, 1, 1)) * scale).mT
+        turned = (self.rope.turn(rows, middles) * scale).mT
         norm, before = (
             torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
             for x in (turned, factor)
@@ -302,6 +300,13 @@ def fitted_length(positions: range | Tensor) -> int:
 def middle_of_segment(position: int) -> int:
     """Where in the text the middle of a position's segment is, to which its Hessian is turned."""
     return position // SEGMENT * SEGMENT + SEGMENT // 2
+
+
+def middles_of_segments(position: int, count: int, device: torch.device) -> Tensor:
+    """`middle_of_segment` of a position, and of the next segments: (count, 1, 1, 1)."""
+    first = middle_of_segment(position)
+    last = first + (count - 1) * SEGMENT
+    return torch.arange(first, last + 1, SEGMENT, device=device).view(-1, 1, 1, 1)
 
 
 def _or_one(x: Tensor) -> Tensor:

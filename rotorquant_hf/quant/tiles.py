@@ -49,6 +49,16 @@ def sampled_places(tokens: int, count: int, device: torch.device) -> Tensor | No
     return None if tokens <= count else _places(tokens, count, device)
 
 
+@lru_cache(maxsize=16)
+def all_sampled_places(tokens: int, count: int, device: torch.device) -> Tensor:
+    """Which of so many tokens `sampled` takes, or all, int64; kept, as every layer asks."""
+    places = sampled_places(tokens, count, device)
+    if places is not None:
+        return places
+    with torch.inference_mode(False):
+        return torch.arange(tokens, device=device)
+
+
 def sampled_positions(positions: range | Tensor, count: int, device: torch.device) -> Tensor:
     """Where in the text the tokens are that `sampled` takes, (at most count,), on a device.
 

@@ -8,15 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rotorquant_hf.backend import kernels_take, on_device, uses_native
+from rotorquant_hf.backend import kernels_take, on_device
 from rotorquant_hf.config import RotorQuantConfig
-from rotorquant_hf.quant.channels import ChannelStatistics, Measured
+from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.checks import check_finite, check_vectors
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.quantizer import Quantizer
 from rotorquant_hf.quant.rope import Rope
 from rotorquant_hf.quant.tiles import token_tiles
 from rotorquant_hf.store.side import PackedSide
+from rotorquant_hf.store.statistics import measured_together
 
 
 class RotorQuantKVCache:
@@ -189,9 +190,7 @@ class RotorQuantKVCache:
         if self.has_statistics:
             return
         tokens = sample[0].shape[2]
-        keys: Tensor | Measured
-        values: Tensor | Measured
-        keys, values = sample if uses_native(self.device) else Measured.of_both(*sample)
+        keys, values = measured_together(*sample)
         positions = range(position, position + tokens)
         self.keys.take_statistics(keys, positions, queries)
         self.values.take_statistics(values)

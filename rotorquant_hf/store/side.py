@@ -21,8 +21,7 @@ from rotorquant_hf.store.buffers import TokenBuffers
 from rotorquant_hf.store.native_append import encode_native, native_takes
 from rotorquant_hf.store.statistics import block_statistics, read_by
 
-# Rows of F made into feedback at a time: some 256 MiB of scratch memory.
-_FEEDBACK_ELEMENTS = 1 << 17
+_FEEDBACK_ROWS = 1 << 20  # of all segments made together: 128 MiB
 
 
 class PackedSide:
@@ -130,27 +129,32 @@ class PackedSide:
 
     def feedback(self, position: int) -> Feedback | None:
         """What the append kernel reads of the Hessian at a position; None without one."""
-        statistics, mse = self._taken_statistics(), self.quantizer.stage_one
-        hessian = statistics.hessian_at(position)
-        return None if hessian is None else Feedback.of(hessian, mse.rotation)
+        if self._taken_statistics().hessian is None:
+            return None
+        return Feedback(*(x[0] for x in self._feedback_from(position, 1)))
 
     def feedbacks(self, position: int, tokens: int) -> Iterator[tuple[slice, Feedback | None]]:
         """`feedback` of every segment of the tokens that begin at a position.
 
-        Each takes a GPU some dozens of small kernels, so those of a long text are made together.
+        One launch makes those of many.
         """
-        statistics, mse = self._taken_statistics(), self.quantizer.stage_one
+        statistics = self._taken_statistics()
         parts = list(self.segments(position, tokens))
         if not statistics.turns:
             yield parts[0], self.feedback(position)
             return
-        together = max(1, _FEEDBACK_ELEMENTS // (statistics.scale[..., 0].numel() * self.d))
+        together = max(1, _FEEDBACK_ROWS // (statistics.scale[..., 0].numel() * self.d))
         for first in range(0, len(parts), together):
             some = parts[first : first + together]
-            hessians = statistics.hessians_from(position + some[0].start, len(some))
-            made = Feedback.of(hessians, mse.rotation)
+            made = self._feedback_from(position + some[0].start, len(some))
             for index, part in enumerate(some):
                 yield part, Feedback(*(x[index] for x in made))
+
+    def _feedback_from(self, position: int, count: int) -> Feedback:
+        from rotorquant_hf.store.kernel_statistics import kernel_feedback
+
+        rotation = self.quantizer.stage_one.rotation
+        return kernel_feedback(self._taken_statistics(), rotation, position, count)
 
     def segments(self, position: int, tokens: int) -> Iterator[slice]:
         """The parts of the tokens that begin at a position that have one Hessian each."""

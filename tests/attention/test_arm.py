@@ -7,8 +7,7 @@ import torch
 
 from rotorquant_hf.attention import native_attention
 from rotorquant_hf.attention.options import AttentionOptions
-from rotorquant_hf.store import native_append
-from rotorquant_hf.store import statistics as store_statistics
+from rotorquant_hf.store import native_append, native_statistics
 from tests.attention import test_native_attention as attention
 from tests.helpers.arm import Arm, compiled
 from tests.store import test_native_append as append
@@ -23,7 +22,7 @@ def path(tmp_path_factory):
 @pytest.fixture
 def arm(path, monkeypatch) -> Arm:
     processor = Arm(path)
-    for module in (native_attention, native_append, store_statistics):
+    for module in (native_attention, native_append, native_statistics):
         monkeypatch.setattr(module, "library", lambda: processor)
     return processor
 

@@ -148,6 +148,14 @@ def bit_field(a: Array, start: Array, length: Array) -> Array:
     return (a << (spare - start.astype(a.dtype))) >> spare
 
 
+def insert_field(a: Array, b: Array, start: Array, length: Array) -> Array:
+    """b with the lowest `length` bits of a in the place of those from bit `start` on."""
+    assert int(start.max()) + int(length.max()) <= 8 * a.dtype.itemsize, "a field beyond the word"
+    one = a.dtype.type(1)
+    mask = ((one << length.astype(a.dtype)) - one) << start.astype(a.dtype)
+    return (b & ~mask) | (a << start.astype(a.dtype) & mask)
+
+
 def permute(a: Array, b: Array, selectors: Array) -> Array:
     """`prmt`: four bytes of {b, a}, each by a nibble of the selectors."""
     pair = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
@@ -187,11 +195,18 @@ _INTEGER: dict[str, Callable[..., Array]] = {
     "shl": shift_left,
     "shr": shift_right,
     "bfe": bit_field,
+    "bfi": insert_field,
     "prmt": permute,
     "lop3": logic,
+    "abs": np.abs,
     "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
 }
-_COUNTS = {"shl": 1, "shr": 1, "bfe": 2}  # last operands that are of 32 bits whatever the type
+_COUNTS = {
+    "shl": 1,
+    "shr": 1,
+    "bfe": 2,
+    "bfi": 2,
+}  # last operands that are of 32 bits whatever the type
 
 
 def _integer(statement: Statement, registers: Registers) -> Execute:

@@ -393,18 +393,15 @@ class Machine:
     def _multiply_later(self, statement: Statement) -> Execute:
         """`wgmma`: computed at once; until the wait its registers and memory are not free."""
         registers = self._registers
-        if statement.modifiers[0] in ("fence", "commit_group"):
+        if statement.modifiers[0] == "fence":
             return lambda active: None  # what a fence orders is checked by the marks
+        if statement.modifiers[0] == "commit_group":
+            return lambda active: registers.commit()
         if statement.modifiers[0] == "wait_group":
-            if statement.operands != (Constant(0),):
-                raise UnknownPtx(statement.text)
+            allowed = statement.operands[0]
+            assert isinstance(allowed, Constant)
+            return lambda active: self._shared.give_back(registers.wait(allowed.value))
 
-            def wait(active: Array) -> None:
-                registers.busy.clear()
-                registers.lent.clear()
-                self._shared.give_back()
-
-            return wait
         return self._start_multiply(statement)
 
     def _start_multiply(self, statement: Statement) -> Execute:
@@ -431,12 +428,13 @@ class Machine:
         def execute(active: Array) -> None:
             b = self._right(read_descriptor(), columns, kind, k_along, what)
             result = a() @ b
-            registers.busy -= indices  # products of the same sums follow one another
+            for index in indices:  # products of the same sums follow one another
+                registers.busy.pop(index, None)
             if is_added().all():
                 result = result + matrix.sums([read() for read in readers])
             for write, value in zip(writers, matrix.sum_registers(result), strict=True):
                 write(value, active)
-            registers.busy |= indices
+            registers.busy |= dict.fromkeys(indices, registers.group)
 
         return execute
 
@@ -457,7 +455,7 @@ class Machine:
         indices = {register(x).index for x in source.parts}
 
         def read_all() -> Array:
-            self._registers.lent |= indices
+            self._registers.lent |= dict.fromkeys(indices, self._registers.group)
             return matrix.left([read() for read in readers], kind)
 
         return read_all
@@ -476,7 +474,7 @@ class Machine:
             if (group != group[0]).any():
                 raise Fault("threads give wgmma different descriptors")
             places = matrix.Descriptor.of(int(group[0])).places(lines, chunks, k_along)
-            data = self._shared.lend(places.reshape(-1), 16, what)
+            data = self._shared.lend(places.reshape(-1), 16, self._registers.group, what)
             elements = matrix.operand_floats(data.reshape(lines, -1).view(np.uint32), kind)
             elements = elements.reshape(lines, -1).astype(np.float64)
             yield elements if k_along else elements.T

@@ -224,9 +224,9 @@ class SharedMemory(Memory):
         self._in_flight = np.zeros(size, dtype=bool)
         self._pending: list[tuple[Array, Array, Array, str]] = []
         self._groups: list[list[tuple[Array, Array, Array, str]]] = []
-        # Of `wgmma`: bytes that it reads until it is waited for, and bytes that were written
-        # since the last fence between the two ways into shared memory.
-        self._lent = np.zeros(size, dtype=bool)
+        # Of `wgmma`: the last group that reads a byte until it is waited for, 0 for none, and bytes
+        # that were written since the last fence between the two ways into shared memory.
+        self._lent = np.zeros(size, dtype=np.int32)
         self._unfenced = np.zeros(size, dtype=bool)
 
     def check(self, places: Array, size: int) -> None:
@@ -287,18 +287,18 @@ class SharedMemory(Memory):
         """What was written is there for `wgmma` too, after the next barrier."""
         self._unfenced[:] = False
 
-    def lend(self, places: Array, size: int, what: str) -> Array:
-        """What `wgmma` reads, (n, size), in place until `give_back`."""
+    def lend(self, places: Array, size: int, group: int, what: str) -> Array:
+        """What the `wgmma`s of a group read, (n, size), in place until `give_back`."""
         if self._unfenced.reshape(-1, size)[places // size].any():
             self._fault("wgmma reads what was written without a fence", what)
         several = np.full(len(places), _SEVERAL, dtype=np.int32)
         values = self.load(places, size, several, what)
-        self._lent.reshape(-1, size)[places // size] = True
+        self._lent.reshape(-1, size)[places // size] = group
         return values
 
-    def give_back(self) -> None:
-        """`wgmma` has read everything."""
-        self._lent[:] = False
+    def give_back(self, ended: int) -> None:
+        """The `wgmma`s up to this group have read everything."""
+        self._lent[self._lent <= ended] = 0
 
     def finish(self) -> None:
         """The program ends."""

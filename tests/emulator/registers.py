@@ -45,15 +45,18 @@ class Registers:
     Attributes:
         threads: of the program. everyone: a mask of all of them.
         special: the hardware's registers by name.
-        busy: registers that a `wgmma` under way still writes. lent: those that it still reads.
+        group: number of the `wgmma`s that are not committed yet.
+        busy: registers that a `wgmma` under way still writes, with its group. lent: those that it
+            still reads.
     """
 
     def __init__(self, kernel: Kernel, threads: int) -> None:
         self.kernel, self.threads = kernel, threads
         self.everyone = np.ones(threads, dtype=bool)
         self.special: dict[str, Array] = {}
-        self.busy: set[int] = set()
-        self.lent: set[int] = set()
+        self.group = 1
+        self.busy: dict[int, int] = {}
+        self.lent: dict[int, int] = {}
         self._asynchronous = any(x.opcode == "wgmma" for x in kernel.statements)
         self.clear()
 
@@ -62,6 +65,18 @@ class Registers:
         self.values: list[Array | None] = [None] * len(self.kernel.registers)
         self.busy.clear()
         self.lent.clear()
+
+    def commit(self) -> None:
+        """The `wgmma`s since the last commit are a group."""
+        self.group += 1
+
+    def wait(self, allowed: int) -> int:
+        """Let all groups end but for the last `allowed`; the number of the last that has."""
+        ended = self.group - 1 - allowed
+        for held in (self.busy, self.lent):
+            for index in [i for i, group in held.items() if group <= ended]:
+                del held[index]
+        return ended
 
     def reader(self, operand: Operand, bits: int, or_poison: bool = False) -> Reader:
         """What reads an operand as unsigned integers of `bits`, or as a predicate (1).

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from evals.bench.decode_step import WrongResult
 from tests.emulator.launch import emulation
 from tests.emulator.registers import Fault
-from tests.kernels import test_append_kernel
+from tests.kernels import test_append_kernel, test_statistics_kernels
 from tests.kernels.test_on_device import ATTEND, Attend, bits
 
 Edit = Callable[[str], str]
@@ -154,3 +154,25 @@ def test_faults_around_wgmma_are_found(arch: int, pattern: str, found: str) -> N
         pytest.skip("wgmma is of sm_90")
     check = ATTEND["a-block-of-causal-tokens-boolean-mask"].check
     assert re.search(found, outcome(arch, "attend_kernel", without(pattern), check))
+
+
+def test_a_product_that_is_not_waited_for_is_found(arch: int) -> None:
+    """Of `moment`, where a product may be under way while the next is made ready."""
+    if arch != 90:
+        pytest.skip("wgmma is of sm_90")
+    wait = re.compile(r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+);")
+    later = partial(wait.sub, lambda x: f"{x[1]}{int(x[2]) + 1};")
+    check = partial(test_statistics_kernels.test_moment, 128)
+    assert "while a wgmma" in outcome(arch, "moment_kernel", later, check)
+
+
+def test_channels_beyond_the_last_are_found(arch: int) -> None:
+    edit = nth(r"@%p\d+ (ld\.global\.b32)", r"\1", -1)
+    check = partial(test_statistics_kernels.test_block, 24)
+    found = outcome(arch, "block_kernel", edit, check)
+    assert re.search("uninitialised read, global|out of bounds|error", found)
+
+
+def test_a_basis_without_barriers_races(arch: int) -> None:
+    check = partial(test_statistics_kernels.test_hessian, 40, 12, "half")
+    assert "race" in outcome(arch, "hessian_kernel", without(BARRIER), check)

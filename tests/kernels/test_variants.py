@@ -16,10 +16,13 @@ from rotorquant_hf import RotorQuantConfig, warm_up
 from rotorquant_hf.cache import RotorQuantCache
 from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
+from rotorquant_hf.quant.rope import Rope
 from rotorquant_hf.warming import _variants
 from tests.helpers.launches import Variant, differences, recorded, variant_of
 from tests.helpers.models import build, prompt
 
+# Of keys and of values, which differ in whether RoPE turns them.
+FIRST = ("moment_kernel", "block_kernel", "channels_kernel", "hessian_kernel", "feedback_kernel")
 STEP = ("push_kernel", "prepare_kernel", "attend_kernel", "combine_kernel", "append_kernel")
 
 
@@ -28,7 +31,11 @@ class Reader:
 
     def __init__(self, batch=1, heads=2, group=4, d=128, dtype=torch.bfloat16, window=0, **options):
         config = RotorQuantConfig(**options)
-        self.layer = RotorQuantSlidingLayer(config, window) if window else RotorQuantLayer(config)
+        rope = Rope(torch.logspace(0, -4, d // 2).view(1, 1, 1, -1), "half")
+        if window:
+            self.layer = RotorQuantSlidingLayer(config, window, rope=rope)
+        else:
+            self.layer = RotorQuantLayer(config, rope=rope)
         self.shape, self.group, self.dtype = (batch, heads, d), group, dtype
 
     @torch.no_grad()
@@ -83,8 +90,23 @@ def test_300_steps_have_one_variant_of_each_kernel(case, prompt_tokens, monkeypa
             reader.read(1, mask)
             if step == 150 and not options.get("window"):
                 reader.layer.crop(-37)
-    assert counts(variants) == dict.fromkeys(STEP, 1), differences(variants)
+    wanted = STEP if case == "nearest" else (*STEP, "feedback_kernel")
+    assert counts(variants) == dict.fromkeys(wanted, 1), differences(variants)
     assert len(variants) > 4 * 300
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prompts_of_all_lengths_have_one_variant_of_each_kernel(case, monkeypatch):
+    """Of the kernels of a first packing, whose samples of long prompts are of 1024 and 2048."""
+    options = dict(CASES[case])
+    mask = options.pop("mask", None)
+    with recorded(monkeypatch) as variants:
+        for tokens in (300, 313, 1301, 2064, 3001):
+            Reader(**options).read(tokens, mask)
+    kernels = FIRST[1:3] if case == "nearest" else FIRST
+    found = [x for x in variants if x[0] in FIRST]
+    sides = {"moment_kernel": 1, "block_kernel": 2, "channels_kernel": 2}
+    assert counts(found) == {x: sides.get(x, 1) for x in kernels}, differences(found)
 
 
 @pytest.mark.parametrize("window", [0, 333], ids=["full", "sliding"])
@@ -162,7 +184,7 @@ def test_after_a_warm_up_nothing_is_compiled(
         assert warm_up(model, settings, batch=batch, padding=padding) == {}
     assert torch.equal(torch.rand(3), expected)  # nothing was drawn
     assert found == counts(warm)
-    assert set(found) == set(STEP)
+    assert set(found) == {*FIRST, *STEP}
     new = set(variants) - set(warm)
     assert not new, differences(variants)
     assert len(variants) > len(warm) + 500

@@ -13,8 +13,8 @@ from rotorquant_hf.quant.channels import SAMPLED_TOKENS, ChannelStatistics
 from rotorquant_hf.quant.hessian import RANK
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.rope import LAYOUTS, Rope
-from rotorquant_hf.store import statistics as native
-from rotorquant_hf.store.statistics import native_block, native_hessian, native_moment
+from rotorquant_hf.store import statistics as dispatch
+from rotorquant_hf.store.native_statistics import native_block, native_hessian, native_moment
 from tests.helpers.vectors import DISTRIBUTIONS
 
 LIBRARY = library()
@@ -289,7 +289,7 @@ def test_what_is_no_moment_is_refused_as_in_torch(level: str, entry: float) -> N
     moment.mean[1, 2, 5, 5] = entry
     assert native_hessian(statistics, moment, level=level) is None
     with pytest.raises(ValueError, match="not positive semidefinite"):
-        native.read_by(statistics, moment)
+        dispatch.read_by(statistics, moment)
 
 
 # --- the same, however it is called ---
@@ -324,12 +324,12 @@ def test_a_store_takes_them_as_in_torch(dtype: torch.dtype, monkeypatch) -> None
     query = turned(states(100, 32, 2 * HEADS), rope)[0].to(dtype)
     made, called = {}, []
     for name in ("native_moment", "native_block", "native_hessian"):
-        monkeypatch.setattr(native, name, _counted(called, name, getattr(native, name)))
+        monkeypatch.setattr(dispatch, name, _counted(called, name, getattr(dispatch, name)))
     for name in ("native", "torch"):
         called.clear()
         store = RotorQuantKVCache(32, 24, config=config, rope=rope)
         with backend(name):
-            seen = native.query_moment(query, HEADS, rope, positions)
+            seen = dispatch.query_moment(query, HEADS, rope, positions)
             store.append_unchecked(keys, values, FIRST, None, seen)
         taken = ["native_hessian"]
         if dtype != torch.float64:
@@ -354,8 +354,8 @@ def _counted(called: list[str], name: str, function):
 def test_small_heads_and_no_tokens_are_left_to_torch() -> None:
     statistics = ChannelStatistics.of_block(states(40, RANK - 1), 0.5)
     query = states(40, RANK - 1)
-    found = native.read_by(statistics, native.query_moment(query, HEADS)).hessian
+    found = dispatch.read_by(statistics, dispatch.query_moment(query, HEADS)).hessian
     assert_hessian(found, statistics.read_by(QueryMoment.of(query, HEADS)).hessian)
-    none = native.query_moment(query[:, :, :0], HEADS)
+    none = dispatch.query_moment(query[:, :, :0], HEADS)
     assert none.count == 0
     assert not none.mean.any()

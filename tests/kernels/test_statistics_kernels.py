@@ -1,0 +1,317 @@
+"""The Triton kernels of a first packing's statistics, beside their references and float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from rotorquant_hf.quant.channels import SAMPLED_TOKENS, SEGMENT, ChannelStatistics
+from rotorquant_hf.quant.hessian import RANK, RIDGE, LowRankHessian
+from rotorquant_hf.quant.moments import SAMPLED_QUERIES, QueryMoment
+from rotorquant_hf.quant.rope import LAYOUTS, Rope
+from rotorquant_hf.quant.rotations import make_rotation
+from rotorquant_hf.quant.rounding import Feedback
+from rotorquant_hf.store.kernel_statistics import (
+    kernel_block,
+    kernel_feedback,
+    kernel_hessian,
+    kernel_moment,
+)
+from tests.helpers.vectors import DISTRIBUTIONS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BATCH, HEADS, FIRST = 2, 2, 70
+# Head dims with the pairs that RoPE turns: all channels, some of them; more than a tile.
+TURNED = [(16, 8), (40, 12), (64, 32), (80, 40), (24, 3)]
+
+
+def make_rope(pairs: int, layout: str = "half", batch: int = 1) -> Rope:
+    """For a batch, other angles in every row."""
+    frequencies = 5000.0 ** (-torch.arange(pairs, device=DEVICE) / pairs)
+    rows = 1 + torch.arange(batch, device=DEVICE).view(-1, 1, 1, 1)
+    return Rope(frequencies / rows, layout)
+
+
+def states(n: int, d: int, heads: int = HEADS, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(BATCH, heads, n, d), tokens before heads: channels of several sizes around a mean."""
+    generator = torch.Generator().manual_seed(n + d)
+    channels = torch.randn(d, generator=generator).exp()
+    mean = torch.randn(heads, d, generator=generator)
+    x = torch.randn(BATCH, n, heads, d, generator=generator) * channels + 2 * mean
+    return x.to(DEVICE, dtype).transpose(1, 2)
+
+
+def turned(x: Tensor, rope: Rope) -> tuple[Tensor, range]:
+    """The vectors at positions from FIRST on, in their dtype and order of axes; the positions."""
+    positions = range(FIRST, FIRST + x.shape[2])
+    at = rope.turn(x, torch.tensor(list(positions), device=DEVICE)).to(x.dtype)
+    return at.transpose(1, 2).contiguous().transpose(1, 2), positions
+
+
+# --- moments of queries ---
+
+
+def exact_moment(query: Tensor, heads: int) -> Tensor:
+    batch, query_heads, n, d = query.shape
+    rows = query.double().reshape(batch, heads, query_heads // heads * n, d)
+    return rows.mT @ rows / rows.shape[2]
+
+
+def assert_moment(found: Tensor, wanted: Tensor, tolerance: float = 3e-5) -> None:
+    assert (found.dtype, found.shape) == (torch.float32, wanted.shape)
+    largest = wanted.diagonal(dim1=-2, dim2=-1).amax(dim=-1)[..., None, None]
+    assert ((found - wanted).abs() <= tolerance * largest).all()
+
+
+@pytest.mark.parametrize("d", [8, 16, 40, 64, 128, 136])
+def test_moment(d: int) -> None:
+    """Every kind of head dim, with groups, numbers of queries and dtypes in turn."""
+    for turn, n in enumerate((1, 33, 300) if d < 128 else (40,)):
+        group = 1 + (turn + d // 8) % 3
+        query = states(n, d, HEADS * group, DTYPES[(turn + d // 8) % 3])
+        found = kernel_moment(query, HEADS)
+        assert (found.count, found.pre_rope) == (group * n, None)
+        assert_moment(found.mean, exact_moment(query, HEADS))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("d", "pairs"), TURNED)
+def test_moment_before_rope(d: int, pairs: int, layout: str) -> None:
+    rope = make_rope(pairs, layout, batch=BATCH if d == 40 else 1)
+    plain = states(100, d, 2 * HEADS)
+    query, positions = turned(plain, rope)
+    found = kernel_moment(query, HEADS, rope, positions)
+    assert_moment(found.mean, exact_moment(query, HEADS))
+    assert_moment(found.pre_rope, exact_moment(plain, HEADS))
+    places = torch.tensor(list(positions), device=DEVICE)
+    given = kernel_moment(query, HEADS, rope, places)
+    assert torch.equal(given.pre_rope, found.pre_rope)
+
+
+def test_moment_of_a_sample() -> None:
+    """Of the same tokens as torch's."""
+    rope = make_rope(8)
+    query, positions = turned(states(SAMPLED_QUERIES + 500, 16, 2 * HEADS), rope)
+    found, wanted = (of(query, HEADS, rope, positions) for of in (kernel_moment, QueryMoment.of))
+    assert found.count == wanted.count == 2 * SAMPLED_QUERIES
+    assert_moment(found.mean, wanted.mean)
+    assert_moment(found.pre_rope, wanted.pre_rope)
+
+
+def test_views() -> None:
+    """Every second channel, one row for all of the batch."""
+    query = states(40, 64, 2 * HEADS)[..., ::2]
+    assert_moment(kernel_moment(query, HEADS).mean, exact_moment(query, HEADS))
+    one = query[:1].expand(BATCH, -1, -1, -1)
+    assert_moment(kernel_moment(one, HEADS).mean, exact_moment(one, HEADS))
+    keys = states(40, 64)[..., ::2]
+    assert_statistics(kernel_block(keys, 0.5, True), ChannelStatistics.of_block(keys, 0.5, True))
+
+
+# --- keys and values ---
+
+
+def assert_statistics(found: ChannelStatistics, wanted: ChannelStatistics) -> None:
+    """The same but for float32 sums; a mean to that share of the largest entry of a head."""
+    a, b = found.tensors(), wanted.tensors()
+    assert {name: (x.shape, x.dtype) for name, x in a.items()} == {
+        name: (x.shape, x.dtype) for name, x in b.items()
+    }
+    torch.testing.assert_close(found.scale, wanted.scale, rtol=2e-5, atol=0)
+    if wanted.mean is not None:
+        near = 1e-5 * wanted.scale.amax(dim=-1, keepdim=True) * wanted.mean.shape[-1]
+        assert ((found.mean - wanted.mean).abs() <= near).all()
+    if wanted.rope is not None:
+        assert torch.equal(a["frequencies"], b["frequencies"])
+
+
+@pytest.mark.parametrize("d", [8, 24, 40, 64, 128, 576])
+def test_block(d: int) -> None:
+    """Every kind of head dim; numbers of vectors, dtypes and settings in turn, against float64."""
+    powers, layouts = (0.0, 0.5, 1.0, 0.3), ("none", *LAYOUTS)
+    for turn, n in enumerate((1, 63, 300) if d < 128 else (40,)):
+        turn += d // 8
+        x = states(n, d, dtype=DTYPES[turn % 3])
+        settings = powers[turn % 4], turn % 2 == 0, layouts[turn // 3 % 3]
+        found = kernel_block(x, *settings)
+        assert_statistics(found, ChannelStatistics.of_block(x, *settings))
+        exact = x.double()
+        if settings[0] == 0:
+            energy = exact.square().mean(dim=2, keepdim=True).sum(dim=3, keepdim=True)
+            torch.testing.assert_close(found.scale.double(), energy.sqrt(), rtol=1e-6, atol=0)
+        if settings[1]:
+            mean = exact.mean(dim=2, keepdim=True)
+            torch.testing.assert_close(found.mean.double(), mean, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("d", "pairs"), TURNED)
+def test_block_that_rope_turned(d: int, pairs: int, layout: str, center: bool) -> None:
+    """Also of one row that it did not, and of positions far into a text, which are not its own."""
+    rope = make_rope(pairs, layout, batch=BATCH if d == 40 else 1)
+    x, positions = turned(states(150, d), rope)
+    if d not in (40, 64):
+        x[1] = states(150, d)[1]
+    far = range(9000, 9150)
+    for places in (positions, torch.tensor(list(positions), device=DEVICE), far):
+        given = 0.5, center, layout, rope, places
+        wanted = ChannelStatistics.of_block(x, *given)
+        assert_statistics(kernel_block(x, *given), wanted)
+        if places is not far:
+            assert wanted.rope.turns.flatten().tolist() == [True, d in (40, 64)]
+
+
+def test_heads_count_alike_in_whether_rope_turned_a_row() -> None:
+    """Also one that a single vector makes small beside its peak."""
+    rope = make_rope(16)
+    x, positions = turned(states(150, 32, 3), rope)
+    x[:, :2] = states(150, 32)[:, :2]  # not turned
+    x[:, :2, 40, 3] = 100.0
+    given = 0.5, True, "half", rope, positions
+    found = kernel_block(x, *given)
+    assert not found.rope.turns.any()
+    assert_statistics(found, ChannelStatistics.of_block(x, *given))
+
+
+def test_block_at_unknown_positions() -> None:
+    x, rope = states(40, 16), make_rope(8)
+    assert kernel_block(x, 0.5, True, "half", rope).rope is rope
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("factor", [1e-30, 1.0, 1e30])
+def test_hostile_blocks(factor: float, name: str) -> None:
+    x = DISTRIBUTIONS[name](BATCH * HEADS * 40, 32).view(BATCH, HEADS, 40, 32).to(DEVICE) * factor
+    for layout in ("none", "half"):
+        found = kernel_block(x, 0.5, True, layout)
+        assert_statistics(found, ChannelStatistics.of_block(x, 0.5, True, layout))
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_block_of_zeros(power: float) -> None:
+    x, rope = states(40, 16), make_rope(8)
+    x[1] = 0
+    for given in ((power, True), (power, True, "half", rope, range(40))):
+        found = kernel_block(x, *given)
+        assert_statistics(found, ChannelStatistics.of_block(x, *given))
+        assert (found.scale[1] == 1).all() == (power == 0)
+
+
+def test_block_of_a_sample() -> None:
+    rope = make_rope(4)
+    x, positions = turned(states(SAMPLED_TOKENS + 500, 8), rope)
+    given = 0.5, True, "half", rope, positions
+    assert_statistics(kernel_block(x, *given), ChannelStatistics.of_block(x, *given))
+
+
+# --- Hessians ---
+
+
+def assert_hessian(found: LowRankHessian, wanted: LowRankHessian) -> None:
+    """The same but for float16 and float32 sums."""
+    assert found.factor.dtype == torch.float16
+    torch.testing.assert_close(found.factor.float(), wanted.factor.float(), rtol=4e-3, atol=4e-3)
+    torch.testing.assert_close(found.matrix(), wanted.matrix(), rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("d", "pairs"), [*TURNED, (136, 60)])
+def test_hessian(d: int, pairs: int, layout: str) -> None:
+    """Of queries and keys that RoPE turns; in another case also of one row that it does not."""
+    rope = make_rope(pairs, layout, batch=BATCH if d == 80 else 1)
+    (query, positions), (keys, _) = (turned(states(100, d, h), rope) for h in (2 * HEADS, HEADS))
+    if d == 24:
+        keys[1] = states(100, d)[1]
+    seen = QueryMoment.of(query, HEADS, rope, positions)
+    power = 0.0 if d == 64 else 0.5
+    statistics = ChannelStatistics.of_block(keys, power, True, layout, rope, positions)
+    assert statistics.rope.turns.flatten().tolist() == [True, d != 24][: len(statistics.rope.turns)]
+    for queries, given in ((seen, rope), (seen, None), (QueryMoment(seen.mean, 7), None)):
+        found = kernel_hessian(statistics, queries, given)
+        assert_hessian(found, statistics.read_by(queries, given).hessian)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-10, 1e10, 1e30])
+def test_hessian_of_any_unit(factor: float) -> None:
+    """Of keys and of queries: it knows nothing of either."""
+    x, query = states(80, 32), states(80, 32, 2 * HEADS)
+    statistics = ChannelStatistics.of_block(x, 0.5, True)
+    wanted = statistics.read_by(QueryMoment.of(query, HEADS)).hessian
+    large = ChannelStatistics.of_block(x * factor, 0.5, True)
+    assert_hessian(kernel_hessian(large, QueryMoment.of(query, HEADS)), wanted)
+    seen = QueryMoment.of(query * factor**0.5, HEADS)
+    assert_hessian(kernel_hessian(statistics, seen), wanted)
+
+
+def test_hessian_of_no_queries() -> None:
+    """No direction is preferred."""
+    statistics = ChannelStatistics.of_block(states(40, 32), 0.5)
+    nothing = QueryMoment(torch.zeros(BATCH, HEADS, 32, 32, device=DEVICE), 0)
+    assert_hessian(kernel_hessian(statistics, nothing), statistics.read_by(nothing).hessian)
+
+
+@pytest.mark.parametrize("d", [16, 64])
+def test_hessian_of_one_query(d: int) -> None:
+    """One direction has all: the condition is the largest that there is."""
+    query = states(1, d)
+    seen = QueryMoment(QueryMoment.of(query, HEADS).mean, 1 << 40)
+    statistics = ChannelStatistics.of_block(states(40, d), 0.0)
+    found = kernel_hessian(statistics, seen).matrix().double()
+    unit = query / query.norm(dim=-1, keepdim=True)
+    wanted = d * (unit.mT @ unit).double() + RIDGE * torch.eye(d, device=DEVICE)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3 * d)
+
+
+# --- what the sweep reads ---
+
+
+def assert_feedback(found: Feedback, wanted: Feedback) -> None:
+    for name, a, b in zip(Feedback._fields, found, wanted, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+        near = 2e-4 * b.abs().amax() if name != "level" else 1e-4
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=float(near), msg=name)
+
+
+def statistics_of(d: int, pairs: int, layout: str) -> ChannelStatistics:
+    """Of keys read along few directions, in the second row not turned, or by other angles."""
+    rope = make_rope(pairs, layout, batch=BATCH if d == 40 else 1)
+    (query, positions), (keys, _) = (turned(states(100, d, h), rope) for h in (2 * HEADS, HEADS))
+    if d == 24:
+        keys[1] = states(100, d)[1]
+    seen = QueryMoment.of(query * torch.logspace(0, -1, d, device=DEVICE), HEADS, rope, positions)
+    return ChannelStatistics.of_block(keys, 0.5, True, "none", rope, positions).read_by(seen)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("d", "pairs"), TURNED)
+def test_feedback(d: int, pairs: int, layout: str) -> None:
+    statistics, rotation = statistics_of(d, pairs, layout), make_rotation(d, "haar").to(DEVICE)
+    for position, count in ((0, 1), (SEGMENT + 5, 2)):
+        wanted = Feedback.of(statistics.hessians_from(position, count), rotation)
+        assert_feedback(kernel_feedback(statistics, rotation, position, count), wanted)
+
+
+def test_feedback_of_what_does_not_turn() -> None:
+    """One for all; of one scale for all channels; of directions that hold nearly all."""
+    d, rotation = 32, make_rotation(32).to(DEVICE)
+    seen = QueryMoment(QueryMoment.of(states(2, d, 2 * HEADS), HEADS).mean, 1 << 40)
+    statistics = ChannelStatistics.of_block(states(40, d), 0.0).read_by(seen)
+    found = kernel_feedback(statistics, rotation, 7 * SEGMENT, 1)
+    wanted = Feedback.of(statistics.hessian, rotation)
+    assert_feedback(Feedback(*(x[0] for x in found)), wanted)
+
+
+def test_feedback_without_a_direction() -> None:
+    d, rotation = 32, make_rotation(32).to(DEVICE)
+    nothing = LowRankHessian(torch.zeros(BATCH, HEADS, d, RANK, dtype=torch.float16, device=DEVICE))
+    statistics = ChannelStatistics.of_block(states(40, d), 0.5, rope=make_rope(8))
+    statistics = ChannelStatistics(statistics.scale, None, nothing, make_rope(8))
+    found = kernel_feedback(statistics, rotation, 0, 1)
+    assert not found.factor.any()
+    assert not found.gains.any()
+    assert torch.equal(found.level, torch.full_like(found.level, 1 + RIDGE))
