@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Coding a block of tokens into the store's rows, in one launch for keys and values.
+"""Coding blocks of tokens into the store's rows, in one launch for keys and values.
 
 The plain-torch reference is `quantizer.encode(statistics.normalize(x), hessian)`. One program codes
 32 tokens of one head (16 of more than 256 channels):
@@ -46,8 +46,8 @@ class AppendPart:
         out: the store's tensors (batch, heads, capacity, ...) by name, as in `PackedSpan.rows`:
             "codes", "scale" and for `RotorQuantProd` "signs" and "residual_norm". Any strides;
             the rows must exist: the kernel does not look at the capacity.
-        feedback: what query-aware rounding reads of the statistics' Hessian, see
-            `PackedSide.feedback`; None rounds to the nearest.
+        feedback: what query-aware rounding reads of the statistics' Hessian, of every block along a
+            first axis, see `PackedSide.feedbacks`; None rounds to the nearest.
     """
 
     x: Tensor
@@ -58,21 +58,23 @@ class AppendPart:
 
 
 def append_block(bounds: Tensor, max_count: int, keys: AppendPart, values: AppendPart) -> None:
-    """Code tokens into rows of the store, keys and values in one launch.
+    """Code blocks of tokens into rows of the store, keys and values in one launch.
 
-    Token i < count is slot (begin + i) % slots of `x` and goes to row `row + i` of `out`.
+    Token i < count of a block is slot (begin + i) % slots of `x` and goes to row `row + i` of
+    `out`.
 
     Args:
-        bounds: (3,) int32 on the device: begin, count and row. They are read by the kernel, so
-            that a CUDA graph can replay the launch; with count = 0 nothing is written.
-        max_count: upper bound of count, for the size of the grid.
+        bounds: (blocks, 3) int32 on the device, or more columns: begin, count and row of each.
+            They are read by the kernel, so that a CUDA graph can replay the launch; with count = 0
+            nothing is written.
+        max_count: upper bound of the counts, for the size of the grid.
         keys, values: what to code. Their batch and heads agree.
     """
     if max_count == 0:
         return
-    arguments, options = kernel_arguments(bounds, keys, values)
+    arguments, options = kernel_arguments(bounds, max_count, keys, values)
     batch, heads = keys.x.shape[:2]
-    tiles = launched = pieces(max_count, arguments["TOKENS"])
+    tiles = launched = len(bounds) * arguments["block_tiles"]
     scratch = None
     if keys.feedback is not None:
         elements = batch * heads * arguments["TOKENS"] * arguments["KEYS"].columns
@@ -86,17 +88,20 @@ def append_block(bounds: Tensor, max_count: int, keys: AppendPart, values: Appen
 
 
 def kernel_arguments(
-    bounds: Tensor, keys: AppendPart, values: AppendPart
+    bounds: Tensor, max_count: int, keys: AppendPart, values: AppendPart
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The arguments of `append_kernel` and its compiler options."""
     d = max(keys.quantizer.d, values.quantizer.d)
+    tokens = 32 if d <= 256 else 16
     arguments = {
         "p_bounds": bounds,
+        "stride_bounds": bounds.stride(0),
+        "block_tiles": pieces(max_count, tokens),
         **{f"k_{name}": value for name, value in _arguments(keys).items()},
         **{f"v_{name}": value for name, value in _arguments(values).items()},
         "KEYS": _shape(keys),
         "VALUES": _shape(values),
-        "TOKENS": 32 if d <= 256 else 16,
+        "TOKENS": tokens,
     }
     if d <= 256:  # the fastest of those tried on an H100
         warps = 8 if d > 128 and keys.feedback is not None else 4
@@ -165,11 +170,13 @@ def _strided(tensor: Tensor | None) -> tuple | None:
 
 
 @triton.jit(
-    do_not_specialize=("k_slots", "v_slots", "first_tile"),
+    do_not_specialize=("stride_bounds", "block_tiles", "k_slots", "v_slots", "first_tile"),
     do_not_specialize_on_alignment=("p_bounds",),
 )
 def append_kernel(
     p_bounds,
+    stride_bounds,
+    block_tiles,
     p_scratch,
     first_tile,
     k_x,
@@ -204,10 +211,15 @@ def append_kernel(
     VALUES: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Grid (tiles of tokens, heads, 2 batch): the keys and the values of row b, side by side."""
+    """Grid (tiles of tokens, heads, 2 batch): the keys and the values of row b, side by side.
+
+    Every block has `block_tiles` tiles.
+    """
     # One grid for both sides, so that a step launches once; program z is side z % 2 of row z // 2.
     i_tile, i_h = first_tile + tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_z = tl.program_id(2)
+    i_z, i_block = tl.program_id(2), i_tile // block_tiles
+    i_tile %= block_tiles
+    p_bounds += i_block * stride_bounds
     begin, count, row = tl.load(p_bounds), tl.load(p_bounds + 1), tl.load(p_bounds + 2)
     if i_tile * TOKENS >= count:  # the grid is sized for the largest count
         return
@@ -236,6 +248,7 @@ def append_kernel(
             k_scale,
             k_signs,
             k_residual_norm,
+            i_block,
             i_b,
             i_h,
             begin + o_i,
@@ -260,6 +273,7 @@ def append_kernel(
             v_scale,
             v_signs,
             v_residual_norm,
+            i_block,
             i_b,
             i_h,
             begin + o_i,
@@ -286,6 +300,7 @@ def _append(
     scale,
     signs,
     residual_norm,
+    i_block,
     i_b,
     i_h,
     o_x,
@@ -297,7 +312,20 @@ def _append(
     o_x = (o_x % slots).to(tl.int64)  # a ring's block may wrap around
     b_y = _rotate(x, channel_scale, mean, rotation, i_b, i_h, o_x, m_i, SHAPE)
     b_r, b_peak = _code(
-        b_y, scratch, codebook, factor, gains, level, codes, scale, i_b, i_h, o_row, m_i, SHAPE
+        b_y,
+        scratch,
+        codebook,
+        factor,
+        gains,
+        level,
+        codes,
+        scale,
+        i_block,
+        i_b,
+        i_h,
+        o_row,
+        m_i,
+        SHAPE,
     )
     if SHAPE.projections > 0:
         _project(b_r, b_peak, projection, signs, residual_norm, i_b, i_h, o_row, m_i, SHAPE)
@@ -339,6 +367,7 @@ def _code(
     level,
     codes,
     scale,
+    i_block,
     i_b,
     i_h,
     o_row,
@@ -357,7 +386,7 @@ def _code(
     b_unit = b_y * (1.0 / tl.maximum(b_norm, 1.0))[:, None]  # the norm is 1 or more, or y = 0
 
     b_index, b_c, b_scale = centroids_of(
-        b_unit, scratch, codebook, factor, gains, level, i_b, i_h, SHAPE
+        b_unit, scratch, codebook, factor, gains, level, i_block, i_b, i_h, SHAPE
     )
     b_scale = b_norm * b_scale * b_peak
     b_scale = tl.where(b_scale > _MAX_SCALE, _MAX_SCALE, b_scale).to(tl.float16)

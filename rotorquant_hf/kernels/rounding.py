@@ -20,7 +20,9 @@ CHUNK = tl.constexpr(16)  # columns that are taken out of the registers at a tim
 
 
 @triton.jit
-def centroids_of(b_unit, scratch, codebook, factor, gains, level, i_b, i_h, SHAPE: tl.constexpr):
+def centroids_of(
+    b_unit, scratch, codebook, factor, gains, level, i_block, i_b, i_h, SHAPE: tl.constexpr
+):
     """Indices and centroids of rotated unit vectors (tokens, columns), and their scales (tokens,).
 
     With SHAPE.rank > 0 the sweep's, where the error along the queries is smaller than that of the
@@ -37,10 +39,10 @@ def centroids_of(b_unit, scratch, codebook, factor, gains, level, i_b, i_h, SHAP
         b_scale = _scale(b_unit, b_c, RULE)
     else:
         b_swept, b_along, b_c_along, b_swept_along = _sweep(
-            b_unit, scratch, codebook, factor, gains, i_b, i_h, SHAPE
+            b_unit, scratch, codebook, factor, gains, i_block, i_b, i_h, SHAPE
         )
         b_swept = tl.where(m_n, b_swept, 0.0)
-        b_level = tl.load(head(level, i_b, i_h))
+        b_level = tl.load(head_of_block(level, i_block, i_b, i_h))
         b_scale, b_error = _weighed(b_unit, b_c, b_along, b_c_along, b_level, RULE)
         b_swept_scale, b_swept_error = _weighed(
             b_unit, b_swept, b_along, b_swept_along, b_level, RULE
@@ -53,7 +55,7 @@ def centroids_of(b_unit, scratch, codebook, factor, gains, level, i_b, i_h, SHAP
 
 
 @triton.jit
-def _sweep(b_unit, scratch, codebook, factor, gains, i_b, i_h, SHAPE: tl.constexpr):
+def _sweep(b_unit, scratch, codebook, factor, gains, i_block, i_b, i_h, SHAPE: tl.constexpr):
     """`round_with_feedback` of vectors y: their centroids c (tokens, columns).
 
     Then F' y, F' of the nearest centroids, and F' c, (tokens, RANK) each.
@@ -70,7 +72,8 @@ def _sweep(b_unit, scratch, codebook, factor, gains, i_b, i_h, SHAPE: tl.constex
     b_along = tl.zeros((TOKENS, RANK), tl.float32)
     b_nearest_along = tl.zeros((TOKENS, RANK), tl.float32)
     o_column, o_r = tl.arange(0, CHUNK), tl.arange(0, RANK)
-    p_f, p_p = head(factor, i_b, i_h), head(gains, i_b, i_h)
+    p_f = head_of_block(factor, i_block, i_b, i_h)
+    p_p = head_of_block(gains, i_block, i_b, i_h)
     for k in range(COLUMNS // CHUNK):
         p_chunk = p_row + k * CHUNK + o_column[None, :]
         b_chunk = tl.load(p_chunk)  # [TOKENS, CHUNK]
@@ -79,8 +82,8 @@ def _sweep(b_unit, scratch, codebook, factor, gains, i_b, i_h, SHAPE: tl.constex
             n = k * CHUNK + i
             o_d = element(n, SHAPE)
             m_r = n % SHAPE.pad + 0 * o_r < SHAPE.slot  # no feedback from columns without element
-            b_f = tl.load(p_f + o_d * factor[3] + o_r * factor[4], m_r, 0.0)
-            b_p = tl.load(p_p + o_d * gains[3] + o_r * gains[4], m_r, 0.0)
+            b_f = tl.load(p_f + o_d * factor[4] + o_r * factor[5], m_r, 0.0)
+            b_p = tl.load(p_p + o_d * gains[4] + o_r * gains[5], m_r, 0.0)
             m_column = (o_column == i)[None, :]
             b_y = tl.sum(tl.where(m_column, b_chunk, 0.0), axis=1)  # [TOKENS]
             b_w = b_y + tl.sum(b_s * b_p[None, :], axis=1)
@@ -144,6 +147,12 @@ def _scale(b_unit, b_c, RULE: tl.constexpr):
 def head(tensor, i_b, i_h):
     """Pointer to one head of a (pointer, *strides) of (batch, heads, ...)."""
     return tensor[0] + i_b * tensor[1] + i_h * tensor[2]
+
+
+@triton.jit
+def head_of_block(tensor, i_block, i_b, i_h):
+    """Pointer to one head of a (pointer, *strides) of (blocks, batch, heads, ...)."""
+    return tensor[0] + i_block * tensor[1] + i_b * tensor[2] + i_h * tensor[3]
 
 
 @triton.jit

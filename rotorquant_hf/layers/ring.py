@@ -123,7 +123,7 @@ class RingBuffer:
         from rotorquant_hf.kernels.push import FLUSH
 
         append_block(
-            self.lengths[FLUSH],
+            self.lengths[None, FLUSH],
             self.config.block_length,
             AppendPart(self.rings[0], *self.store.keys.coding(), self._feedback),
             AppendPart(self.rings[1], *self.store.values.coding()),

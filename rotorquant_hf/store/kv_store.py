@@ -216,21 +216,19 @@ class RotorQuantKVCache:
 
         batch, heads, tokens, _ = keys.shape
         self.reserve(tokens, batch, heads)
-        end, parts = self.keys.buffers.end, self.keys.segments(position, tokens)
-        # Those of all segments come to the device in one copy. Rows have 16 bytes, as Triton
-        # compiles a kernel anew for pointers that are no multiple of that.
-        rows = [[0, part.stop - part.start, end + part.start, 0] for part in parts]
-        bounds = on_device(rows, self.device)[:, :3]
-        feedbacks = self.keys.feedbacks(position, tokens)
-        for (segment, feedback), of_segment in zip(feedbacks, bounds, strict=True):
-            k, v = keys[:, :, segment], values[:, :, segment]
+        end = self.keys.buffers.end
+        for parts, feedback in self.keys.feedbacks(position, tokens):
+            # Those of all blocks come to the device in one copy. Rows have 16 bytes, as Triton
+            # compiles a kernel anew for pointers that are no multiple of that.
+            counts = [part.stop - part.start for part in parts]
+            rows = [[x.start, n, end + x.start, 0] for x, n in zip(parts, counts, strict=True)]
             append_block(
-                of_segment,
-                k.shape[2],
-                AppendPart(k, *self.keys.coding(), feedback),
-                AppendPart(v, *self.values.coding()),
+                on_device(rows, self.device),
+                max(counts),
+                AppendPart(keys, *self.keys.coding(), feedback),
+                AppendPart(values, *self.values.coding()),
             )
-            self.extend(k.shape[2])
+        self.extend(tokens)
 
     def reserve(self, count: int, batch: int = 0, heads: int = 0) -> None:
         """Make room for `count` more tokens, to be written into the rows and then counted by

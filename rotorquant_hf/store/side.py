@@ -128,33 +128,32 @@ class PackedSide:
         self.buffers.append(rows, expected)
 
     def feedback(self, position: int) -> Feedback | None:
-        """What the append kernel reads of the Hessian at a position; None without one."""
-        if self._taken_statistics().hessian is None:
-            return None
-        return Feedback(*(x[0] for x in self._feedback_from(position, 1)))
+        """What the append kernel reads of the Hessian at a position, as of one block.
 
-    def feedbacks(self, position: int, tokens: int) -> Iterator[tuple[slice, Feedback | None]]:
-        """`feedback` of every segment of the tokens that begin at a position.
+        None without a Hessian.
+        """
+        return next(iter(self.feedbacks(position, 1)))[1]
 
-        One launch makes those of many.
+    def feedbacks(
+        self, position: int, tokens: int
+    ) -> Iterator[tuple[list[slice], Feedback | None]]:
+        """The segments of the tokens that begin at a position, with what the append kernel reads.
+
+        As many segments at a time as one launch makes ready, each of them a block.
         """
         statistics = self._taken_statistics()
         parts = list(self.segments(position, tokens))
-        if not statistics.turns:
-            yield parts[0], self.feedback(position)
+        if statistics.hessian is None:
+            yield parts, None
             return
-        together = max(1, _FEEDBACK_ROWS // (statistics.scale[..., 0].numel() * self.d))
-        for first in range(0, len(parts), together):
-            some = parts[first : first + together]
-            made = self._feedback_from(position + some[0].start, len(some))
-            for index, part in enumerate(some):
-                yield part, Feedback(*(x[index] for x in made))
-
-    def _feedback_from(self, position: int, count: int) -> Feedback:
         from rotorquant_hf.store.kernel_statistics import kernel_feedback
 
         rotation = self.quantizer.stage_one.rotation
-        return kernel_feedback(self._taken_statistics(), rotation, position, count)
+        together = max(1, _FEEDBACK_ROWS // (statistics.scale[..., 0].numel() * self.d))
+        for first in range(0, len(parts), together):
+            some = parts[first : first + together]
+            start = position + some[0].start
+            yield some, kernel_feedback(statistics, rotation, start, len(some))
 
     def segments(self, position: int, tokens: int) -> Iterator[slice]:
         """The parts of the tokens that begin at a position that have one Hessian each."""

@@ -78,7 +78,13 @@ def make_part(
     if moment is not None:
         statistics = statistics.read_by(QueryMoment(moment, 1 << 40))  # of many: not shrunk
         feedback = Feedback.of(statistics.hessian, quantizer.stage_one.rotation)
+        feedback = Feedback(*(x[None] for x in feedback))  # of one block
     return AppendPart(x, quantizer, statistics, poisoned_rows(quantizer, x.shape[0]), feedback)
+
+
+def own_feedback(part: AppendPart) -> Feedback:
+    """What the sweep reads of a part that is one block."""
+    return Feedback(*(x[0] for x in part.feedback))
 
 
 def query_moment(d: int, batch: int = 1) -> Tensor:
@@ -93,7 +99,7 @@ def append(
     keys: AppendPart, values: AppendPart, begin: int, count: int, row: int, max_count: int = 0
 ) -> None:
     """Launch, and see that nothing outside the rows [row, row + count) has changed."""
-    bounds = torch.tensor([-7, begin, count, row], dtype=torch.int32, device=DEVICE)[1:]
+    bounds = torch.tensor([-7, begin, count, row], dtype=torch.int32, device=DEVICE)[None, 1:]
     before = [{k: v._base.clone() for k, v in part.out.items()} for part in (keys, values)]
     append_block(bounds, max_count or count, keys, values)
     for part, old in zip((keys, values), before, strict=True):
@@ -195,7 +201,7 @@ def error_along_queries(part: AppendPart, x: Tensor, rows: dict[str, Tensor]) ->
     mse = part.quantizer.stage_one
     y = mse.rotation.rotate(part.statistics.normalize(x))
     e = y - mse.decode({"codes": rows["codes"], "scale": rows["scale"]})
-    return part.feedback.dot(e, e).squeeze(-1)
+    return own_feedback(part).dot(e, e).squeeze(-1)
 
 
 def check_aware(part: AppendPart, begin: int, count: int, row: int) -> None:
@@ -214,7 +220,7 @@ def check_aware(part: AppendPart, begin: int, count: int, row: int) -> None:
     found, wanted = (error_along_queries(part, x, r) for r in (rows, expected))
     nearest = error_along_queries(part, x, quantizer.encode(u))
     y = quantizer.rotation.rotate(u)
-    half_ulp = 2**-11 * part.feedback.dot(y, y).squeeze(-1).sqrt()  # of the stored scales
+    half_ulp = 2**-11 * own_feedback(part).dot(y, y).squeeze(-1).sqrt()  # of the stored scales
     assert (found.sqrt() <= nearest.sqrt() * (1 + 1e-3) + 2 * half_ulp).all()
     assert found.mean() < 1.01 * wanted.mean()
     if quantizer.d > 16 and quantizer.stage_one.bits > 1:
@@ -280,6 +286,35 @@ def test_query_aware_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> Non
     assert made[1].numel() == scratch.numel() // 2  # of two tiles
     for name in once.out:
         assert torch.equal(once.out[name], pieces.out[name])
+
+
+@pytest.mark.parametrize("elements", [1, 1 << 23], ids=["in several launches", "in one"])
+def test_blocks_are_coded_as_each_alone(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what the sweep reads of each, of several lengths, of no token, in rows far apart."""
+    monkeypatch.setattr("rotorquant_hf.kernels.append._SCRATCH_ELEMENTS", elements)
+    d, blocks = 24, [(0, 33, 20), (33, 1, 3), (34, 0, 0), (34, 3, 8)]
+    x, quantizer = states(d, batch=2), make_quantizer(d, 3)
+    statistics = ChannelStatistics.of_block(x, 0.5, True)
+    moments = [query_moment(d, 2).roll((i, i), dims=(2, 3)) for i in range(len(blocks))]
+    read = [make_part(x, quantizer, moment=moment).feedback for moment in moments]
+    together = Feedback(*(torch.cat(tensors) for tensors in zip(*read, strict=True)))
+
+    def part(feedback: Feedback | None) -> AppendPart:
+        return AppendPart(x, quantizer, statistics, poisoned_rows(quantizer, 2), feedback)
+
+    def run(keys: AppendPart, values: AppendPart, some: list[tuple[int, int, int]]) -> None:
+        bounds = torch.tensor(some, dtype=torch.int32, device=DEVICE)
+        append_block(bounds, max(1, *(count for _, count, _ in some)), keys, values)
+
+    keys, values, alone, plain = part(together), part(None), part(None), part(None)
+    run(keys, values, blocks)
+    for feedback, block in zip(read, blocks, strict=True):
+        run(replace(alone, feedback=feedback), plain, [block])
+    for found, wanted in ((keys, alone), (values, plain)):
+        for name in found.out:
+            assert torch.equal(found.out[name], wanted.out[name]), name
+    swept = keys.out["codes"][:, :, 20:53] != values.out["codes"][:, :, 20:53]
+    assert swept.any()
 
 
 def test_query_aware_is_nearest_where_no_direction_is_preferred() -> None:
@@ -483,7 +518,7 @@ def compile_for(capability: int) -> None:
             return 0
 
     driver.set_active(NoDriver())
-    bounds = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    bounds = torch.zeros(1, 3, dtype=torch.int32, device=DEVICE)
     for name, pair in COMPILED.items():
         parts = []
         for kind, bits, scale, center in pair:
@@ -492,7 +527,7 @@ def compile_for(capability: int) -> None:
             x = states(128, torch.bfloat16)
             part = make_part(x, quantizer, center=center, moment=moment)
             parts.append(replace(part, out={k: v.contiguous() for k, v in part.out.items()}))
-        arguments, options = kernel_arguments(bounds, *parts)
+        arguments, options = kernel_arguments(bounds, 32, *parts)
         scratch = {"p_scratch": torch.zeros(1, device=DEVICE), "first_tile": 0}
         kernel = append_kernel.warmup(**scratch, **arguments, **options, grid=(1, 1, 2))
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
