@@ -6,21 +6,32 @@ A pass of a model over a prompt through an empty cache, in milliseconds: median,
 of the samples in brackets; and how much longer than through DynamicCache, sample by sample in turn.
 Without --model the model has random weights, by default layers of the shape of Llama-3.1-8B and a
 small vocabulary, for only the last token's logits are computed.
+
+With --by-kernel, on a GPU, one more pass through each cache by torch's profiler: the device's time
+in every kernel of this package, and in all others together.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from transformers import Cache, PreTrainedModel
 
 from ..caches.registry import BASELINE, CacheSpec
-from ..environment import Versions, device_of
+from ..environment import Versions, device_of, on_gpu
 from ..subjects.models import DTYPES, ModelOptions, load
 from .common import default_device, exit_with, in_turn, middle_half, new_parser
 from .generate import build_model
+
+KERNELS = tuple(
+    f"{name}_kernel" for name in ("moment", "block", "channels", "hessian", "feedback", "append")
+)
+"""Of this package, that code a prompt."""
 
 
 def prefill(model: PreTrainedModel, ids: torch.Tensor, spec: CacheSpec) -> Cache:
@@ -42,6 +53,26 @@ def rows(times: dict[str, list[float]]) -> list[str]:
     return lines
 
 
+def by_kernel(events: Iterable[Any]) -> list[str]:
+    """Rows of a Markdown table: launches of kernels and their time, among a profiler's events."""
+    times: dict[str, list[float]] = {}
+    for event in events:
+        if event.device_type != DeviceType.CPU:
+            name = event.name if event.name in KERNELS else "all others"
+            times.setdefault(name, []).append(event.device_time)
+    order = sorted(times, key=lambda name: -sum(times[name]))
+    return [f"| {name} | {len(times[name])} | {sum(times[name]):.0f} |" for name in order]
+
+
+def _profile(name: str, one_pass: Callable[[], Any]) -> None:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        one_pass()
+        torch.cuda.synchronize()
+    print(f"\n| kernel, {name} | launches | us |\n| --- | ---: | ---: |")
+    print("\n".join(by_kernel(profiler.events())))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print a Markdown table, a row per cache."""
     args = _arguments(argv)
@@ -60,6 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     print("| cache | ms a pass | beside DynamicCache |\n| --- | ---: | ---: |")
     passes = {spec.label: partial(prefill, model, ids, spec) for spec in specs}
     print("\n".join(rows(in_turn(passes, args.repeats, device))))
+    for name, one_pass in passes.items() if args.by_kernel else ():
+        _profile(name, one_pass)
     return 0
 
 
@@ -81,7 +114,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default=default_device(), help="cuda, cuda:1, ..., or cpu")
     add("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     add("--repeats", type=int, default=7, help="samples of each cache")
+    add("--by-kernel", action="store_true", help="also the device's time in each kernel")
     args = parser.parse_args(argv)
+    if args.by_kernel and not on_gpu(device_of(args.device)):
+        parser.error(f"the device is {args.device}: kernels take time on a GPU alone")
     if args.tokens < 1 or args.batch < 1 or args.repeats < 2 or args.threads < 1:
         parser.error("choose --tokens, --batch and --threads from 1, and --repeats from 2")
     return args

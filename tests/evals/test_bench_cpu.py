@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from evals.bench import cache_size, prefill
 from evals.bench import cpu as bench_cpu
@@ -59,6 +62,21 @@ def test_prefill(capsys, monkeypatch) -> None:
     for cache, aware in zip(made[1:3], (True, False), strict=True):
         assert cache.memory().packed_numbers > 0
         assert (cache.layers[0].store.keys.statistics.hessian is not None) == aware
+
+
+def test_prefill_by_kernel(capsys) -> None:
+    gpu, cpu = DeviceType.CUDA, DeviceType.CPU
+    seen = [("append_kernel", gpu, 90.5), ("gemm", gpu, 700), ("append_kernel", gpu, 10)]
+    seen += [("block_kernel", gpu, 4), ("copy", gpu, 3), ("cudaLaunchKernel", cpu, 5000)]
+    events = [SimpleNamespace(name=x, device_type=y, device_time=z) for x, y, z in seen]
+    assert prefill.by_kernel(events) == [
+        "| all others | 2 | 703 |",
+        "| append_kernel | 2 | 100 |",
+        "| block_kernel | 1 | 4 |",
+    ]
+    with pytest.raises(SystemExit):
+        prefill.main(["--by-kernel", "--device", "cpu"])
+    assert "the device is cpu: kernels take time on a GPU alone" in capsys.readouterr().err
 
 
 def test_prefill_refuses_nonsense(capsys) -> None:
