@@ -18,7 +18,7 @@ BACKENDS = ("triton", "native", "torch")
 _forced: str | None = None
 
 # In float32, larger tiles do not fit the shared memory of most GPUs.
-_MAX_FLOAT32_DIM = 512
+MAX_FLOAT32_DIM = 512
 
 
 def kernels_take(device: torch.device, dtype: torch.dtype, *quantizers: Quantizer) -> bool:
@@ -33,7 +33,7 @@ def kernels_take(device: torch.device, dtype: torch.dtype, *quantizers: Quantize
     if not uses_triton(device) or dtype == torch.float64:
         return False
     max_dim = max(quantizer.d for quantizer in quantizers)
-    if dtype == torch.float32 and max_dim > _MAX_FLOAT32_DIM:
+    if dtype == torch.float32 and max_dim > MAX_FLOAT32_DIM:
         return False
     return all(is_known(quantizer) and quantizer.d % 8 == 0 for quantizer in quantizers)
 

@@ -37,8 +37,9 @@ def warm_up(
 
     Triton compiles a kernel when it is launched for the first time, and keeps it on the disk for
     the next process. Without this, the first text waits: at its first quantised token, its first
-    step, and its first block. Afterwards no length of a text compiles anything, but for prompts
-    over a full sliding window where a row of codes is not a multiple of 16 bytes.
+    step, and its first block. Afterwards no length of a text compiles anything where the head dim
+    is a multiple of 16, but for prompts over a full sliding window where a row of codes is not a
+    multiple of 16 bytes.
 
     Args:
         model: as it will be used: on its device, in its dtype, with its attention.

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Coding blocks of tokens into the store's rows, in one launch for keys and values.
+"""Coding segments of tokens into the store's rows, in one launch for keys and values.
 
 The plain-torch reference is `quantizer.encode(statistics.normalize(x), hessian)`. One program codes
 32 tokens of one head (16 of more than 256 channels):
@@ -46,8 +46,8 @@ class AppendPart:
         out: the store's tensors (batch, heads, capacity, ...) by name, as in `PackedSpan.rows`:
             "codes", "scale" and for `RotorQuantProd` "signs" and "residual_norm". Any strides;
             the rows must exist: the kernel does not look at the capacity.
-        feedback: what query-aware rounding reads of the statistics' Hessian, of every block along a
-            first axis, see `PackedSide.feedbacks`; None rounds to the nearest.
+        feedback: what query-aware rounding reads of the statistics' Hessian, of every segment along
+            a first axis, see `PackedSide.feedbacks`; None rounds to the nearest.
     """
 
     x: Tensor
@@ -58,15 +58,15 @@ class AppendPart:
 
 
 def append_block(bounds: Tensor, max_count: int, keys: AppendPart, values: AppendPart) -> None:
-    """Code blocks of tokens into rows of the store, keys and values in one launch.
+    """Code segments of tokens into rows of the store, keys and values in one launch.
 
-    Token i < count of a block is slot (begin + i) % slots of `x` and goes to row `row + i` of
+    Token i < count of a segment is slot (begin + i) % slots of `x` and goes to row `row + i` of
     `out`.
 
     Args:
-        bounds: (blocks, 3) int32 on the device, or more columns: begin, count and row of each.
-            They are read by the kernel, so that a CUDA graph can replay the launch; with count = 0
-            nothing is written.
+        bounds: (segments, 3) int32 on the device: begin, count and row of each. They are read by
+            the kernel, so that a CUDA graph can replay the launch; with count = 0 nothing is
+            written.
         max_count: upper bound of the counts, for the size of the grid.
         keys, values: what to code. Their batch and heads agree.
     """
@@ -74,7 +74,7 @@ def append_block(bounds: Tensor, max_count: int, keys: AppendPart, values: Appen
         return
     arguments, options = kernel_arguments(bounds, max_count, keys, values)
     batch, heads = keys.x.shape[:2]
-    tiles = launched = len(bounds) * arguments["block_tiles"]
+    tiles = launched = len(bounds) * arguments["segment_tiles"]
     scratch = None
     if keys.feedback is not None:
         elements = batch * heads * arguments["TOKENS"] * arguments["KEYS"].columns
@@ -96,7 +96,7 @@ def kernel_arguments(
     arguments = {
         "p_bounds": bounds,
         "stride_bounds": bounds.stride(0),
-        "block_tiles": pieces(max_count, tokens),
+        "segment_tiles": pieces(max_count, tokens),
         **{f"k_{name}": value for name, value in _arguments(keys).items()},
         **{f"v_{name}": value for name, value in _arguments(values).items()},
         "KEYS": _shape(keys),
@@ -170,13 +170,13 @@ def _strided(tensor: Tensor | None) -> tuple | None:
 
 
 @triton.jit(
-    do_not_specialize=("stride_bounds", "block_tiles", "k_slots", "v_slots", "first_tile"),
+    do_not_specialize=("stride_bounds", "segment_tiles", "k_slots", "v_slots", "first_tile"),
     do_not_specialize_on_alignment=("p_bounds",),
 )
 def append_kernel(
     p_bounds,
     stride_bounds,
-    block_tiles,
+    segment_tiles,
     p_scratch,
     first_tile,
     k_x,
@@ -213,13 +213,13 @@ def append_kernel(
 ):
     """Grid (tiles of tokens, heads, 2 batch): the keys and the values of row b, side by side.
 
-    Every block has `block_tiles` tiles.
+    Every segment has `segment_tiles` tiles.
     """
     # One grid for both sides, so that a step launches once; program z is side z % 2 of row z // 2.
     i_tile, i_h = first_tile + tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i_z, i_block = tl.program_id(2), i_tile // block_tiles
-    i_tile %= block_tiles
-    p_bounds += i_block * stride_bounds
+    i_z, i_segment = tl.program_id(2), i_tile // segment_tiles
+    i_tile %= segment_tiles
+    p_bounds += i_segment * stride_bounds
     begin, count, row = tl.load(p_bounds), tl.load(p_bounds + 1), tl.load(p_bounds + 2)
     if i_tile * TOKENS >= count:  # the grid is sized for the largest count
         return
@@ -248,7 +248,7 @@ def append_kernel(
             k_scale,
             k_signs,
             k_residual_norm,
-            i_block,
+            i_segment,
             i_b,
             i_h,
             begin + o_i,
@@ -273,7 +273,7 @@ def append_kernel(
             v_scale,
             v_signs,
             v_residual_norm,
-            i_block,
+            i_segment,
             i_b,
             i_h,
             begin + o_i,
@@ -300,7 +300,7 @@ def _append(
     scale,
     signs,
     residual_norm,
-    i_block,
+    i_segment,
     i_b,
     i_h,
     o_x,
@@ -320,7 +320,7 @@ def _append(
         level,
         codes,
         scale,
-        i_block,
+        i_segment,
         i_b,
         i_h,
         o_row,
@@ -367,7 +367,7 @@ def _code(
     level,
     codes,
     scale,
-    i_block,
+    i_segment,
     i_b,
     i_h,
     o_row,
@@ -386,7 +386,7 @@ def _code(
     b_unit = b_y * (1.0 / tl.maximum(b_norm, 1.0))[:, None]  # the norm is 1 or more, or y = 0
 
     b_index, b_c, b_scale = centroids_of(
-        b_unit, scratch, codebook, factor, gains, level, i_block, i_b, i_h, SHAPE
+        b_unit, scratch, codebook, factor, gains, level, i_segment, i_b, i_h, SHAPE
     )
     b_scale = b_norm * b_scale * b_peak
     b_scale = tl.where(b_scale > _MAX_SCALE, _MAX_SCALE, b_scale).to(tl.float16)

@@ -114,8 +114,8 @@ def block_kernel(
     p_row = p_x + i_b * stride_xb + i_h.to(tl.int64) * stride_xh + o_place * stride_xn  # [ROWS]
     m_x = m_t[:, None] & m_c[None, :]
     b_x = tl.load(p_row[:, None] + o_c[None, :] * stride_xd, mask=m_x, other=0).to(tl.float32)
-    # A NaN spoils its own vector, not the unit of the head: `max` prefers numbers.
-    peak = tl.minimum(tl.max(tl.max(tl.abs(b_x), axis=1), axis=0), 3.4e38)
+    b_x = _numbers(b_x)
+    peak = tl.max(tl.max(tl.abs(b_x), axis=1), axis=0)
     peak = tl.where(peak > 0, peak, 1.0)
     b_unit = b_x / peak
     tl.store(p_peaks + i_program, peak)
@@ -125,4 +125,13 @@ def block_kernel(
     if TURNED:
         p_c, p_s = p_cos + i_b * stride_cb, p_sin + i_b * stride_cb
         b_before = load_turned_back(p_row, stride_xd, p_c, p_s, o_t, m_t, o_c, m_c, r, HALF)
-        tl.store(p_out + 2 * d, tl.sum(b_before / peak, axis=0), mask=m_c)
+        tl.store(p_out + 2 * d, tl.sum(_numbers(b_before) / peak, axis=0), mask=m_c)
+
+
+@triton.jit
+def _numbers(b_x):
+    """Zeros in the place of NaN and infinity, which on a GPU nobody looks for.
+
+    They spoil their own vectors, not the statistics of the head.
+    """
+    return tl.where(tl.abs(b_x) <= 3.4e38, b_x, 0.0)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rotorquant_hf.kernels.launch import launch_of
 from rotorquant_hf.kernels.pairs import pair_of
-from rotorquant_hf.kernels.sizes import padded, pieces
+from rotorquant_hf.kernels.sizes import padded
 from rotorquant_hf.quant.hessian import RANK, RIDGE
 from rotorquant_hf.quant.rounding import Feedback
 
@@ -53,8 +53,7 @@ def feedback_of(
     cos, sin = (scale, scale) if sines is None else sines  # not read
     segments = 1 if sines is None else len(cos)
     made = [scale.new_empty(segments, batch, heads, d, RANK) for _ in range(2)]
-    # A segment's begins at 16 bytes: Triton compiles what reads it anew for other pointers.
-    level = scale.new_empty(segments, pieces(batch * heads, 4) * 4)
+    level = scale.new_empty(segments, batch, heads, 1, 1)
     launch = launch_of(
         feedback_kernel,
         torch.float32,
@@ -65,7 +64,9 @@ def feedback_of(
         RANK=RANK,
         CHUNK=32,
         PAD_D=padded(d),
-        num_warps=1,  # the gains are a chain of short steps, where warps would wait for each other
+        # The gains are a chain of short steps, where warps would wait for each other; but the whole
+        # of F has to fit into registers.
+        num_warps=1 if d <= 256 else 8,
         enable_fp_fusion=False,  # see `launch_of`
         num_stages=2,
     )
@@ -80,17 +81,15 @@ def feedback_of(
         int(cos.shape[1] > 1),
         *made,
         level,
-        level.stride(0),
         batch,
         heads,
         d,
         cos.shape[-1],
     )
-    level = level[:, : batch * heads].unflatten(1, (batch, heads, 1, 1))
     return Feedback(made[0], made[1], level)
 
 
-@triton.jit(do_not_specialize=["many", "stride_l", "batch", "heads"])
+@triton.jit(do_not_specialize=["many", "batch", "heads"])
 def feedback_kernel(
     p_factor,
     p_scale,
@@ -102,7 +101,6 @@ def feedback_kernel(
     p_rotated,
     p_gains,
     p_level,
-    stride_l,
     batch,
     heads,
     d,
@@ -139,7 +137,7 @@ def feedback_kernel(
         strength = tl.where(after > 0, tl.sqrt(before / tl.where(after > 0, after, 1.0)), 1.0)
         b_f = (b_f * strength).to(tl.float16).to(tl.float32)
     level = RIDGE + 1 - tl.sum(tl.sum(b_f * b_f, axis=1), axis=0) / d
-    tl.store(p_level + i_segment * stride_l + i_bh, level)
+    tl.store(p_level + i_program, level)
 
     # T F.
     tl.store(p_gains + o_f, b_f, mask=m_f)  # until the gains come there

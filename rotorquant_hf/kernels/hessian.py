@@ -5,7 +5,8 @@ The references are `Rope.spread_moment`, `QueryMoment.shrunk` and `LowRankHessia
 computes in float64. Here float32 is enough: moment and scales are in units that leave nothing too
 large or too small, and bases are made orthonormal column by column (modified Gram and Schmidt).
 That has the error of float32 times the condition of what is orthonormalised, where Cholesky's has
-it times its square; and the condition is at most that of the Hessian, d (1 + RIDGE) / RIDGE.
+it times its square; and the condition is at most that of the Hessian, d (1 + RIDGE) / RIDGE (but in
+the first step, which starts at random).
 
 The Hessian does not fit into registers. It lies in scratch memory, as do the basis and its
 products, which a product of matrices takes in other pieces than it gives.
@@ -31,8 +32,8 @@ class Turning(NamedTuple):
     """How RoPE turns the queries that will read the keys.
 
     Attributes:
-        frequencies: of every row, (batch, r) float32, contiguous; 0 where nothing turns: `moment`
-            counts in rows of these alone, `before` in the others.
+        frequencies: of every row, (batch, 1, 1, r) float32, contiguous. Where all of a row are 0,
+            nothing turns: `moment` counts there, `before` in the other rows.
         by_cos, by_sin: `Rope.mean_products`, (batch or 1, 1, r, r) complex64, contiguous.
         by_turn: `Rope.mean_turns`, (batch or 1, 1, 1, r) complex64, contiguous.
         half: the channels of a pair, see `pair_of`.

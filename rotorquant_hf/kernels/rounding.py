@@ -21,7 +21,7 @@ CHUNK = tl.constexpr(16)  # columns that are taken out of the registers at a tim
 
 @triton.jit
 def centroids_of(
-    b_unit, scratch, codebook, factor, gains, level, i_block, i_b, i_h, SHAPE: tl.constexpr
+    b_unit, scratch, codebook, factor, gains, level, i_segment, i_b, i_h, SHAPE: tl.constexpr
 ):
     """Indices and centroids of rotated unit vectors (tokens, columns), and their scales (tokens,).
 
@@ -39,10 +39,10 @@ def centroids_of(
         b_scale = _scale(b_unit, b_c, RULE)
     else:
         b_swept, b_along, b_c_along, b_swept_along = _sweep(
-            b_unit, scratch, codebook, factor, gains, i_block, i_b, i_h, SHAPE
+            b_unit, scratch, codebook, factor, gains, i_segment, i_b, i_h, SHAPE
         )
         b_swept = tl.where(m_n, b_swept, 0.0)
-        b_level = tl.load(head_of_block(level, i_block, i_b, i_h))
+        b_level = tl.load(head_of_segment(level, i_segment, i_b, i_h))
         b_scale, b_error = _weighed(b_unit, b_c, b_along, b_c_along, b_level, RULE)
         b_swept_scale, b_swept_error = _weighed(
             b_unit, b_swept, b_along, b_swept_along, b_level, RULE
@@ -55,7 +55,7 @@ def centroids_of(
 
 
 @triton.jit
-def _sweep(b_unit, scratch, codebook, factor, gains, i_block, i_b, i_h, SHAPE: tl.constexpr):
+def _sweep(b_unit, scratch, codebook, factor, gains, i_segment, i_b, i_h, SHAPE: tl.constexpr):
     """`round_with_feedback` of vectors y: their centroids c (tokens, columns).
 
     Then F' y, F' of the nearest centroids, and F' c, (tokens, RANK) each.
@@ -72,8 +72,8 @@ def _sweep(b_unit, scratch, codebook, factor, gains, i_block, i_b, i_h, SHAPE: t
     b_along = tl.zeros((TOKENS, RANK), tl.float32)
     b_nearest_along = tl.zeros((TOKENS, RANK), tl.float32)
     o_column, o_r = tl.arange(0, CHUNK), tl.arange(0, RANK)
-    p_f = head_of_block(factor, i_block, i_b, i_h)
-    p_p = head_of_block(gains, i_block, i_b, i_h)
+    p_f = head_of_segment(factor, i_segment, i_b, i_h)
+    p_p = head_of_segment(gains, i_segment, i_b, i_h)
     for k in range(COLUMNS // CHUNK):
         p_chunk = p_row + k * CHUNK + o_column[None, :]
         b_chunk = tl.load(p_chunk)  # [TOKENS, CHUNK]
@@ -150,9 +150,9 @@ def head(tensor, i_b, i_h):
 
 
 @triton.jit
-def head_of_block(tensor, i_block, i_b, i_h):
-    """Pointer to one head of a (pointer, *strides) of (blocks, batch, heads, ...)."""
-    return tensor[0] + i_block * tensor[1] + i_b * tensor[2] + i_h * tensor[3]
+def head_of_segment(tensor, i_segment, i_b, i_h):
+    """Pointer to one head of a (pointer, *strides) of (segments, batch, heads, ...)."""
+    return tensor[0] + i_segment * tensor[1] + i_b * tensor[2] + i_h * tensor[3]
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What queries, keys and values are like, found by the kernels: a dozen launches a layer.
+"""What queries, keys and values are like, found by the kernels: seven launches a layer.
 
 The references, which ask a GPU for a hundred and more small operations, are `QueryMoment.of`,
 `ChannelStatistics.of_block` and `read_by`, and `Feedback.of` with
@@ -37,7 +37,11 @@ def kernel_moment(
     rope: Rope | None = None,
     positions: range | Tensor | None = None,
 ) -> QueryMoment:
-    """`QueryMoment.of` of at least one token, but for the rounding of float32 sums."""
+    """`QueryMoment.of` of at least one token.
+
+    Of 16-bit queries to the rounding of float32 sums; of float32 ones, and before RoPE, numbers are
+    multiplied in some 16 bits.
+    """
     places = all_sampled_places(query.shape[2], SAMPLED_QUERIES, query.device)
     sines = None
     if rope is not None and positions is not None:

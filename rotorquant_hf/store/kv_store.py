@@ -218,10 +218,9 @@ class RotorQuantKVCache:
         self.reserve(tokens, batch, heads)
         end = self.keys.buffers.end
         for parts, feedback in self.keys.feedbacks(position, tokens):
-            # Those of all blocks come to the device in one copy. Rows have 16 bytes, as Triton
-            # compiles a kernel anew for pointers that are no multiple of that.
+            # Those of all segments come to the device in one copy.
             counts = [part.stop - part.start for part in parts]
-            rows = [[x.start, n, end + x.start, 0] for x, n in zip(parts, counts, strict=True)]
+            rows = [[x.start, n, end + x.start] for x, n in zip(parts, counts, strict=True)]
             append_block(
                 on_device(rows, self.device),
                 max(counts),

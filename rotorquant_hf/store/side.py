@@ -128,7 +128,7 @@ class PackedSide:
         self.buffers.append(rows, expected)
 
     def feedback(self, position: int) -> Feedback | None:
-        """What the append kernel reads of the Hessian at a position, as of one block.
+        """What the append kernel reads of the Hessian at a position, as of one segment.
 
         None without a Hessian.
         """
@@ -139,7 +139,7 @@ class PackedSide:
     ) -> Iterator[tuple[list[slice], Feedback | None]]:
         """The segments of the tokens that begin at a position, with what the append kernel reads.
 
-        As many segments at a time as one launch makes ready, each of them a block.
+        As many segments at a time as one launch makes ready.
         """
         statistics = self._taken_statistics()
         parts = list(self.segments(position, tokens))

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from rotorquant_hf.backend import uses_native, uses_triton
+from rotorquant_hf.backend import MAX_FLOAT32_DIM, uses_native, uses_triton
 from rotorquant_hf.native.library import FLOATS, MAX_SIZE
 from rotorquant_hf.quant.channels import ChannelStatistics, Measured
 from rotorquant_hf.quant.hessian import RANK
@@ -66,7 +66,7 @@ def read_by(
     """`statistics.read_by(queries, rope)`."""
     device, d = statistics.scale.device, queries.mean.shape[-1]
     if queries.mean.device == device and d >= RANK:
-        if uses_triton(device):
+        if uses_triton(device) and _is_dim_of_kernels(d):
             from rotorquant_hf.store.kernel_statistics import kernel_hessian
 
             return replace(statistics, hessian=kernel_hessian(statistics, queries, rope))
@@ -79,7 +79,13 @@ def read_by(
 
 
 def _kernels_take(x: Tensor) -> bool:
-    return uses_triton(x.device) and x.dtype in FLOATS and x.shape[2] > 0
+    takes = uses_triton(x.device) and _is_dim_of_kernels(x.shape[3])
+    return takes and x.dtype in FLOATS and x.shape[2] > 0
+
+
+def _is_dim_of_kernels(d: int) -> bool:
+    """Whether the kernels take a head dim: many GPUs have no shared memory for larger ones."""
+    return d % 8 == 0 and d <= MAX_FLOAT32_DIM
 
 
 def _native_takes(x: Tensor) -> bool:

@@ -258,6 +258,8 @@ def emulation(arch: int, seed: int = 0, edit: Edit | None = None) -> Iterator[Em
         patch.setattr(triton_attention, "runs_ptx", lambda device: True)
         patch.setattr(registered, "causal_lower_right", _unwatched(causal_lower_right))
         launch_of.cache_clear()  # kernels that another driver launches
-        with _Watch(running):
-            yield running
-    launch_of.cache_clear()
+        try:
+            with _Watch(running):
+                yield running
+        finally:
+            launch_of.cache_clear()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from rotorquant_hf.backend import backend
 from rotorquant_hf.quant.channels import SAMPLED_TOKENS, SEGMENT, ChannelStatistics
 from rotorquant_hf.quant.hessian import RANK, RIDGE, LowRankHessian
 from rotorquant_hf.quant.moments import SAMPLED_QUERIES, QueryMoment
@@ -20,6 +21,7 @@ from rotorquant_hf.store.kernel_statistics import (
     kernel_hessian,
     kernel_moment,
 )
+from rotorquant_hf.store.statistics import block_statistics, query_moment, read_by
 from tests.helpers.vectors import DISTRIBUTIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,12 +83,16 @@ def test_moment(d: int) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("d", "pairs"), TURNED)
 def test_moment_before_rope(d: int, pairs: int, layout: str) -> None:
+    """Of every dtype in turn; of 16 bits what was turned has been rounded."""
     rope = make_rope(pairs, layout, batch=BATCH if d == 40 else 1)
-    plain = states(100, d, 2 * HEADS)
+    dtype = DTYPES[(d // 8 + LAYOUTS.index(layout)) % 3]
+    plain = states(100, d, 2 * HEADS).to(dtype)
     query, positions = turned(plain, rope)
     found = kernel_moment(query, HEADS, rope, positions)
     assert_moment(found.mean, exact_moment(query, HEADS))
-    assert_moment(found.pre_rope, exact_moment(plain, HEADS))
+    assert_moment(found.pre_rope, QueryMoment.of(query, HEADS, rope, positions).pre_rope)
+    if dtype == torch.float32:
+        assert_moment(found.pre_rope, exact_moment(plain, HEADS))
     places = torch.tensor(list(positions), device=DEVICE)
     given = kernel_moment(query, HEADS, rope, places)
     assert torch.equal(given.pre_rope, found.pre_rope)
@@ -154,7 +160,8 @@ def test_block(d: int) -> None:
 def test_block_that_rope_turned(d: int, pairs: int, layout: str, center: bool) -> None:
     """Also of one row that it did not, and of positions far into a text, which are not its own."""
     rope = make_rope(pairs, layout, batch=BATCH if d == 40 else 1)
-    x, positions = turned(states(150, d), rope)
+    dtype = DTYPES[(d // 8 + LAYOUTS.index(layout)) % 3]
+    x, positions = turned(states(150, d, dtype=dtype), rope)
     if d not in (40, 64):
         x[1] = states(150, d)[1]
     far = range(9000, 9150)
@@ -193,6 +200,37 @@ def test_hostile_blocks(factor: float, name: str) -> None:
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5])
+def test_what_is_no_number_spoils_its_own_vector(power: float) -> None:
+    """The others' statistics are those of zeros in its place."""
+    x, rope = states(40, 16), make_rope(8)
+    x[0, 1, 3, 5] = 0
+    x[1, 0, 7, 2] = 0
+    for given in ((power, True), (power, True, "half", rope, range(40))):
+        wanted = kernel_block(x, *given)
+        spoilt = x.clone()
+        spoilt[0, 1, 3, 5], spoilt[1, 0, 7, 2] = torch.nan, -torch.inf
+        found = kernel_block(spoilt, *given)
+        assert torch.equal(found.scale, wanted.scale)
+        assert found.mean.isfinite().all()
+        if len(given) == 2:
+            assert torch.equal(found.mean, wanted.mean)
+
+
+def test_dims_that_kernels_do_not_take_are_left_to_torch() -> None:
+    """Of 512 elements is the limit of shared memory on many GPUs."""
+    rope = make_rope(4)
+    for d in (20, 520):
+        query, keys = states(40, d, 2 * HEADS), states(40, d)
+        with backend("triton"):
+            seen = query_moment(query, HEADS, rope, range(40))
+            found = read_by(block_statistics(keys, 0.5, True, "half", rope, range(40)), seen)
+        wanted = ChannelStatistics.of_block(keys, 0.5, True, "half", rope, range(40))
+        wanted = wanted.read_by(QueryMoment.of(query, HEADS, rope, range(40)))
+        for name, tensor in wanted.tensors().items():
+            assert torch.equal(found.tensors()[name], tensor)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5])
 def test_block_of_zeros(power: float) -> None:
     x, rope = states(40, 16), make_rope(8)
     x[1] = 0
@@ -220,7 +258,7 @@ def assert_hessian(found: LowRankHessian, wanted: LowRankHessian) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("d", "pairs"), [*TURNED, (136, 60)])
+@pytest.mark.parametrize(("d", "pairs"), [*TURNED, (136, 60), (256, 128)])
 def test_hessian(d: int, pairs: int, layout: str) -> None:
     """Of queries and keys that RoPE turns; in another case also of one row that it does not."""
     rope = make_rope(pairs, layout, batch=BATCH if d == 80 else 1)
@@ -288,7 +326,7 @@ def statistics_of(d: int, pairs: int, layout: str) -> ChannelStatistics:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("d", "pairs"), TURNED)
+@pytest.mark.parametrize(("d", "pairs"), [*TURNED, (8, 4), (128, 64), (264, 20)])
 def test_feedback(d: int, pairs: int, layout: str) -> None:
     statistics, rotation = statistics_of(d, pairs, layout), make_rotation(d, "haar").to(DEVICE)
     for position, count in ((0, 1), (SEGMENT + 5, 2)):
