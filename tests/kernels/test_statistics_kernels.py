@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from rotorquant_hf.backend import backend
 from rotorquant_hf.quant.channels import SAMPLED_TOKENS, SEGMENT, ChannelStatistics
 from rotorquant_hf.quant.hessian import RANK, RIDGE, LowRankHessian
 from rotorquant_hf.quant.moments import SAMPLED_QUERIES, QueryMoment
-from rotorquant_hf.quant.rope import LAYOUTS, Rope
+from rotorquant_hf.quant.rope import LAYOUTS
 from rotorquant_hf.quant.rotations import make_rotation
 from rotorquant_hf.quant.rounding import Feedback
 from rotorquant_hf.store.kernel_statistics import (
@@ -22,51 +24,26 @@ from rotorquant_hf.store.kernel_statistics import (
     kernel_moment,
 )
 from rotorquant_hf.store.statistics import block_statistics, query_moment, read_by
+from tests.helpers import turned as helpers
+from tests.helpers.turned import BATCH, assert_statistics, exact_moment, turned
 from tests.helpers.vectors import DISTRIBUTIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BATCH, HEADS, FIRST = 2, 2, 70
+HEADS = 2
 # Head dims with the pairs that RoPE turns: all channels, some of them; more than a tile.
 TURNED = [(16, 8), (40, 12), (64, 32), (80, 40), (24, 3)]
 
-
-def make_rope(pairs: int, layout: str = "half", batch: int = 1) -> Rope:
-    """For a batch, other angles in every row."""
-    frequencies = 5000.0 ** (-torch.arange(pairs, device=DEVICE) / pairs)
-    rows = 1 + torch.arange(batch, device=DEVICE).view(-1, 1, 1, 1)
-    return Rope(frequencies / rows, layout)
+make_rope = partial(helpers.make_rope, device=DEVICE)
+assert_moment = partial(helpers.assert_moment, tolerance=3e-5)
+assert_hessian = partial(helpers.assert_hessian, tolerance=4e-3)
 
 
 def states(n: int, d: int, heads: int = HEADS, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(BATCH, heads, n, d), tokens before heads: channels of several sizes around a mean."""
-    generator = torch.Generator().manual_seed(n + d)
-    channels = torch.randn(d, generator=generator).exp()
-    mean = torch.randn(heads, d, generator=generator)
-    x = torch.randn(BATCH, n, heads, d, generator=generator) * channels + 2 * mean
-    return x.to(DEVICE, dtype).transpose(1, 2)
-
-
-def turned(x: Tensor, rope: Rope) -> tuple[Tensor, range]:
-    """The vectors at positions from FIRST on, in their dtype and order of axes; the positions."""
-    positions = range(FIRST, FIRST + x.shape[2])
-    at = rope.turn(x, torch.tensor(list(positions), device=DEVICE)).to(x.dtype)
-    return at.transpose(1, 2).contiguous().transpose(1, 2), positions
+    return helpers.states(n, d, heads, dtype, DEVICE)
 
 
 # --- moments of queries ---
-
-
-def exact_moment(query: Tensor, heads: int) -> Tensor:
-    batch, query_heads, n, d = query.shape
-    rows = query.double().reshape(batch, heads, query_heads // heads * n, d)
-    return rows.mT @ rows / rows.shape[2]
-
-
-def assert_moment(found: Tensor, wanted: Tensor, tolerance: float = 3e-5) -> None:
-    assert (found.dtype, found.shape) == (torch.float32, wanted.shape)
-    largest = wanted.diagonal(dim1=-2, dim2=-1).amax(dim=-1)[..., None, None]
-    assert ((found - wanted).abs() <= tolerance * largest).all()
 
 
 @pytest.mark.parametrize("d", [8, 16, 40, 64, 128, 136])
@@ -119,20 +96,6 @@ def test_views() -> None:
 
 
 # --- keys and values ---
-
-
-def assert_statistics(found: ChannelStatistics, wanted: ChannelStatistics) -> None:
-    """The same but for float32 sums; a mean to that share of the largest entry of a head."""
-    a, b = found.tensors(), wanted.tensors()
-    assert {name: (x.shape, x.dtype) for name, x in a.items()} == {
-        name: (x.shape, x.dtype) for name, x in b.items()
-    }
-    torch.testing.assert_close(found.scale, wanted.scale, rtol=2e-5, atol=0)
-    if wanted.mean is not None:
-        near = 1e-5 * wanted.scale.amax(dim=-1, keepdim=True) * wanted.mean.shape[-1]
-        assert ((found.mean - wanted.mean).abs() <= near).all()
-    if wanted.rope is not None:
-        assert torch.equal(a["frequencies"], b["frequencies"])
 
 
 @pytest.mark.parametrize("d", [8, 24, 40, 64, 128, 576])
@@ -248,13 +211,6 @@ def test_block_of_a_sample() -> None:
 
 
 # --- Hessians ---
-
-
-def assert_hessian(found: LowRankHessian, wanted: LowRankHessian) -> None:
-    """The same but for float16 and float32 sums."""
-    assert found.factor.dtype == torch.float16
-    torch.testing.assert_close(found.factor.float(), wanted.factor.float(), rtol=4e-3, atol=4e-3)
-    torch.testing.assert_close(found.matrix(), wanted.matrix(), rtol=4e-3, atol=4e-3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,55 +14,37 @@ from rotorquant_hf.native.library import LEVELS, library
 from rotorquant_hf.quant.channels import SAMPLED_TOKENS, ChannelStatistics
 from rotorquant_hf.quant.hessian import RANK
 from rotorquant_hf.quant.moments import QueryMoment
-from rotorquant_hf.quant.rope import LAYOUTS, Rope
+from rotorquant_hf.quant.rope import LAYOUTS
 from rotorquant_hf.store import statistics as dispatch
 from rotorquant_hf.store.native_statistics import native_block, native_hessian, native_moment
+from tests.helpers import turned as helpers
+from tests.helpers.turned import (
+    BATCH,
+    FIRST,
+    HEADS,
+    assert_statistics,
+    exact_moment,
+    make_rope,
+    states,
+    turned,
+)
 from tests.helpers.vectors import DISTRIBUTIONS
 
 LIBRARY = library()
 assert LIBRARY is not None, "the native library was not compiled: pip install -e . with a compiler"
 HERE = LEVELS[LEVELS.index(LIBRARY.level) :]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BATCH, HEADS, FIRST = 2, 3, 70
+
+assert_hessian = partial(helpers.assert_hessian, tolerance=2e-3)
 
 
-def make_rope(pairs: int, layout: str = "half", batch: int = 1) -> Rope:
-    """For a batch, other angles in every row."""
-    frequencies = 5000.0 ** (-torch.arange(pairs) / pairs)
-    rows = 1 + torch.arange(batch).view(-1, 1, 1, 1)
-    return Rope(frequencies / rows, layout)
-
-
-def states(n: int, d: int, heads: int = HEADS, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(BATCH, heads, n, d), tokens before heads: channels of several sizes around a mean."""
-    generator = torch.Generator().manual_seed(n + d)
-    channels = torch.randn(d, generator=generator).exp()
-    mean = torch.randn(heads, d, generator=generator)
-    x = torch.randn(BATCH, n, heads, d, generator=generator) * channels + 2 * mean
-    return x.to(dtype).transpose(1, 2)
-
-
-def turned(x: Tensor, rope: Rope) -> tuple[Tensor, range]:
-    """The vectors at positions from FIRST on, in their dtype and order of axes; the positions."""
-    positions = range(FIRST, FIRST + x.shape[2])
-    at = rope.turn(x, torch.tensor(list(positions))).to(x.dtype)
-    return at.transpose(1, 2).contiguous().transpose(1, 2), positions
+def assert_moment(found: Tensor, wanted: Tensor) -> None:
+    """And symmetric."""
+    assert torch.equal(found, found.mT)
+    helpers.assert_moment(found, wanted, 1e-5)
 
 
 # --- moments of queries ---
-
-
-def exact_moment(query: Tensor, heads: int) -> Tensor:
-    batch, query_heads, n, d = query.shape
-    rows = query.double().reshape(batch, heads, query_heads // heads * n, d)
-    return rows.mT @ rows / rows.shape[2]
-
-
-def assert_moment(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
-    assert (found.dtype, found.shape) == (torch.float32, wanted.shape)
-    assert torch.equal(found, found.mT)
-    largest = wanted.diagonal(dim1=-2, dim2=-1).amax(dim=-1)[..., None, None]
-    assert ((found - wanted).abs() <= tolerance * largest).all()
 
 
 @pytest.mark.parametrize("d", [1, 8, 17, 31, 40, 64, 80, 128, 192])
@@ -112,20 +96,6 @@ def test_views() -> None:
 
 
 # --- keys and values ---
-
-
-def assert_statistics(found: ChannelStatistics, wanted: ChannelStatistics) -> None:
-    """The same but for float32 sums; a mean to that share of the largest entry of a head."""
-    a, b = found.tensors(), wanted.tensors()
-    assert {name: (x.shape, x.dtype) for name, x in a.items()} == {
-        name: (x.shape, x.dtype) for name, x in b.items()
-    }
-    torch.testing.assert_close(found.scale, wanted.scale, rtol=2e-5, atol=0)
-    if wanted.mean is not None:
-        near = 1e-5 * wanted.scale.amax(dim=-1, keepdim=True) * wanted.mean.shape[-1]
-        assert ((found.mean - wanted.mean).abs() <= near).all()
-    if wanted.rope is not None:
-        assert torch.equal(a["frequencies"], b["frequencies"])
 
 
 @pytest.mark.parametrize("d", [1, 2, 8, 17, 31, 40, 64, 80, 128, 192])
@@ -228,13 +198,6 @@ def test_block_of_a_sample() -> None:
 
 
 # --- Hessians ---
-
-
-def assert_hessian(found, wanted) -> None:
-    """The same but for float16 and float32 sums."""
-    assert found.factor.dtype == torch.float16
-    torch.testing.assert_close(found.factor.float(), wanted.factor.float(), rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(found.matrix(), wanted.matrix(), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5])
