@@ -33,29 +33,29 @@ class Turning(NamedTuple):
 
     Attributes:
         frequencies: of every row, (batch, 1, 1, r) float32, contiguous. Where all of a row are 0,
-            nothing turns: `moment` counts there, `before` in the other rows.
+            nothing turns, and the moment of the turned queries counts; `before` in other rows.
+        before: the moment of the queries before RoPE, (batch, heads, d, d) float32, contiguous.
         by_cos, by_sin: `Rope.mean_products`, (batch or 1, 1, r, r) complex64, contiguous.
         by_turn: `Rope.mean_turns`, (batch or 1, 1, 1, r) complex64, contiguous.
         half: the channels of a pair, see `pair_of`.
     """
 
     frequencies: Tensor
+    before: Tensor
     by_cos: Tensor
     by_sin: Tensor
     by_turn: Tensor
     half: bool
 
 
-def hessian_factors(
-    scale: Tensor, moment: Tensor, count: int, before: Tensor | None, turning: Turning | None
-) -> Tensor:
+def hessian_factors(scale: Tensor, moment: Tensor, count: int, turning: Turning | None) -> Tensor:
     """The factors of the Hessians, (batch, heads, d, RANK) float16.
 
     Args:
         scale: of the channels, (batch, heads, 1, d or 1) float32, contiguous.
         moment: of queries, (batch, heads, d, d) float32, contiguous; d at least RANK.
         count: queries that it was taken from.
-        before: the same before RoPE turned them. turning: how. None: nothing turns.
+        turning: how RoPE turns such queries; None: not at all.
     """
     batch, heads, d = moment.shape[:3]
     width = padded(d)
@@ -63,13 +63,18 @@ def hessian_factors(
     hessian = moment.new_empty(batch * heads, d, d)
     basis = moment.new_empty(batch * heads, 2, d, RANK)
     warps = 4 if width < 128 else 8
-    turns = before is not None and turning is not None
+    read, many, half, pairs = (moment,) * 5, 0, False, 0  # not read
+    if turning is not None:
+        by = (torch.view_as_real(x) for x in (turning.by_cos, turning.by_sin, turning.by_turn))
+        read = turning.before, turning.frequencies, *by
+        many, half = int(turning.by_turn.shape[0] > 1), turning.half
+        pairs = turning.frequencies.shape[-1]
     launch = launch_of(
         hessian_kernel,
         torch.float32,
         moment.device,
-        TURNS=turns,
-        HALF=turns and turning is not None and turning.half,
+        TURNS=turning is not None,
+        HALF=half,
         RIDGE=RIDGE,
         ITERATIONS=ITERATIONS,
         RANK=RANK,
@@ -77,15 +82,11 @@ def hessian_factors(
         ROWS=32,
         CHUNK=min(64, width),
         PAD_D=width,
-        PAD_R=padded(turning.frequencies.shape[-1]) if turning is not None else 16,
+        PAD_R=padded(pairs),
         num_warps=warps,
         enable_fp_fusion=False,  # see `launch_of`
         num_stages=2,
     )
-    read, many = (moment,) * 5, 0  # not read
-    if turning is not None and before is not None:
-        by = (torch.view_as_real(x) for x in (turning.by_cos, turning.by_sin, turning.by_turn))
-        read, many = (before, turning.frequencies, *by), int(turning.by_turn.shape[0] > 1)
     launch(
         (batch * heads, 1, 1),
         moment,
@@ -100,7 +101,7 @@ def hessian_factors(
         count,
         heads,
         d,
-        0 if turning is None else turning.frequencies.shape[-1],
+        pairs,
     )
     return factor
 

@@ -85,15 +85,14 @@ def kernel_hessian(
     if own is not None and queries.pre_rope is not None:
         rope = rope or own
         frequencies = own.frequencies.expand(len(queries.mean), -1, -1, -1).contiguous()
-        products = rope.mean_products(READ_AFTER)
-        turning = Turning(frequencies, *products, rope.mean_turns(READ_AFTER), _half(own))
-    before = None if queries.pre_rope is None else queries.pre_rope.contiguous()
+        before, products = queries.pre_rope.contiguous(), rope.mean_products(READ_AFTER)
+        by_turn = rope.mean_turns(READ_AFTER)
+        turning = Turning(frequencies, before, *products, by_turn, _half(own))
     with torch.cuda.device_of(queries.mean):
         factor = hessian_factors(
             statistics.scale.contiguous(),
             queries.mean.contiguous(),
             queries.count,
-            before,
             turning,
         )
     return LowRankHessian(factor)
