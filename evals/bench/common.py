@@ -45,6 +45,15 @@ def new_parser(text: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def device_events(work: Callable[[], Any]) -> Iterable[Any]:
+    """What torch's profiler sees a GPU do while `work` runs."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        work()
+        torch.cuda.synchronize()
+    return profiler.events()
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of a command that writes rows."""
     add = parser.add_argument

@@ -20,7 +20,7 @@ import torch
 
 from ..environment import device_of, on_gpu
 from ..failures import guarded
-from .common import exit_with, new_parser
+from .common import device_events, exit_with, new_parser
 from .decode_step import (
     AttentionShape,
     Run,
@@ -57,13 +57,13 @@ def kernel_times(events: Iterable[Any]) -> dict[str, float]:
 
 def profiled(step: Callable[[], Any], between: Callable[[], Any], samples: int) -> dict[str, float]:
     """`kernel_times` of so many calls of a step, each after a call of `between`."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
+
+    def sample() -> None:
         for _ in range(samples):
             between()
             step()
-        torch.cuda.synchronize()
-    return kernel_times(profiler.events())
+
+    return kernel_times(device_events(sample))
 
 
 def measure(shape: AttentionShape, run: Run) -> None:

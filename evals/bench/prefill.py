@@ -14,7 +14,7 @@ in every kernel of this package, and in all others together.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers import Cache, PreTrainedModel
 from ..caches.registry import BASELINE, CacheSpec
 from ..environment import Versions, device_of, on_gpu
 from ..subjects.models import DTYPES, ModelOptions, load
-from .common import default_device, exit_with, in_turn, middle_half, new_parser
+from .common import default_device, device_events, exit_with, in_turn, middle_half, new_parser
 from .generate import build_model
 
 KERNELS = tuple(
@@ -64,15 +64,6 @@ def by_kernel(events: Iterable[Any]) -> list[str]:
     return [f"| {name} | {len(times[name])} | {sum(times[name]):.0f} |" for name in order]
 
 
-def _profile(name: str, one_pass: Callable[[], Any]) -> None:
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        one_pass()
-        torch.cuda.synchronize()
-    print(f"\n| kernel, {name} | launches | us |\n| --- | ---: | ---: |")
-    print("\n".join(by_kernel(profiler.events())))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Print a Markdown table, a row per cache."""
     args = _arguments(argv)
@@ -92,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     passes = {spec.label: partial(prefill, model, ids, spec) for spec in specs}
     print("\n".join(rows(in_turn(passes, args.repeats, device))))
     for name, one_pass in passes.items() if args.by_kernel else ():
-        _profile(name, one_pass)
+        print(f"\n| kernel, {name} | launches | us |\n| --- | ---: | ---: |")
+        print("\n".join(by_kernel(device_events(one_pass))))
     return 0
 
 
