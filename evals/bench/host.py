@@ -10,8 +10,8 @@ and step: median, and the middle half of the samples in brackets; Python calls a
 profiler. (Not counted: the driver's own launch, some microseconds each, as in DynamicCache's.)
 
 A second table has what a layer does besides when a prompt of 512 tokens is first packed, once a
-text: statistics, query directions, codes. Its few operations of torch are computed: of a size that
-takes a CPU a tenth to a fifth of the time.
+text: statistics, query directions, codes. Its few operations of torch are computed, so the figure
+is more than the host's part.
 """
 
 from __future__ import annotations
