@@ -73,7 +73,7 @@ def allocate_bits(
     settings = RotorQuantConfig.from_options(settings)
     bits = settings.key_spec.bits, settings.value_spec.bits  # refuses bits layer by layer
     check_windows(ids)
-    least = 2 * settings.tokens_until_packing
+    least = 2 * settings.tokens_before_packing
     if ids.shape[1] < least:
         raise ValueError(
             f"windows have {ids.shape[1]} tokens, but these settings quantise nothing in the first "

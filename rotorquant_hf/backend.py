@@ -105,6 +105,11 @@ def brought(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.to(device)
 
 
+def recordable(x: torch.Tensor) -> torch.Tensor:
+    """A tensor, or a copy of one made in inference mode, which autograd refuses outside of it."""
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Use one backend on every device, for comparisons and tests.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     CacheLayerMixin,
+    DynamicLayer,
     LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
     get_layer_types_and_kwargs,
 )
 
@@ -30,6 +32,7 @@ from rotorquant_hf.layers.hybrid import (
     RotorQuantHybridLayer,
     RotorQuantHybridSlidingLayer,
     check_states_croppable,
+    states_have_read,
 )
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import MemoryReport, measure
@@ -111,7 +114,7 @@ class RotorQuantCache(Cache):
                 "sees none here: leave it out (on the CPU there is nothing to offload)"
             )
         self._model, self._part = _known_of(config)
-        self._last_update: tuple[int | None, int] = (None, 0)  # layer, and tokens that it got
+        self._last_update = _Update(-1, 0)
         layers, make_layer = None, None
         if calibration is not None and not isinstance(calibration, Calibration):
             calibration = Calibration.load(calibration)
@@ -172,15 +175,20 @@ class RotorQuantCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         self._check_arguments(key_states, value_states, layer_idx)
-        if layer_idx == self._last_update[0] and _is_called_by_cross_attention():
-            with self._taking_back(layer_idx + 1, self._last_update[1]):
+        last = self._last_update
+        if layer_idx == last.layer and _is_called_by_cross_attention():
+            with self._taking_back(layer_idx + 1, last.tokens):
                 raise ValueError(
                     "this cache was handed to an encoder-decoder model, whose self- and "
                     "cross-attention would write into the same layers; pass past_key_values="
                     "EncoderDecoderCache(RotorQuantCache(config=model.config), "
                     "DynamicCache(config=model.config))"
                 )
-        self._settle_others(layer_idx, key_states.shape[-2])
+        if layer_idx <= last.layer < len(self.layers) - 1:
+            self._refuse_after_a_broken_pass(last)
+        self._last_update = _Update(layer_idx, key_states.shape[-2])
+        if layer_idx != last.layer:
+            self._settle(last)
         layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if layer is None or not layer.is_initialized:
             self._leave_uncompressed(layer_idx, key_states, value_states)
@@ -206,6 +214,10 @@ class RotorQuantCache(Cache):
                     f"{name} is of type {type(x).__name__}; pass a torch.Tensor (batch, kv heads, "
                     "tokens, head dim)"
                 )
+            if x.dim() != 4:
+                raise ValueError(
+                    f"{name} have shape {tuple(x.shape)}; pass (batch, kv heads, tokens, head dim)"
+                )
         if not isinstance(layer_idx, int) or isinstance(layer_idx, bool):
             raise TypeError(f"layer_idx is {layer_idx!r}; pass the layer's number, from 0 on")
         count = None if self.layer_class_to_replicate is not None else len(self.layers)
@@ -215,8 +227,6 @@ class RotorQuantCache(Cache):
 
     def _leave_uncompressed(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> None:
         """Put Transformers' layer in the place of a new one, if its heads cannot be coded."""
-        if not key_states.dim() == value_states.dim() == 4:
-            return  # the layer says so
         head_dims = {key_states.shape[3], value_states.shape[3]}
         if all(map(can_be_rotated, head_dims)):
             return
@@ -262,35 +272,62 @@ class RotorQuantCache(Cache):
         if not self._undo(layer_idx, tokens):
             error.add_note("Parts of the cache hold the new tokens already: use cache.reset().")
 
-    def _settle_others(self, layer_idx: int, tokens: int) -> None:
-        """Store what still waits for queries that no attention has shown, one layer's at most.
+    def _settle(self, last: _Update) -> None:
+        """Store what the layer that was last updated still has waiting for its queries.
 
-        The layer `layer_idx` is about to get `tokens`.
+        No attention has shown them, and now another layer is about to get tokens.
         """
-        (last, held), self._last_update = self._last_update, (layer_idx, tokens)
-        if last in (None, layer_idx) or last >= len(self.layers):
+        layer = self.layers[last.layer] if 0 <= last.layer < len(self.layers) else None
+        if not isinstance(layer, RotorQuantLayer) or not layer.waits:
             return
-        layer = self.layers[last]
-        if isinstance(layer, RotorQuantLayer) and layer.waits:
-            layer.count_queries()
-            if layer.moment is None:
-                warnings.warn(
-                    "query_aware: this attention does not show its queries to the cache, so keys "
-                    "are rounded to the nearest; load the model with "
-                    "attn_implementation='sdpa', or call "
-                    "model.set_attn_implementation('rotorquant')",
-                    stacklevel=2,
-                )
-            with self._taking_back(last, held):
+        layer.count_queries()
+        if layer.moment is None:
+            warnings.warn(
+                "query_aware: this attention does not show its queries to the cache, so keys are "
+                "rounded to the nearest; load the model with attn_implementation='sdpa', or call "
+                "model.set_attn_implementation('rotorquant')",
+                stacklevel=2,
+            )
+        with self._taking_back(last.layer, last.tokens):
+            try:
                 layer.settle()
+            except BaseException:
+                layer.drop_waiting()
+                raise
+
+    def _refuse_after_a_broken_pass(self, last: _Update) -> None:
+        """Raise if the pass before this one broke off half-way: its layers are out of step.
+
+        An interrupt from the keyboard does that, or an attention that refuses its arguments. The
+        positions and the mask of the pass that begins count the tokens of the broken one, so that
+        it cannot go on; the broken one is taken back.
+        """
+        later = [x for x in self.layers[last.layer + 1 :] if isinstance(x, RotorQuantLayer)]
+        later = [x for x in later if x.is_initialized]
+        length = self.get_seq_length(last.layer) - last.tokens
+        if not later or any(x.get_seq_length() != length for x in later):
+            return
+        if _calling_module() is None:  # layer by layer, as a script may fill them
+            return
+        taken_back = self._undo(last.layer + 1, last.tokens)
+        remedy = "they are taken out again: repeat this pass" if taken_back else "use cache.reset()"
+        raise RuntimeError(
+            f"the pass before this one broke off after layer {last.layer}, so that only some "
+            f"layers hold its {last.tokens} tokens; {remedy}"
+        )
 
     def _undo(self, failed: int, tokens: int) -> bool:
         """Take the newest tokens out of the layers before `failed`; False if that is impossible."""
-        if any(map(_has_read, self.layers[: failed + 1])):  # perhaps in this very pass
-            return False
         before: list[Any] = [x for x in self.layers[:failed] if hasattr(x, "get_seq_length")]
-        advanced = self.get_seq_length(failed) + tokens
-        if not before or any(layer.get_seq_length() != advanced for layer in before):
+        held = self.get_seq_length(failed)
+        in_step = all(layer.get_seq_length() == held + tokens for layer in before)
+        if in_step and not held:  # the first pass of a text
+            for layer in self.layers[: failed + 1]:
+                _forget(layer)
+            return True
+        if any(map(states_have_read, self.layers[: failed + 1])):  # perhaps in this very pass
+            return False
+        if not before or not in_step:
             return True  # not a pass through the model: nothing to take back
         try:
             for layer in before:
@@ -298,6 +335,11 @@ class RotorQuantCache(Cache):
         except RuntimeError:  # a sliding window has moved on
             return False
         return True
+
+    def reset(self) -> None:
+        """Forget everything, also the shapes: the cache is as new."""
+        for layer in self.layers:
+            _forget(layer)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove tokens, in all layers, or in none if one refuses.
@@ -352,9 +394,12 @@ class RotorQuantCache(Cache):
 
     def memory(self) -> MemoryReport:
         """The bytes that this cache takes, by part, measured on its tensors."""
+        return measure(self.layers, self._tokens())
+
+    def _tokens(self) -> int:
+        """Tokens of the text so far; 0 where no layer is attention."""
         attention = [layer for layer in self.layers if hasattr(layer, "get_seq_length")]
-        tokens = max((int(layer.get_seq_length()) for layer in attention), default=0)
-        return measure(self.layers, tokens)
+        return max((int(layer.get_seq_length()) for layer in attention), default=0)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a safetensors file (atomically: an old file stays if this fails).
@@ -402,12 +447,21 @@ class RotorQuantCache(Cache):
         return cache
 
     def __repr__(self) -> str:
-        tokens = self.get_seq_length() if self.layers else 0
         bits = "/".join(
             "by layer" if name in self.settings.by_layer else str(getattr(self.settings, name))
             for name in ("key_bits", "value_bits")
         )
-        return f"RotorQuantCache(key/value bits {bits}, layers={len(self.layers)}, tokens={tokens})"
+        return (
+            f"RotorQuantCache(key/value bits {bits}, layers={len(self.layers)}, "
+            f"tokens={self._tokens()})"
+        )
+
+
+class _Update(NamedTuple):
+    """A layer, -1 before the first, and how many tokens it got."""
+
+    layer: int
+    tokens: int
 
 
 def _known_of(
@@ -422,10 +476,16 @@ def _attributes(layer: Any) -> dict[str, Any]:
     return {k: dict(v) if isinstance(v, dict) else v for k, v in vars(layer).items()}
 
 
-def _has_read(layer: Any) -> bool:
-    """Whether a layer has recurrent states, and they have read tokens."""
-    has_states = isinstance(layer, LinearAttentionCacheLayerMixin)
-    return has_states and any(layer.has_previous_state.values())
+def _forget(layer: Any) -> None:
+    """Reset a layer, of what type it may be, so that it takes a batch of another size too."""
+    layer.reset()
+    if isinstance(layer, LinearAttentionLayer) and not isinstance(layer, RotorQuantLayer):
+        recording = layer.record_past
+        LinearAttentionLayer.__init__(layer, layer.number_of_states)
+        layer.record_past = recording
+    if isinstance(layer, DynamicLayer):  # Transformers 5.17 would keep its tokens, as zeros
+        layer.keys = layer.values = None
+        layer.is_initialized = False
 
 
 def _is_called_by_cross_attention() -> bool:
@@ -433,14 +493,20 @@ def _is_called_by_cross_attention() -> bool:
 
     Nothing but the caller tells: the states look alike, and Transformers does not name them.
     """
-    frame: FrameType | None = sys._getframe(2)
+    frame = _calling_module()
+    if frame is None:
+        return False
+    return any(frame.f_locals.get(name) is not None for name in _OTHER_SEQUENCES)
+
+
+def _calling_module() -> FrameType | None:
+    """The frame of the module that calls `update`; None if a script does."""
+    frame: FrameType | None = sys._getframe(3)
     for _ in range(_MAX_FRAMES):
-        if frame is None:
-            break
-        if isinstance(frame.f_locals.get("self"), torch.nn.Module):
-            return any(frame.f_locals.get(name) is not None for name in _OTHER_SEQUENCES)
+        if frame is None or isinstance(frame.f_locals.get("self"), torch.nn.Module):
+            return frame
         frame = frame.f_back
-    return False
+    return None
 
 
 class _GrowingLayers(list[Any]):

@@ -51,10 +51,13 @@ def calibrate(
         )
     settings = RotorQuantConfig.from_options(settings)
     check_windows(ids)
-    if ids.numel() < MIN_TOKENS:
+    # The first tokens of every window are sinks, and no part of the statistics.
+    sinks = settings.num_sink_tokens
+    counted, least = len(ids) * max(0, ids.shape[1] - sinks), MIN_TOKENS - sinks
+    if counted < least:
         raise ValueError(
-            f"ids have {ids.numel()} tokens; statistics take {MIN_TOKENS} at least, and some "
-            "thousand are better"
+            f"ids have {ids.numel()} tokens, of which {counted} are not among the first {sinks} of "
+            f"a window; statistics take {least} of these at least, and some thousand are better"
         )
     # Nothing is quantised: the layers keep all keys and values, and the moment of the queries.
     exact = dataclasses.replace(settings, residual_length=ids.shape[1], exact_layers=())

@@ -166,7 +166,7 @@ class RotorQuantConfig:
         return dataclasses.replace(self, **own)
 
     @property
-    def tokens_until_packing(self) -> int:
+    def tokens_before_packing(self) -> int:
         """Tokens of a text until its first ones are quantised, in a layer of full attention."""
         due = max(self.residual_length + self.block_length, self.statistics_length)
         return self.num_sink_tokens + due
@@ -174,7 +174,7 @@ class RotorQuantConfig:
     def num_to_quantise(self, recent: int, wanted: int = 0) -> int:
         """How many of `recent` tokens in full precision are quantised now: whole blocks.
 
-        None while there are fewer than `wanted` tokens.
+        0 while there are fewer than `wanted` of them.
         """
         if recent < wanted:
             return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,7 +65,8 @@ class FileKind:
         if not path.parent.is_dir():
             raise FileNotFoundError(f"folder {path.parent} does not exist; make it first")
         header = {"version": self.version, "rotorquant_hf": __version__, **header}
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        # A name of its own: processes and threads may write to one path at the same time.
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         try:
             partial.touch()
             ordinary = partial.stat().st_mode  # safetensors' files only the owner can read
@@ -93,6 +95,7 @@ class FileKind:
         if not Path(path).is_file():
             raise FileNotFoundError(f"file {path} does not exist; {self.missing}")
         _check_device(device)
+        opened = _identity(path)
         try:
             with safe_open(path, framework="pt", device=str(torch.device(device))) as file:
                 metadata = file.metadata() or {}
@@ -112,10 +115,18 @@ class FileKind:
                     f"{self.again}"
                 )
             if metadata["crc32"] != _checksum(Path(path))[1]:
+                if _identity(path) != opened:
+                    raise ValueError(f"{path} was replaced while it was read; read it again")
                 raise ValueError(f"{path} is damaged: its checksum is not right; {self.again}")
             yield header, tensors
         except UNEXPECTED as error:
             raise ValueError(f"{path} has an invalid header ({error!r}); {self.again}") from error
+
+
+def _identity(path: Pathlike) -> tuple[int, int]:
+    """What tells a file from another that has taken its name."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
 
 
 def seal(path: Path) -> None:

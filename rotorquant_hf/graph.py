@@ -108,7 +108,7 @@ class DecodeGraph:
         with torch.inference_mode(False):  # also written to outside of it
             self._input_ids, self._position_ids = input_ids.clone(), position_ids.clone()
         graph = torch.cuda.CUDAGraph()
-        before = [x.ring.snapshot() for x in self._layers if x.ring is not None]
+        before = [x.ring.on_host() for x in self._layers if x.ring is not None]
         length = self.cache.get_seq_length()
         for layer in self._layers:
             layer.prepare_step(1)
@@ -116,9 +116,9 @@ class DecodeGraph:
             with single_tokens_without_masks(), torch.cuda.graph(graph):
                 self._logits = self._step(self._input_ids, self._position_ids)
         except BaseException:
-            for layer, snapshot in zip(self._layers, before, strict=True):
+            for layer, lengths in zip(self._layers, before, strict=True):
                 if layer.get_seq_length() > length:
-                    layer.forget_step(1, snapshot)
+                    layer.forget_step(1, lengths)
             raise
         self._graph = graph
         # Kept, so that no other tensor can come to lie where the graph writes.

@@ -17,6 +17,7 @@ from torch import Tensor
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.files import UNEXPECTED, FileKind
 from rotorquant_hf.layer_entries import LayerEntry
+from rotorquant_hf.layers.hybrid import states_have_read
 from rotorquant_hf.placement import Part
 
 CACHE_FILE = FileKind(
@@ -42,7 +43,7 @@ def save(
         model: what tells their model from others, as `shape_of` its config; None if not known.
         part: the part of the model's kv heads that they hold; None if not known.
     """
-    if not any(layer.is_initialized for layer in layers if hasattr(layer, "is_initialized")):
+    if not any(map(_holds_text, layers)):
         raise ValueError("the cache is empty; run the model with it before saving")
     entries = [LayerEntry.of(layer) for layer in layers]
     header = {
@@ -60,6 +61,12 @@ def save(
         for name, tensor in entry.tensors.items()
     }
     CACHE_FILE.write(path, header, tensors)
+
+
+def _holds_text(layer: Any) -> bool:
+    if states_have_read(layer):
+        return True
+    return hasattr(layer, "get_seq_length") and layer.get_seq_length() > 0
 
 
 def read(

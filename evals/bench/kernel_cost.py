@@ -68,6 +68,8 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from rotorquant_hf.kernels.launch import FUSED
+
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     unknown = {*kernel.do_not_specialize, *kernel.do_not_specialize_on_alignment}
@@ -84,7 +86,7 @@ def compile_kernel(
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options=options,
+        options=FUSED | options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

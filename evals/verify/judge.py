@@ -160,7 +160,7 @@ def _kept(figures: Mapping[str, Any]) -> float:
     share, default = figures["compressed_share"], RotorQuantConfig()
     if share:
         return figures["window"] * (1 - math.sqrt(share))
-    return default.tokens_until_packing
+    return default.tokens_before_packing
 
 
 def _text_for(open_: list[Bound], figures: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ only; several tokens over a past have a mask of n x tokens there.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ _MAX_SCORES = 1 << 22
 _NOT_COMPUTED = ("output_attentions", "sinks", "indices", "block_indices")
 """Arguments that ask for more: weights as output, a sink per query (inkling2), tokens or blocks
 that an indexer has chosen (deepseek_v32, minimax_m3_vl)."""
+
+_changing_masks = threading.Lock()
 
 
 def register() -> None:
@@ -248,18 +251,20 @@ def rotorquant_mask(
 def single_tokens_without_masks() -> Iterator[None]:
     """Let "sdpa" leave out the masks of single tokens that see all, as "rotorquant" does.
 
-    It leaves them out anyway, except (Transformers 5.17) while a CUDA graph is being captured.
+    It leaves them out anyway, except (Transformers 5.17) while a CUDA graph is being captured. One
+    thread at a time: what is changed is the process's.
     """
-    usual = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    with _changing_masks:
+        usual = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
-    def mask(q_length: int, *args: Any, **kwargs: Any) -> Tensor | None:
-        return (rotorquant_mask if q_length == 1 else usual)(q_length, *args, **kwargs)
+        def mask(q_length: int, *args: Any, **kwargs: Any) -> Tensor | None:
+            return (rotorquant_mask if q_length == 1 else usual)(q_length, *args, **kwargs)
 
-    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = mask
-    try:
-        yield
-    finally:
-        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = usual
+        ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = mask
+        try:
+            yield
+        finally:
+            ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = usual
 
 
 def _all_in_reach(

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rotorquant_hf.backend import recordable
+
 
 @dataclass(frozen=True)
 class StandIns:
@@ -40,12 +42,13 @@ class StandIns:
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         n, tokens = seen.shape[1:]
         padding = seen[:, -1].int().argmax(dim=-1, keepdim=True)  # (batch or 1, 1)
-        # A mask may hide the first token from the last query alone: then it is no padding.
-        queries = torch.arange(tokens - n, tokens, device=mask.device)
-        read = (seen[:, :, 0] & (queries >= padding)).any(dim=-1, keepdim=True)
+        # What a sliding window hides is no padding: the first query after it sees other tokens.
+        query = (padding - (tokens - n)).clamp(min=0)[..., None]
+        first_seen = seen.gather(1, query.expand(-1, 1, tokens)).int().argmax(dim=-1)
+        slides = first_seen != padding
         places = torch.arange(sinks, device=mask.device)
         first = padding.clamp(min=sinks) + places
-        stands_in = (places < padding) & (first < tokens) & ~read
+        stands_in = (places < padding) & (first < tokens) & ~slides
         return cls(torch.where(stands_in, first, places).expand(batch, -1).contiguous())
 
     def placed(self, states: Tensor) -> Tensor:
@@ -58,7 +61,7 @@ class StandIns:
 
     def _like(self, states: Tensor) -> Tensor:
         heads, d = states.shape[1], states.shape[3]
-        return self.tokens[:, None, :, None].expand(-1, heads, -1, d)
+        return recordable(self.tokens)[:, None, :, None].expand(-1, heads, -1, d)
 
     def masked(self, mask: Tensor, tokens: int) -> Tensor:
         """A mask that sees the tokens in the places of the sinks, and not where they are.

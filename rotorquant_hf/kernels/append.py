@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rotorquant_hf.kernels.launch import FUSED
 from rotorquant_hf.kernels.rounding import CHUNK, TINY, centroids_of, element, head
 from rotorquant_hf.kernels.sizes import pieces
 from rotorquant_hf.quant.channels import ChannelStatistics
@@ -57,7 +58,7 @@ class AppendPart:
     feedback: Feedback | None = None
 
 
-def append_block(bounds: Tensor, max_count: int, keys: AppendPart, values: AppendPart) -> None:
+def append_segments(bounds: Tensor, max_count: int, keys: AppendPart, values: AppendPart) -> None:
     """Code segments of tokens into rows of the store, keys and values in one launch.
 
     Token i < count of a segment is slot (begin + i) % slots of `x` and goes to row `row + i` of
@@ -90,7 +91,7 @@ def append_block(bounds: Tensor, max_count: int, keys: AppendPart, values: Appen
 def kernel_arguments(
     bounds: Tensor, max_count: int, keys: AppendPart, values: AppendPart
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """The arguments of `append_kernel` and its compiler options."""
+    """The arguments of `append_kernel`, and options of the compiler."""
     d = max(keys.quantizer.d, values.quantizer.d)
     tokens = 32 if d <= 256 else 16
     arguments = {
@@ -105,8 +106,8 @@ def kernel_arguments(
     }
     if d <= 256:  # the fastest of those tried on an H100
         warps = 8 if d > 128 and keys.feedback is not None else 4
-        return arguments, {"num_warps": warps, "num_stages": 3}
-    return arguments, {"num_warps": 16, "num_stages": 2}
+        return arguments, {"num_warps": warps, "num_stages": 3, **FUSED}
+    return arguments, {"num_warps": 16, "num_stages": 2, **FUSED}
 
 
 class _Shape(NamedTuple):

@@ -144,7 +144,7 @@ def push_kernel(
         tl.store(p_state + 2, packed_count)
         tl.store(p_state + 3, recent_begin)
         tl.store(p_state + 4, recent_count)
-        # The block for `append_block` in this step: first slot, count (0: none) and row.
+        # The block for `append_segments` in this step: first slot, count (0: none) and row.
         tl.store(p_state + 5, recent_begin)
         tl.store(p_state + 6, tl.maximum(recent_count - residual, 0) // block * block)
         tl.store(p_state + 7, packed_begin + packed_count)

@@ -35,10 +35,10 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from rotorquant_hf.attention.stand_ins import StandIns
 from rotorquant_hf.attention.states import CachedStates, PlainStates
 from rotorquant_hf.attention.tensor import CompressedTensor
-from rotorquant_hf.backend import brought, uses_native
+from rotorquant_hf.backend import brought, recordable, uses_native
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.recent import ROOM, RecentBuffer
-from rotorquant_hf.layers.ring import RingBuffer
+from rotorquant_hf.layers.ring import Lengths, RingBuffer
 from rotorquant_hf.native.library import FLOATS
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.checks import check_finite
@@ -49,6 +49,9 @@ from rotorquant_hf.store.statistics import query_moment
 
 # Copies of ropes on other devices. A rope is that of many layers, and goes to a device once.
 _copies: WeakKeyDictionary[Rope, dict[torch.device, Rope]] = WeakKeyDictionary()
+
+_QUERIES_HELD = 64
+"""Queries of single tokens are held until there are so many, and counted together."""
 
 _NOT_ASSIGNED = (
     "the {0} of a compressed layer are stored quantised, and cannot be assigned; change them by "
@@ -85,7 +88,8 @@ class RotorQuantLayer(CacheLayerMixin):
         self.stand_ins: StandIns | None = None
         # Of single tokens, not yet in the moment, and where in the text these are.
         self._queries: list[tuple[int, Tensor]] = []
-        self._before: tuple[Tensor, Tensor] | None = None
+        # The recent tokens before a pass whose tokens wait for their queries.
+        self._recent_before: tuple[Tensor, Tensor] | None = None
         self._gradient_cut = False  # some packed tokens were recorded by autograd
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -109,6 +113,7 @@ class RotorQuantLayer(CacheLayerMixin):
 
     def __copy__(self) -> RotorQuantLayer:
         """A fork of the layer: it goes its own way, as one of a DynamicCache does."""
+        self.settle()
         fork = object.__new__(type(self))
         fork.__dict__.update(self.__dict__)
         if self.is_initialized:
@@ -286,7 +291,7 @@ class RotorQuantLayer(CacheLayerMixin):
             self._store_recent(*recent)
             return visible
         if self.config.num_to_quantise(recent[0].shape[2], self._wanted()):
-            self.recent, self._before = recent, past
+            self.recent, self._recent_before = recent, past
         else:
             self._store_recent(*recent)
         keys, values = (
@@ -309,7 +314,7 @@ class RotorQuantLayer(CacheLayerMixin):
             if self._queries and self._queries[-1][1].shape[:2] != query.shape[:2]:
                 self.count_queries()  # of another layer that shares the keys
             self._queries.append((self.get_seq_length() - query.shape[2], query.detach()))
-            if query.shape[2] > 1:
+            if query.shape[2] > 1 or len(self._queries) == _QUERIES_HELD:
                 self.count_queries()
             held = self._sinks, self._recent
             packs = self.waits
@@ -318,6 +323,7 @@ class RotorQuantLayer(CacheLayerMixin):
                 self._place_stand_ins(mask, *map(join, *held))
         except BaseException:
             self.moment, self._queries = before
+            self.drop_waiting()
             raise
 
     def _place_stand_ins(self, mask: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -343,22 +349,26 @@ class RotorQuantLayer(CacheLayerMixin):
         """Store the tokens that wait for their queries, with those seen so far.
 
         Raises:
-            ValueError: as `update`. The new tokens are then taken out of this layer again.
+            ValueError: as `update`. The tokens then wait as before.
         """
-        if self._before is None:
+        if not self.waits:
             return
-        before, self._before = self._before, None
-        recent = self._recent
+        before, self._recent_before = self._recent_before, None
         try:
-            self._store_recent(*recent)
+            self._store_recent(*self._recent)
         except BaseException:
-            self.recent = before
+            self._recent_before = before
             raise
+
+    def drop_waiting(self) -> None:
+        """Forget the pass whose tokens wait for their queries, if there is one."""
+        if self._recent_before is not None:
+            self.recent, self._recent_before = self._recent_before, None
 
     @property
     def waits(self) -> bool:
         """Whether tokens wait for their queries."""
-        return self._before is not None
+        return self._recent_before is not None
 
     def _decodes(self, keys: Tensor, values: Tensor) -> bool:
         """Whether the kernels alone can take in the new tokens; sets up the ring if so."""
@@ -409,7 +419,7 @@ class RotorQuantLayer(CacheLayerMixin):
         assert self.ring is not None
         self.ring.turn_for(n)
 
-    def forget_step(self, n: int, before: tuple[int, ...]) -> None:
+    def forget_step(self, n: int, before: Lengths) -> None:
         """Undo on the host a step of n tokens that the device never took."""
         assert self.ring is not None
         self.ring.restore(before)
@@ -631,7 +641,7 @@ class RotorQuantLayer(CacheLayerMixin):
         """Forget everything, also the shapes."""
         for name in ("_store", "_sinks", "_recent", "dtype", "device"):
             self.__dict__.pop(name, None)
-        self.ring = self.buffer = self.moment = self._before = self.stand_ins = None
+        self.ring = self.buffer = self.moment = self._recent_before = self.stand_ins = None
         self._gradient_cut = False
         self._queries = []
         self.is_initialized = False
@@ -678,7 +688,7 @@ class RotorQuantLayer(CacheLayerMixin):
         if self.is_initialized:
             self._move(self.device)
             if self.rope is not None and self.rope.frequencies.device != self.device:
-                self.rope = self.store.keys.rope = _on_device(self.rope, self.device)
+                self.rope = self.store.rope = _on_device(self.rope, self.device)
 
     def _move(self, device: torch.device) -> None:
         if self.is_initialized and self.sinks[0].device != device:
@@ -702,6 +712,8 @@ class RotorQuantLayer(CacheLayerMixin):
             parts["sinks"] += self.stand_ins.tokens.nbytes
         if self.rope is not None and self.get_seq_length():
             parts["statistics"] += self.rope.frequencies.nbytes
+        if self.calibration is not None:
+            parts["statistics"] += sum(x.nbytes for x in self.calibration)
         return parts
 
     def numbers(self) -> tuple[int, int]:
@@ -737,7 +749,7 @@ def _on_device(rope: Rope, device: torch.device) -> Rope:
 def _refusing_gradients(states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Keys and values through which no gradient goes: it would lack that of packed tokens."""
     keys, values = (
-        x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in states
+        x.view_as(x) if x.requires_grad else recordable(x).detach().requires_grad_() for x in states
     )
     for x in (keys, values):
         x.register_hook(_refuse_gradient)

@@ -48,7 +48,11 @@ class RotorQuantHybridLayer(LinearAttentionLayer, RotorQuantLayer):  # type: ign
 
     @property
     def _attention(self) -> RotorQuantLayer:
-        """The layer's methods as its attention part alone has them, that of a window or not."""
+        """The layer's methods as its attention part alone has them, that of a window or not.
+
+        They are those that come after the ones of the recurrent states in the order of bases:
+        (...HybridLayer, LinearAttentionLayer, LinearAttentionCacheLayerMixin, RotorQuant...Layer).
+        """
         return cast(RotorQuantLayer, super(LinearAttentionCacheLayerMixin, self))
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -159,6 +163,12 @@ class RotorQuantHybridLayer(LinearAttentionLayer, RotorQuantLayer):  # type: ign
         """As in `RotorQuantLayer`, the states included, which are not packed."""
         elements, packed = self._attention.numbers()
         return elements + sum(x.numel() for x in self.state_tensors().values()), packed
+
+
+def states_have_read(layer: Any) -> bool:
+    """Whether a layer, of whatever type, has recurrent states that have read tokens."""
+    has_states = isinstance(layer, LinearAttentionCacheLayerMixin)
+    return has_states and any(layer.has_previous_state.values())
 
 
 def check_states_croppable(layer: LinearAttentionCacheLayerMixin, tokens_to_remove: int) -> None:

@@ -6,10 +6,10 @@ CUDA graph. The host keeps the same lengths by the same arithmetic, without ever
 
 A step of n tokens, on the device and on the host:
 
-    PushTokens      the new tokens enter the ring          count += n
-    attention       reads what is in the ring and packed   (its states are made here)
-    append_block    codes the ring's oldest tokens         packed += block, count -= block
-                    once `block_length` too many are in it
+    PushTokens        the new tokens enter the ring          count += n
+    attention         reads what is in the ring and packed   (its states are made here)
+    append_segments   codes the ring's oldest tokens         packed += block, count -= block
+                      once `block_length` too many are in it
 
 The tokens of a block are read in full precision by the attention of their own step, and packed
 from the next step on. So the device, which attends after both kernels, counts them as packed only
@@ -18,7 +18,7 @@ with the next push (`flush_*` in `kernels.push`), while the host may do so at on
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,22 @@ from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.quant.channels import SEGMENT
 from rotorquant_hf.store.buffers import with_room
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
+
+
+class Lengths(NamedTuple):
+    """What the host counts of a ring.
+
+    Attributes:
+        begin: slot of the oldest token. tokens: in the ring.
+        position: where in the text the oldest is.
+        first_row, end_row: of the store, those in use.
+    """
+
+    begin: int
+    tokens: int
+    position: int
+    first_row: int
+    end_row: int
 
 
 class RingBuffer:
@@ -87,7 +103,7 @@ class RingBuffer:
                 self.store.reserve(self.config.block_length)
             self.turn_for(n)
         self._upload()
-        before = self.snapshot()
+        before = self.on_host()
         self._on_device = None  # until all is done
         try:
             self._enter(keys, values)
@@ -119,10 +135,10 @@ class RingBuffer:
 
     def _append(self) -> None:
         """Code the block that the last push has found, if there is one."""
-        from rotorquant_hf.kernels.append import AppendPart, append_block
+        from rotorquant_hf.kernels.append import AppendPart, append_segments
         from rotorquant_hf.kernels.push import FLUSH
 
-        append_block(
+        append_segments(
             self.lengths[None, FLUSH],
             self.config.block_length,
             AppendPart(self.rings[0], *self.store.keys.coding(), self._feedback),
@@ -147,17 +163,17 @@ class RingBuffer:
             for held, new in zip(self._feedback, turned, strict=True):
                 held.copy_(new)
 
-    def snapshot(self) -> tuple[int, ...]:
+    def on_host(self) -> Lengths:
         """The lengths on the host, for `restore`."""
-        return self.begin, self.count, self.position, *self.store.rows_in_use()
+        return Lengths(self.begin, self.count, self.position, *self.store.rows_in_use())
 
-    def restore(self, snapshot: tuple[int, ...]) -> None:
+    def restore(self, lengths: Lengths) -> None:
         """Undo steps on the host; the device is told before the next one.
 
         The tokens themselves need no undoing: a step writes only free slots and free rows.
         """
-        self.begin, self.count, self.position, start, end = snapshot
-        self.store.use_rows(start, end)
+        self.begin, self.count, self.position = lengths[:3]
+        self.store.use_rows(lengths.first_row, lengths.end_row)
         self.clock.tick()
         self._on_device = None
 

@@ -7,6 +7,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer, copies_from, join, last
+from rotorquant_hf.layers.ring import Lengths
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.rope import Rope
 
@@ -60,7 +61,7 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
         super().follow_replay(n)
         self.cumulative_length += n
 
-    def forget_step(self, n: int, before: tuple[int, ...]) -> None:
+    def forget_step(self, n: int, before: Lengths) -> None:
         """As in `RotorQuantLayer`."""
         super().forget_step(n, before)
         self.cumulative_length -= n
@@ -87,16 +88,11 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
             self.cumulative_length -= n
             raise
 
-    def settle(self) -> None:
+    def drop_waiting(self) -> None:
         """As in `RotorQuantLayer`."""
-        if self._before is None:
-            return
-        new = self._recent[0].shape[2] - self._before[0].shape[2]
-        try:
-            super().settle()
-        except BaseException:
-            self.cumulative_length -= new
-            raise
+        waiting = self.recent_length
+        super().drop_waiting()
+        self.cumulative_length -= waiting - self.recent_length
 
     def _store_recent(self, keys: Tensor, values: Tensor) -> None:
         past = 0

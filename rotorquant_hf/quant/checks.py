@@ -28,7 +28,7 @@ def check_finite(name: str, x: Tensor, on_gpu: bool = False) -> None:
         bad = ~torch.isfinite(x)
         first = tuple(bad.nonzero()[0].tolist())
         raise ValueError(
-            f"{name} has {int(bad.sum())} entries that are NaN or infinite, the first at {first} "
+            f"{name}: {int(bad.sum())} entries are NaN or infinite, the first at {first} "
             f"({float(x[first])}); check the model's dtype (float16 overflows at 65504) and weights"
         )
 

@@ -53,8 +53,8 @@ class LowRankHessian:
                 is preferred.
 
         Raises:
-            ValueError: on the CPU, if the Hessian is not positive semidefinite, or has NaN or
-                infinite entries.
+            ValueError: on the CPU, if the Hessian's diagonal is negative somewhere, or an entry is
+                NaN or infinite.
         """
         d = hessian.shape[-1]
         rank = min(RANK, d)
@@ -129,6 +129,6 @@ def _check_moment(hessian: Tensor, basis: Tensor) -> None:
     negative = float(hessian.diagonal(dim1=-2, dim2=-1).min()) < 0
     if negative or not math.isfinite(float(basis.sum())):
         raise ValueError(
-            "the hessian is not positive semidefinite, or has NaN or infinite entries; pass second "
-            "moments of queries, q' q summed over tokens"
+            "the hessian has a negative diagonal, or NaN or infinite entries; pass second moments "
+            "of queries, q' q summed over tokens"
         )

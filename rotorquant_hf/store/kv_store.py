@@ -98,6 +98,15 @@ class RotorQuantKVCache:
         self.keys.device = self.values.device = device
 
     @property
+    def rope(self) -> Rope | None:
+        """How RoPE turns the keys; None if that is not known."""
+        return self.keys.rope
+
+    @rope.setter
+    def rope(self, rope: Rope | None) -> None:
+        self.keys.rope = rope
+
+    @property
     def key_quantizer(self) -> Quantizer:
         """What codes the keys."""
         return self.keys.quantizer
@@ -212,7 +221,7 @@ class RotorQuantKVCache:
         return kernels_take(self.device, dtype, self.keys.quantizer, self.values.quantizer)
 
     def _append_by_kernel(self, keys: Tensor, values: Tensor, position: int) -> None:
-        from rotorquant_hf.kernels.append import AppendPart, append_block
+        from rotorquant_hf.kernels.append import AppendPart, append_segments
 
         batch, heads, tokens, _ = keys.shape
         self.reserve(tokens, batch, heads)
@@ -221,7 +230,7 @@ class RotorQuantKVCache:
             # Those of all segments come to the device in one copy.
             counts = [part.stop - part.start for part in parts]
             rows = [[x.start, n, end + x.start] for x, n in zip(parts, counts, strict=True)]
-            append_block(
+            append_segments(
                 on_device(rows, self.device),
                 max(counts),
                 AppendPart(keys, *self.keys.coding(), feedback),
@@ -311,16 +320,33 @@ class RotorQuantKVCache:
         return self.values.reconstructed()
 
     def crop(self, count: int) -> None:
-        """Forget the last `count` tokens; an empty store takes new statistics."""
+        """Forget the last `count` tokens; an empty store takes new statistics.
+
+        Raises:
+            ValueError: unless the store has so many.
+        """
+        self._require("crop", count)
         for side in self.sides:
             side.buffers.crop(count)
         if not len(self):
             self.reset()
 
     def drop_front(self, count: int, shrink: bool = True) -> None:
-        """Forget the first `count` tokens; the statistics stay, and unless `shrink` the memory."""
+        """Forget the first `count` tokens; the statistics stay, and unless `shrink` the memory.
+
+        Raises:
+            ValueError: unless the store has so many.
+        """
+        self._require("drop_front", count)
         for side in self.sides:
             side.buffers.drop_front(count, shrink)
+
+    def _require(self, name: str, count: int) -> None:
+        if not 0 <= count <= len(self):
+            raise ValueError(
+                f"{name}({count}): the store holds {len(self)} tokens; pass how many to forget, "
+                "none to all of them"
+            )
 
     def reset(self) -> None:
         """Forget everything; statistics too, unless they come from elsewhere."""

@@ -243,8 +243,10 @@ def test_windows_longer_than_a_sliding_layer_s(monkeypatch):
 
 def test_bad_texts_and_attention():
     llama = build("llama")
-    with pytest.raises(ValueError, match=r"ids have 100 tokens; statistics take 256"):
+    with pytest.raises(ValueError, match=r"100 tokens, of which 96 .*; statistics take 252"):
         calibrate(llama, text(llama, 1))
+    with pytest.raises(ValueError, match=r"400 tokens, of which 0 are not among the first 4 of a"):
+        calibrate(llama, text(llama, 100, 4))
     with pytest.raises(ValueError, match=r"ids have shape \(300,\)"):
         calibrate(llama, text(llama, 1, 300)[0])
     with pytest.raises(ValueError, match="does not show its queries"):

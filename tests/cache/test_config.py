@@ -27,9 +27,9 @@ def test_published_methods_take_no_statistics_and_see_no_queries(name) -> None:
 
 def test_nothing_is_quantised_before_there_are_statistics() -> None:
     """4 sinks and 256 tokens; a longer window takes more by itself, a block of 32 included."""
-    assert RotorQuantConfig().tokens_until_packing == 260
-    assert RotorQuantConfig(residual_length=300).tokens_until_packing == 336
-    assert RotorQuantConfig(statistics_length=0).tokens_until_packing == 164
+    assert RotorQuantConfig().tokens_before_packing == 260
+    assert RotorQuantConfig(residual_length=300).tokens_before_packing == 336
+    assert RotorQuantConfig(statistics_length=0).tokens_before_packing == 164
 
 
 def test_options_replace_those_of_the_preset() -> None:

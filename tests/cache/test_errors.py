@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, Qwen3NextConfig
+from transformers import LlamaConfig, Mamba2Config, Qwen3NextConfig
 
 from rotorquant_hf import (
     PRESETS,
@@ -334,7 +334,7 @@ def test_a_cache_is_as_it_was_after_a_failed_update(with_config):
     keys = torch.full((2, 2, 1, 16), math.nan)
     for index in range(2):
         message = message_of(ValueError, lambda i=index: cache.update(keys, keys, i))
-        assert "keys has 64 entries that are NaN or infinite" in message
+        assert "keys: 64 entries are NaN or infinite" in message
     assert same(snapshot(cache.layers), before)
     assert cache.memory() == report
 
@@ -360,6 +360,86 @@ def test_a_model_run_with_the_cache_of_another_batch():
     assert "batch size 3" in message
     assert "batch size 2 from 21 earlier tokens; use a new cache, or cache.reset()" in message
     assert same(snapshot(cache.layers), before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "falcon_h1", "lfm2"])
+def test_a_new_cache_is_new_after_a_first_pass_that_failed(name):
+    """Another batch fits it, though windows have moved and states have read."""
+    model = build(name)
+    cache = RotorQuantCache(SMALL, config=model.config)
+    attention = [x for x in cache.layers if isinstance(x, RotorQuantLayer)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention[-1], "update", _out_of_memory)
+        with pytest.raises(MemoryError) as caught, torch.no_grad():
+            model(prompt(2, 40), past_key_values=cache)
+    assert not hasattr(caught.value, "__notes__")
+    assert cache.get_seq_length() == 0
+    assert cache.memory().total_bytes == 0
+    expected = feed(model, RotorQuantCache(SMALL, config=model.config), prompt(1, 50), (40, 10))
+    assert torch.equal(feed(model, cache, prompt(1, 50), (40, 10)), expected)
+
+
+def _out_of_memory(*args, **kwargs):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "falcon_h1"])
+def test_a_reset_cache_is_new(name):
+    model = build(name)
+    make = functools.partial(RotorQuantCache, SMALL, exact_layers=(0,), config=model.config)
+    cache = make()
+    feed(model, cache, prompt(2, 40), (30, 10))
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(
+        feed(model, cache, prompt(1, 50), (40, 10)), feed(model, make(), prompt(1, 50), (40, 10))
+    )
+
+
+@torch.no_grad()
+def test_a_pass_that_broke_off_is_taken_back_by_the_next():
+    """Layers out of step would go on so without a word."""
+    model = build("llama", "rotorquant")
+    cache = RotorQuantCache(SMALL, config=model.config)
+    feed(model, cache, prompt(1, 41), (41,))
+    before = snapshot(cache.layers)
+    with pytest.raises(ValueError, match="does not compute output_attentions"):
+        model(prompt(1, 1), past_key_values=cache, output_attentions=True)
+    assert [x.get_seq_length() for x in cache.layers] == [42, 41]
+    message = message_of(RuntimeError, lambda: model(prompt(1, 1), past_key_values=cache))
+    assert "broke off after layer 0, so that only some layers hold its 1 tokens" in message
+    assert "repeat this pass" in message
+    assert same(snapshot(cache.layers), before)
+    model(prompt(1, 1), past_key_values=cache)
+    assert [x.get_seq_length() for x in cache.layers] == [42, 42]
+
+
+@torch.no_grad()
+def test_a_pass_that_broke_off_and_cannot_be_taken_back_is_named():
+    """Tokens have left the first layer's window."""
+    model = build("gemma3", "rotorquant")
+    cache = RotorQuantCache(SMALL, config=model.config)
+    feed(model, cache, prompt(1, 60), (60,))
+    with pytest.raises(ValueError, match="does not compute output_attentions"):
+        model(prompt(1, 3), past_key_values=cache, output_attentions=True)
+    for _ in range(2):
+        message = message_of(RuntimeError, lambda: model(prompt(1, 3), past_key_values=cache))
+        assert "use cache.reset()" in message
+    cache.reset()
+    feed(model, cache, prompt(1, 60), (60,))
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_layers_may_be_filled_one_after_the_other(with_config):
+    """By a script: then layers of unequal lengths are no pass that broke off."""
+    cache = RotorQuantCache(SMALL, config=build("llama").config if with_config else None)
+    for index in range(2):
+        for seed in range(3):
+            cache.update(*states(5, heads=2, d_value=D_KEY, seed=seed), index)
+    assert [x.get_seq_length() for x in cache.layers] == [15, 15]
+    cache.update(*states(5, heads=2, d_value=D_KEY), 0)
+    cache.update(*states(5, heads=2, d_value=D_KEY), 0)
+    assert [x.get_seq_length() for x in cache.layers] == [25, 15]
 
 
 def test_a_model_run_with_the_cache_of_another_model():
@@ -536,6 +616,15 @@ def test_an_empty_store_has_no_spans():
     assert message == "the store is empty; append keys and values first"
 
 
+@pytest.mark.parametrize("count", [-3, 99])
+@pytest.mark.parametrize("method", ["crop", "drop_front"])
+def test_a_store_forgets_no_more_than_it_holds(store, method, count):
+    before = snapshot(store)
+    message = message_of(ValueError, lambda: getattr(store, method)(count))
+    assert f"{method}({count}): the store holds {len(store)} tokens" in message
+    assert same(snapshot(store), before)
+
+
 def test_queries_that_do_not_fit(store):
     for queries, parts in (
         (torch.zeros(ROWS, HEADS, 1, 8), ("(2, 3, 1, 8)", "16 elements")),
@@ -596,8 +685,13 @@ def test_finite_entries_are_looked_for_once(kind, quantizer, monkeypatch):
             TypeError,
             ("value_states is of type ndarray", "(batch, kv heads, tokens, head dim)"),
         ),
+        (
+            {"key_states": torch.zeros(3)},
+            ValueError,
+            ("key_states have shape (3,)", "(batch, kv heads, tokens, head dim)"),
+        ),
     ],
-    ids=["negative layer", "layer in words", "layer that is a truth", "list", "numpy"],
+    ids=["negative layer", "layer in words", "layer that is a truth", "list", "numpy", "an axis"],
 )
 def test_arguments_of_update_in_the_wrong_place(change, error, parts, with_config):
     cache = RotorQuantCache(config=build("llama").config if with_config else None)
@@ -634,6 +728,12 @@ def test_keys_and_values_are_not_assigned():
         with pytest.raises(AttributeError, match=f"the {name} of a compressed layer are stored"):
             setattr(cache.layers[0], name, torch.zeros(1, 2, 300, 16))
     assert torch.equal(cache.layers[0].keys.materialize(), before)
+
+
+def test_a_cache_without_attention_is_shown():
+    with pytest.warns(UserWarning, match="no layer of this model"):
+        cache = RotorQuantCache(config=Mamba2Config(num_hidden_layers=2))
+    assert repr(cache) == "RotorQuantCache(key/value bits 4/4, layers=2, tokens=0)"
 
 
 def test_a_model_of_which_nothing_is_compressed_is_named():

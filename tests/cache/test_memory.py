@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from rotorquant_hf import RotorQuantCache
+from rotorquant_hf import RotorQuantCache, calibrate
 from rotorquant_hf.backend import backend, running
 from rotorquant_hf.native.library import library
+from tests.helpers.models import build, prompt
 
 
 def fill(
@@ -70,6 +71,20 @@ def test_total_is_what_the_process_holds(options: dict) -> None:
     report = cache.memory()
     assert live_bytes() - before == report.total_bytes - report.parts["tables"]
     assert report.parts["tables"] > 0
+
+
+def test_a_calibration_counts() -> None:
+    """Every cache keeps it, for after a reset."""
+    config = build("llama").config
+    calibration = calibrate(build("llama"), prompt(3, 100))
+    held = sum(x.nbytes for pair in calibration.layers.values() for x in pair)
+    cache = RotorQuantCache(config=config, calibration=calibration)
+    plain = RotorQuantCache(config=config)
+    for each in (cache, plain):
+        for layer in range(2):
+            each.update(*torch.randn(2, 1, 2, 300, 16), layer)
+    grown = cache.memory().parts["statistics"] - plain.memory().parts["statistics"]
+    assert grown >= held > 0
 
 
 def test_layers_left_exact_count_in_full() -> None:

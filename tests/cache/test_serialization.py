@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from rotorquant_hf import RotorQuantCache
+from rotorquant_hf import RotorQuantCache, files
+from tests.helpers.models import build
 from tests.helpers.saved_files import rewrite
 
 NOW = {"statistics_length": 0, "num_sink_tokens": 1}
@@ -243,6 +245,70 @@ def test_failed_save_keeps_the_old_file(saved, monkeypatch) -> None:
         RotorQuantCache.load(saved).save(saved)
     assert saved.read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_threads_that_save_to_one_path_leave_one_of_their_caches(tmp_path) -> None:
+    path, lengths, errors = tmp_path / "cache", (300, 400), []
+    caches = [RotorQuantCache() for _ in lengths]
+    for cache, tokens in zip(caches, lengths, strict=True):
+        cache.update(*torch.randn(2, 1, 2, tokens, 16), 0)
+
+    def save(cache: RotorQuantCache) -> None:
+        try:
+            cache.save(path)
+        except OSError as error:
+            errors.append(error)
+
+    for _ in range(20):
+        threads = [threading.Thread(target=save, args=(cache,)) for cache in caches]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert RotorQuantCache.load(path).get_seq_length() in lengths
+        assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert errors == []
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path, lengths = tmp_path / "cache", (300, 400)
+    for name, tokens in zip((path, tmp_path / "new"), lengths, strict=True):
+        cache = RotorQuantCache()
+        cache.update(*torch.randn(2, 1, 2, tokens, 16), 0)
+        cache.save(name)
+
+    checksum = files._checksum
+
+    def late(of: Path) -> tuple[int | None, str]:
+        if (tmp_path / "new").exists():
+            (tmp_path / "new").replace(path)
+        return checksum(of)
+
+    monkeypatch.setattr(files, "_checksum", late)
+    with pytest.raises(ValueError, match="was replaced while it was read; read it again"):
+        RotorQuantCache.load(path)
+    assert RotorQuantCache.load(path).get_seq_length() == 400
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "qwen3_next"])
+def test_caches_without_text_are_empty_whatever_their_layers(name, tmp_path) -> None:
+    cache = RotorQuantCache(config=build(name).config)
+    with pytest.raises(ValueError, match="the cache is empty"):
+        cache.save(tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recurrent_states_alone_are_saved(tmp_path) -> None:
+    config = Qwen3NextConfig(num_hidden_layers=1, layer_types=["linear_attention"])
+    with pytest.warns(UserWarning, match="no layer of this model"):
+        cache = RotorQuantCache(config=config)
+    state = torch.randn(1, 2, 3, 4)
+    cache.update_recurrent_state(state, 0)
+    cache.layers[0].has_previous_state[0] = True
+    cache.save(tmp_path / "cache")
+    with pytest.warns(UserWarning, match="no layer of this model"):
+        loaded = RotorQuantCache.load(tmp_path / "cache", config=config)
+    assert torch.equal(loaded.layers[0].recurrent_states[0], state)
 
 
 def test_a_save_that_stops_at_any_byte_keeps_the_old_file(tmp_path) -> None:

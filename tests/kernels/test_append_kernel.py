@@ -19,8 +19,8 @@ triton = pytest.importorskip("triton")
 
 from rotorquant_hf.kernels.append import (
     AppendPart,
-    append_block,
     append_kernel,
+    append_segments,
     kernel_arguments,
 )
 from rotorquant_hf.quant import SCALES, RotorQuantMSE, RotorQuantProd
@@ -101,7 +101,7 @@ def append(
     """Launch, and see that nothing outside the rows [row, row + count) has changed."""
     bounds = torch.tensor([-7, begin, count, row], dtype=torch.int32, device=DEVICE)[None, 1:]
     before = [{k: v._base.clone() for k, v in part.out.items()} for part in (keys, values)]
-    append_block(bounds, max_count or count, keys, values)
+    append_segments(bounds, max_count or count, keys, values)
     for part, old in zip((keys, values), before, strict=True):
         for name, rows in part.out.items():
             expected = old[name].as_strided(rows.shape, rows.stride(), rows.storage_offset())
@@ -304,7 +304,7 @@ def test_blocks_are_coded_as_each_alone(elements: int, monkeypatch: pytest.Monke
 
     def run(keys: AppendPart, values: AppendPart, some: list[tuple[int, int, int]]) -> None:
         bounds = torch.tensor(some, dtype=torch.int32, device=DEVICE)
-        append_block(bounds, max(1, *(count for _, count, _ in some)), keys, values)
+        append_segments(bounds, max(1, *(count for _, count, _ in some)), keys, values)
 
     keys, values, alone, plain = part(together), part(None), part(None), part(None)
     run(keys, values, blocks)

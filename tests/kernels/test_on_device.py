@@ -25,7 +25,7 @@ from rotorquant_hf.attention import triton_attention
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.reference import attention_reference
 from rotorquant_hf.backend import backend
-from rotorquant_hf.kernels.append import append_block
+from rotorquant_hf.kernels.append import append_segments
 from rotorquant_hf.layers import RotorQuantLayer, RotorQuantSlidingLayer
 from tests.cache.test_graph import decode_eagerly, graphs  # noqa: F401 (a fixture)
 
@@ -373,9 +373,9 @@ def test_wrong_attention_is_found(factor: float, monkeypatch: pytest.MonkeyPatch
 
 def test_wrong_codes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(bounds: Tensor, count: int, keys: Any, values: Any) -> None:
-        append_block(bounds, count, dataclasses.replace(keys, x=1.01 * keys.x), values)
+        append_segments(bounds, count, dataclasses.replace(keys, x=1.01 * keys.x), values)
 
-    monkeypatch.setattr("rotorquant_hf.kernels.append.append_block", wrong)
+    monkeypatch.setattr("rotorquant_hf.kernels.append.append_segments", wrong)
     with pytest.raises(WrongResult):
         Append({"key_bits": 3, "value_bits": 2}, 16, torch.float32).check()
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from rotorquant_hf import RotorQuantCache, RotorQuantConfig
+from rotorquant_hf.attention.stand_ins import StandIns
 from rotorquant_hf.backend import backend
 from rotorquant_hf.layers.full import RotorQuantLayer
 from tests.helpers.models import build, prompt
@@ -111,6 +112,31 @@ def test_a_crop_into_the_padding_leaves_a_layer_that_works(states):
         dense = held.materialize()
         assert torch.equal(dense[:, :, -8:], came[:, :, 40:48])
         assert torch.equal(dense[0, :, :4], came[0, :, :4])
+
+
+@pytest.mark.parametrize("n", [2, 6, 36])
+def test_what_a_sliding_window_hides_is_no_padding(n):
+    """A cache that does not know that layers slide (no config) gets such masks, too."""
+    tokens, window = 36, 24
+    queries, keys = torch.arange(tokens - n, tokens)[:, None], torch.arange(tokens)
+    mask = ((keys <= queries) & (keys > queries - window))[None, None]
+    assert not StandIns.of(mask, 2, 4).needed()
+    padded = mask & (keys >= 14)  # within the window of every query that is not padding
+    assert StandIns.of(padded, 2, 4).tokens.tolist() == [[14, 15, 16, 17]] * 2
+
+
+def test_a_prompt_read_in_inference_mode_goes_on_outside_of_it():
+    model, ids = build("llama"), prompt(2, 61)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    logits = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        cache = RotorQuantCache(SETTINGS, config=model.config)
+        with mode():
+            model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
+        assert cache.layers[0].stand_ins is not None
+        logits.append(model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits)
+    assert torch.equal(*logits)
 
 
 @torch.no_grad()

@@ -226,6 +226,52 @@ def test_queries_of_a_pass_that_failed_do_not_count(kind):
     assert layer._queries == []
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_tokens_wait_on_if_a_touch_cannot_store_them(kind):
+    layer = LAYERS[kind](AWARE)
+    by_sdpa(queries(6), *layer.update(*states(6)))
+    seen = layer.update(*states(20, seed=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer._store, "append_unchecked", _refuse)
+        with pytest.raises(ValueError, match="too large"):
+            layer.nbytes()
+    assert layer.waits
+    assert layer.get_seq_length() == 26
+    by_sdpa(queries(20, seed=1), *seen)
+    untroubled = LAYERS[kind](AWARE)
+    by_sdpa(queries(6), *untroubled.update(*states(6)))
+    by_sdpa(queries(20, seed=1), *untroubled.update(*states(20, seed=1)))
+    assert torch.equal(layer.store.get_keys(), untroubled.store.get_keys())
+    assert layer.get_seq_length() == 26
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_fork_of_a_layer_that_waits_has_its_tokens(kind):
+    layer = LAYERS[kind](AWARE)
+    layer.update(*states(30))
+    fork = copy.copy(layer)
+    assert layer.get_seq_length() == fork.get_seq_length() == 30
+    assert not fork.waits
+    assert torch.equal(fork.keys.materialize(), layer.keys.materialize())
+
+
+def test_queries_of_single_tokens_do_not_pile_up():
+    """A layer that is far from quantising would hold more of them than keys and values."""
+    layer = RotorQuantLayer(RotorQuantConfig(**SMALL | {"residual_length": 500}))
+    at_once = RotorQuantLayer(RotorQuantConfig(**SMALL | {"residual_length": 500}))
+    held = []
+    for i in range(200):
+        new = states(1, seed=i)
+        by_sdpa(queries(1, seed=i), *layer.update(*new))
+        at_once.update(*new)
+        held.append(len(layer._queries))
+    assert max(held) < 64 == held.count(0) * 64 // 3
+    at_once.see_queries(torch.cat([queries(1, seed=i) for i in range(200)], dim=2))
+    layer.count_queries()
+    assert layer.moment.count == at_once.moment.count == 200 * GROUP
+    torch.testing.assert_close(layer.moment.mean, at_once.moment.mean, rtol=1e-5, atol=1e-6)
+
+
 def _refuse(*args):
     raise ValueError("x has a vector too large")
 
@@ -282,14 +328,14 @@ def test_no_layer_waits_after_its_attention(name):
     model = build(name)
     cache = RotorQuantCache(config=model.config, **SMALL)
     waiting = []
-    settle = RotorQuantCache._settle_others
+    settle = RotorQuantCache._settle
 
-    def counted(self, index, tokens):
-        waiting.extend(x.waits for x in self.layers[:index])
-        settle(self, index, tokens)
+    def counted(self, last):
+        waiting.extend(x.waits for x in self.layers[: last.layer + 1])
+        settle(self, last)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(RotorQuantCache, "_settle_others", counted)
+        patch.setattr(RotorQuantCache, "_settle", counted)
         logits = model(prompt(model), past_key_values=cache).logits
         exact = model(prompt(model), past_key_values=DynamicCache(config=model.config)).logits
     assert waiting

@@ -157,7 +157,7 @@ def test_what_is_not_finite_is_refused_and_nothing_changes(side, dtype, value):
     before, buffer = snapshot(target), target.buffer
     new = tokens(2, 2, dtype)
     new[side][1, 2, 1, 7] = value
-    with pytest.raises(ValueError, match=f"{('keys', 'values')[side]} has 1 entries that are NaN"):
+    with pytest.raises(ValueError, match=f"{('keys', 'values')[side]}: 1 entries are NaN"):
         target.update(*new)
     assert same(snapshot(target), before)
     largest = tokens(1, 3, dtype)

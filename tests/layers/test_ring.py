@@ -263,7 +263,7 @@ def test_a_failed_step_is_no_step(monkeypatch):
     """Whatever fails, the layer holds what it held, and goes on rightly."""
     states = tokens(60)
     for sliding in (0, 24):
-        for name in ("push.PushTokens.__call__", "append.append_block"):
+        for name in ("push.PushTokens.__call__", "append.append_segments"):
             target, twin = layer(sliding), layer(sliding)
             for one in (target, twin):
                 for _ in feed(one, states, (40, *[1] * 3), "triton"):
