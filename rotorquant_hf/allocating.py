@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotorquant_hf.cache import RotorQuantCache
-from rotorquant_hf.calibrating import check_windows, fill
+from rotorquant_hf.calibrating import check_model, check_windows, fill
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.placement import input_device
@@ -67,17 +67,19 @@ def allocate_bits(
         sliding windows are apart.
 
     Raises:
-        ValueError: if the windows are too short for anything to be quantised in their first half,
-            or the settings go layer by layer already.
+        TypeError, ValueError: for what is no causal language model or no token ids; if the windows
+            are too short for anything to be quantised in their first half, or the settings go layer
+            by layer already.
     """
     settings = RotorQuantConfig.from_options(settings)
     bits = settings.key_spec.bits, settings.value_spec.bits  # refuses bits layer by layer
-    check_windows(ids)
+    check_model(model)
+    check_windows(ids, model)
     least = 2 * settings.tokens_before_packing
     if ids.shape[1] < least:
         raise ValueError(
-            f"windows have {ids.shape[1]} tokens, but these settings quantise nothing in the first "
-            f"half of fewer than {least}; pass longer windows"
+            f"windows have {ids.shape[1]} tokens; with these settings pass windows of {least} at "
+            "least, so that some of the first half is quantised"
         )
     costs: dict[Side, float] = {}
     for done, row in enumerate(ids):

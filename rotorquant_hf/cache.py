@@ -222,8 +222,12 @@ class RotorQuantCache(Cache):
             raise TypeError(f"layer_idx is {layer_idx!r}; pass the layer's number, from 0 on")
         count = None if self.layer_class_to_replicate is not None else len(self.layers)
         if layer_idx < 0 or (count is not None and layer_idx >= count):
-            last = " on" if count is None else f" to {count - 1}, as the model's config has them"
-            raise ValueError(f"layer_idx is {layer_idx}; pass the layer's number, from 0{last}")
+            if count is None or layer_idx < 0:
+                raise ValueError(f"layer_idx is {layer_idx}; pass the layer's number, from 0 on")
+            raise ValueError(
+                f"layer_idx is {layer_idx}, but the config that this cache was made with has "
+                f"{count} layers, from 0 to {count - 1}; pass the config of the model that uses it"
+            )
 
     def _leave_uncompressed(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> None:
         """Put Transformers' layer in the place of a new one, if its heads cannot be coded."""
@@ -236,8 +240,8 @@ class RotorQuantCache(Cache):
         if isinstance(layer, RotorQuantLayer):
             warnings.warn(
                 f"this model has heads of {' and '.join(map(str, sorted(head_dims)))} elements; "
-                f"heads of {MIN_DIM} to {MAX_DIM} can be quantised, so that layers of others are "
-                "not compressed",
+                f"only heads of {MIN_DIM} to {MAX_DIM} can be quantised, so these layers stay "
+                "uncompressed",
                 stacklevel=3,
             )
             self.layers[layer_idx] = layer.uncompressed()
@@ -284,8 +288,7 @@ class RotorQuantCache(Cache):
         if layer.moment is None:
             warnings.warn(
                 "query_aware: this attention does not show its queries to the cache, so keys are "
-                "rounded to the nearest; load the model with attn_implementation='sdpa', or call "
-                "model.set_attn_implementation('rotorquant')",
+                "rounded to the nearest; call model.set_attn_implementation('rotorquant')",
                 stacklevel=2,
             )
         with self._taking_back(last.layer, last.tokens):

@@ -39,9 +39,11 @@ def calibrate(
         The calibration, for `RotorQuantCache(..., calibration=...)`.
 
     Raises:
-        ValueError: for fewer than MIN_TOKENS tokens, attention that hides its queries, or a model
-            of which this process holds a part of the heads.
+        TypeError, ValueError: for what is no causal language model or no token ids, for fewer than
+            MIN_TOKENS tokens, attention that hides its queries, or a model of which this process
+            holds a part of the heads.
     """
+    check_model(model)
     parts = Part.of_model(model.config).count
     if parts > 1:
         raise ValueError(
@@ -50,7 +52,7 @@ def calibrate(
             "it): caches of a divided model take their heads from the calibration of the whole"
         )
     settings = RotorQuantConfig.from_options(settings)
-    check_windows(ids)
+    check_windows(ids, model)
     # The first tokens of every window are sinks, and no part of the statistics.
     sinks = settings.num_sink_tokens
     counted, least = len(ids) * max(0, ids.shape[1] - sinks), MIN_TOKENS - sinks
@@ -74,10 +76,36 @@ def calibrate(
     return Calibration(shape_of(model.config), settings_of(settings), ids.numel(), layers)
 
 
-def check_windows(ids: Tensor) -> None:
-    """Raise ValueError unless these are token ids (windows, tokens), of one window at least."""
-    if ids.dim() != 2 or ids.is_floating_point() or not len(ids):
-        raise ValueError(f"ids have shape {tuple(ids.shape)}, {ids.dtype}; pass (windows, tokens)")
+def check_model(model: Any) -> None:
+    """Raise TypeError or ValueError unless a model writes text from left to right by itself."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model is of type {type(model).__name__}; pass the model itself, loaded")
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model; statistics are taken from models "
+            "such as AutoModelForCausalLM loads"
+        )
+
+
+def check_windows(ids: Any, model: PreTrainedModel) -> None:
+    """Raise TypeError or ValueError unless these are token ids (windows, tokens) of a model."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(
+            f"ids are of type {type(ids).__name__}; pass a tensor (windows, tokens), such as "
+            "tokenizer(text, return_tensors='pt').input_ids"
+        )
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"ids have dtype {ids.dtype}; pass token ids, torch.int64")
+    if ids.dim() != 2 or not ids.numel():
+        hint = "; of a single window pass ids[None]" if ids.dim() == 1 else ""
+        raise ValueError(f"ids have shape {tuple(ids.shape)}; pass (windows, tokens){hint}")
+    known = model.config.get_text_config(decoder=True).vocab_size
+    low, high = (int(x) for x in ids.aminmax())
+    if not 0 <= low <= high < known:
+        raise ValueError(
+            f"ids go from {low} to {high}, and the model knows 0 to {known - 1}; pass those of its "
+            "own tokenizer"
+        )
 
 
 def fill(model: PreTrainedModel, ids: Tensor, cache: RotorQuantCache, **inputs: Any) -> None:
@@ -114,9 +142,8 @@ def _moment(passes: list[RotorQuantLayer]) -> QueryMoment:
         layer.count_queries()
         if layer.moment is None:
             raise ValueError(
-                "this attention does not show its queries; load the model with "
-                "attn_implementation='sdpa', call model.set_attn_implementation('rotorquant'), or "
-                "calibrate with query_aware=False"
+                "this attention does not show its queries; call "
+                "model.set_attn_implementation('rotorquant'), or calibrate with query_aware=False"
             )
         found = layer.moment if found is None else found.merged(layer.moment)
     assert found is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -223,7 +225,10 @@ class RotorQuantConfig:
             base = cls()
         elif isinstance(base, str):
             if base not in PRESETS:
-                raise ValueError(f"preset is {base!r}; choose one of {', '.join(PRESETS)}")
+                raise ValueError(
+                    f"preset is {base!r}{_meant(base, PRESETS)}; choose one of "
+                    f"{', '.join(PRESETS)}, or set key_bits and value_bits"
+                )
             base = PRESETS[base]
         elif not isinstance(base, cls):
             raise TypeError(
@@ -233,7 +238,10 @@ class RotorQuantConfig:
         names = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(options) - set(names))
         if unknown:
-            raise ValueError(f"unknown option {', '.join(unknown)}; there are {', '.join(names)}")
+            meant = "".join(_meant(name, names) for name in unknown)
+            raise ValueError(
+                f"unknown option {', '.join(unknown)}{meant}; there are {', '.join(names)}"
+            )
         return dataclasses.replace(base, **options)
 
     @classmethod
@@ -246,6 +254,12 @@ class RotorQuantConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values (for JSON)."""
         return dataclasses.asdict(self)
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """A question after the known name that is most like another, if there is one."""
+    found = difflib.get_close_matches(name.lower(), known, n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:

@@ -62,6 +62,8 @@ class FileKind:
             OSError: if it cannot be written, as where the disk is full.
         """
         path = Path(path)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; name a file in it")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"folder {path.parent} does not exist; make it first")
         header = {"version": self.version, "rotorquant_hf": __version__, **header}
@@ -92,6 +94,8 @@ class FileKind:
             ValueError: if it is damaged, or of another kind or version; also where parsing finds
                 that the header lacks something.
         """
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"{path} is a folder; name a file in it")
         if not Path(path).is_file():
             raise FileNotFoundError(f"file {path} does not exist; {self.missing}")
         _check_device(device)

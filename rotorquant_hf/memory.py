@@ -107,11 +107,22 @@ class MemoryReport:
                 *lines,
                 f"{'total':<26}{self.total_bytes:>15,}  {self.bits_per_number:.2f} bits per "
                 "element",
-                f"{'in ' + name:<26}{self.uncompressed_bytes:>15,}  {self.ratio:.2f}x smaller "
-                f"(quantised tokens alone: {self.packed_ratio:.2f}x)",
+                f"{'in ' + name:<26}{self.uncompressed_bytes:>15,}  {self._compared()}",
                 *(f"computed by {name}" for name in self.backends),
             ]
         )
+
+    def _compared(self) -> str:
+        if not self.numbers:
+            return "nothing is cached yet"
+        if self.ratio < 1:  # a short text, of which statistics are being taken
+            return (
+                f"{1 / self.ratio:.2f}x larger (quantised tokens: {self.packed_numbers or 'none'})"
+            )
+        alone = (
+            f" (quantised tokens alone: {self.packed_ratio:.2f}x)" if self.packed_numbers else ""
+        )
+        return f"{self.ratio:.2f}x smaller{alone}"
 
 
 def measure(layers: Iterable[Any], tokens: int) -> MemoryReport:

@@ -24,7 +24,7 @@ CACHE_FILE = FileKind(
     name="rotorquant-cache",
     version=4,
     missing="pass the path that save() was given",
-    foreign="was not written by RotorQuantCache.save",
+    foreign="was not written by RotorQuantCache.save (a calibration goes into calibration=)",
     again="save the cache again",
 )
 

@@ -573,10 +573,13 @@ class RotorQuantLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def _require_tokens(self, query_length: int) -> None:
+        held = self.get_seq_length()
+        if query_length == 0 and not held:
+            raise ValueError("no new tokens: the prompt is empty; pass one token at least")
         if query_length == 0:
             raise ValueError(
-                f"no new tokens: the cache already holds {self.get_seq_length()}; pass the whole "
-                "text, longer than that, or start anew with cache.reset()"
+                f"no new tokens: the cache already holds {held}; pass the whole text, longer than "
+                "that, or start anew with cache.reset()"
             )
 
     def get_seq_length(self) -> int:
@@ -627,7 +630,8 @@ class RotorQuantLayer(CacheLayerMixin):
         """Raise what `crop` would."""
         if tokens_to_remove > 0:
             raise ValueError(
-                f"tokens_to_remove is {tokens_to_remove}; pass minus the number of tokens to remove"
+                f"tokens_to_remove is {tokens_to_remove}; pass a negative number: "
+                f"crop({-tokens_to_remove}) removes the last {tokens_to_remove} tokens"
             )
 
     def _crop_full_precision(self, part: str, count: int) -> int:

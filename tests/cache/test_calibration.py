@@ -247,11 +247,31 @@ def test_bad_texts_and_attention():
         calibrate(llama, text(llama, 1))
     with pytest.raises(ValueError, match=r"400 tokens, of which 0 are not among the first 4 of a"):
         calibrate(llama, text(llama, 100, 4))
-    with pytest.raises(ValueError, match=r"ids have shape \(300,\)"):
+    with pytest.raises(ValueError, match=r"ids have shape \(300,\); .* pass ids\[None\]"):
         calibrate(llama, text(llama, 1, 300)[0])
+    with pytest.raises(TypeError, match="ids are of type dict; pass a tensor"):
+        calibrate(llama, {"input_ids": text(llama)})
+    with pytest.raises(ValueError, match=r"ids have dtype torch.float32; pass token ids"):
+        calibrate(llama, text(llama).float())
+    with pytest.raises(ValueError, match=r"ids go from \d+ to 500, and the model knows 0 to 96"):
+        calibrate(llama, text(llama).index_fill(1, torch.tensor([50]), 500))
+    with pytest.raises(TypeError, match="model is of type LlamaConfig; pass the model itself"):
+        calibrate(llama.config, text(llama))
+    with pytest.raises(ValueError, match="LlamaModel is no causal language model"):
+        calibrate(llama.model, text(llama))
     with pytest.raises(ValueError, match="does not show its queries"):
         calibrate(build("llama", "eager"), text(llama))
     calibrate(build("llama", "eager"), text(llama), RotorQuantConfig(query_aware=False))
+
+
+def test_folders_and_files_of_caches_are_named(model, calibration, tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file in it"):
+        calibration.save(tmp_path)
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file in it"):
+        RotorQuantCache.load(tmp_path)
+    calibration.save(tmp_path / "file")
+    with pytest.raises(ValueError, match="a calibration goes into calibration="):
+        RotorQuantCache.load(tmp_path / "file", config=model.config)
 
 
 def test_bad_files(tmp_path):

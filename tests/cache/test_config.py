@@ -102,5 +102,7 @@ def test_refused(options: dict, says: str) -> None:
 
 
 def test_unknown_preset_lists_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"preset is 'k9v9'.*k4v4.*turboquant"):
+    with pytest.raises(ValueError, match=r"preset is 'K4V4' \(did you mean k4v4\?\); choose one"):
+        RotorQuantConfig.from_options("K4V4")
+    with pytest.raises(ValueError, match=r"preset is 'k9v9'.*k4v4.*turboquant.*set key_bits"):
         RotorQuantCache("k9v9")

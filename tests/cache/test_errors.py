@@ -708,7 +708,8 @@ def test_a_layer_that_the_model_does_not_have():
     count = config.num_hidden_layers
     states = torch.zeros(2, 2, 5, 16)
     message = message_of(ValueError, lambda: cache.update(states, states, count))
-    assert f"layer_idx is {count}; pass the layer's number, from 0 to {count - 1}" in message
+    assert f"layer_idx is {count}, but the config that this cache was made with has" in message
+    assert "pass the config of the model that uses it" in message
 
 
 def test_entries_that_overflow_on_the_way_are_refused():

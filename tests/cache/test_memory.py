@@ -116,6 +116,17 @@ def test_table_is_readable() -> None:
     assert report.to_dict()["parts"]["key_codes"] == report.parts["key_codes"]
 
 
+def test_what_is_larger_than_uncompressed_is_said() -> None:
+    """Of a short text the moments of its queries are held, until it is quantised."""
+    model, cache = build("llama"), RotorQuantCache()
+    assert "nothing is cached yet" in str(cache.memory())
+    with torch.no_grad():
+        model(prompt(1, 20), past_key_values=cache)
+    report = cache.memory()
+    assert report.ratio < 1
+    assert f"{1 / report.ratio:.2f}x larger (quantised tokens: none)" in str(report)
+
+
 @pytest.mark.parametrize("name", ["torch", *(["native"] if library() else [])])
 def test_what_computes_is_named(name) -> None:
     cache = RotorQuantCache()

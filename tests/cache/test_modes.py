@@ -129,6 +129,8 @@ def test_config_must_be_a_models(config):
 def test_a_prompt_that_the_cache_already_holds_is_named(model, sampled):
     cache = RotorQuantCache()
     step(model, sampled[:, :50], cache)
+    with pytest.raises(ValueError, match="the prompt is empty; pass one token at least"):
+        RotorQuantCache(config=model.config).get_mask_sizes(0, 0)
     with pytest.raises(ValueError, match=r"already holds 50; .*cache\.reset\(\)"):
         model.generate(sampled[:, :20], past_key_values=cache, max_new_tokens=3)
 

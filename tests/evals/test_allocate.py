@@ -45,7 +45,7 @@ def test_it_prints_the_cache_twice(capsys):
     ("arguments", "says"),
     [
         (["--cache", "hqq"], "--cache hqq: name a preset of rotorquant, with its settings"),
-        (["--cache", "k3v3"], "windows have 200 tokens, but these settings quantise nothing"),
+        (["--cache", "k3v3"], "windows have 200 tokens; with these settings pass windows of 520"),
         (["--cache", "k3v3:key_bits=[3,3]"], "layer by layer"),
         (["--cache", "k9v9"], "unknown cache"),
     ],
