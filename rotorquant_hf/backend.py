@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,11 +82,17 @@ def _runs_kernels(device: torch.device) -> bool:
     """Whether a GPU runs the kernels: with Triton, on NVIDIA's GPUs from Ampere (sm_80) on.
 
     They copy to shared memory and multiply in ways that older ones lack. On AMD's, which torch
-    calls "cuda" too, nobody has run them.
+    calls "cuda" too, nobody has run them. For B200 and B300 (sm_100, sm_103) Triton 3.6 fails to
+    compile some of them, and 3.9 compiles all.
     """
     if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    capability = torch.cuda.get_device_capability(device)
+    return capability >= (8, 0) and (capability[0] != 10 or _triton_version() >= (3, 9))
+
+
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(x) for x in importlib.metadata.version("triton").split(".")[:2])
 
 
 def is_capturing(device: torch.device) -> bool:

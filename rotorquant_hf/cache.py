@@ -196,6 +196,10 @@ class RotorQuantCache(Cache):
             # Loaded to another device, or offloaded, and a pass that failed did not bring it back.
             layer.device = key_states.device
             layer.prefetch()
+        if self.offloading:
+            # With Transformers 5.17 a prefetch could overtake the copy of its layer to the CPU, or
+            # take memory that attention has still to read.
+            self.prefetch_stream.wait_stream(torch.cuda.default_stream(key_states.device))
         try:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except Exception as error:

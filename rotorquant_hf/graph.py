@@ -112,8 +112,15 @@ class DecodeGraph:
         length = self.cache.get_seq_length()
         for layer in self._layers:
             layer.prepare_step(1)
+        device = input_ids.device
+        # A stream of its own: that of `torch.cuda.graph` is on the device that was current first.
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         try:
-            with single_tokens_without_masks(), torch.cuda.graph(graph):
+            with (
+                single_tokens_without_masks(),
+                torch.cuda.device_of(input_ids),
+                torch.cuda.graph(graph, stream=stream),
+            ):
                 self._logits = self._step(self._input_ids, self._position_ids)
         except BaseException:
             for layer, lengths in zip(self._layers, before, strict=True):

@@ -54,9 +54,11 @@ def test_what_the_kernels_take(quantizer, dtype, taken) -> None:
         ((7, 5), None, True, False),  # Turing: no cp.async, no bfloat16 products
         ((9, 4), "6.4", True, False),  # an AMD GPU
         ((9, 0), None, False, False),
+        ((10, 0), None, True, False),  # B200: Triton 3.6 fails to compile for it
     ],
 )
 def test_which_gpus_run_the_kernels(monkeypatch, capability, hip, triton, uses) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.6.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     found = object() if triton else None
@@ -67,6 +69,14 @@ def test_which_gpus_run_the_kernels(monkeypatch, capability, hip, triton, uses) 
         assert not uses_triton(CPU)
     finally:
         module._runs_kernels.cache_clear()
+
+
+def test_newer_triton_compiles_for_blackwell(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 3))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    for version, runs in (("3.9.0+git1", True), ("3.10.0", True), ("3.8.1", False)):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, version=version: version)
+        assert module._runs_kernels.__wrapped__(torch.device("cuda", 0)) is runs
 
 
 def test_assembly_is_for_nvidia_alone(monkeypatch) -> None:

@@ -96,7 +96,10 @@ def choose_tiling(
     half = dtype == torch.float16
     larger, code_bits = max(d), sum(bits)
     wide = larger > 256 or not half  # tiles of float32 take twice the shared memory
-    block_m = min(max(1 << (rows - 1).bit_length(), 8 if half else 16), 16 if wide else 64)
+    # With 64 rows, d over 128 and a mask, a program would take more shared memory than sm_86, 89
+    # and 120 have.
+    most = 16 if wide else 32 if larger > 128 else 64
+    block_m = min(max(1 << (rows - 1).bit_length(), 8 if half else 16), most)
     narrow = half and larger <= 128 and block_m < 32
     block_n = (64 if half else 32) if larger <= 128 or (half and larger <= 256) else 16
     warps = 2 if narrow else 4

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rotorquant_hf.kernels.launch import launch_of
-from rotorquant_hf.kernels.pairs import load_turned_back
+from rotorquant_hf.kernels.pairs import finite, load_turned_back
 from rotorquant_hf.kernels.sizes import padded, pieces
 
 _ELEMENTS = 8192  # of a split: what four warps hold in their registers
@@ -114,24 +114,15 @@ def block_kernel(
     p_row = p_x + i_b * stride_xb + i_h.to(tl.int64) * stride_xh + o_place * stride_xn  # [ROWS]
     m_x = m_t[:, None] & m_c[None, :]
     b_x = tl.load(p_row[:, None] + o_c[None, :] * stride_xd, mask=m_x, other=0).to(tl.float32)
-    b_x = _numbers(b_x)
+    b_x = finite(b_x)
     peak = tl.max(tl.max(tl.abs(b_x), axis=1), axis=0)
+    tl.store(p_peaks + i_program, peak)
     peak = tl.where(peak > 0, peak, 1.0)
     b_unit = b_x / peak
-    tl.store(p_peaks + i_program, peak)
     p_out = p_sums + i_program.to(tl.int64) * 3 * d + o_c
     tl.store(p_out, tl.sum(b_unit, axis=0), mask=m_c)
     tl.store(p_out + d, tl.sum(b_unit * b_unit, axis=0), mask=m_c)
     if TURNED:
         p_c, p_s = p_cos + i_b * stride_cb, p_sin + i_b * stride_cb
         b_before = load_turned_back(p_row, stride_xd, p_c, p_s, o_t, m_t, o_c, m_c, r, HALF)
-        tl.store(p_out + 2 * d, tl.sum(_numbers(b_before) / peak, axis=0), mask=m_c)
-
-
-@triton.jit
-def _numbers(b_x):
-    """Zeros in the place of NaN and infinity, which on a GPU nobody looks for.
-
-    They spoil their own vectors, not the statistics of the head.
-    """
-    return tl.where(tl.abs(b_x) <= 3.4e38, b_x, 0.0)
+        tl.store(p_out + 2 * d, tl.sum(finite(b_before) / peak, axis=0), mask=m_c)

@@ -126,6 +126,7 @@ def channels_kernel(
         o_i = i + tl.arange(0, 256)
         b_peak = tl.load(p_peaks + i_bh * splits + o_i, mask=o_i < splits, other=0)
         peak = tl.maximum(peak, tl.max(b_peak, axis=0))
+    peak = tl.where(peak > 0, peak, 1.0)
     o_pair, o_other, first = pair_of(o_c, r, HALF)
     m_pair = o_c < 2 * r
     _, o_mate, _ = pair_of(o_c, d // 2, SHARED == 1)

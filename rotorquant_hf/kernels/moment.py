@@ -9,7 +9,7 @@ from torch import Tensor
 from triton import knobs
 
 from rotorquant_hf.kernels.launch import launch_of
-from rotorquant_hf.kernels.pairs import load_turned_back
+from rotorquant_hf.kernels.pairs import finite, load_turned_back
 from rotorquant_hf.kernels.sizes import padded, pieces
 
 _ROWS = 32  # queries of a step
@@ -127,12 +127,12 @@ def moment_kernel(
             m_x, m_y = m_i[:, None] & m_a[None, :], m_i[:, None] & m_b[None, :]
             b_x = tl.load(p_row[:, None] + o_a[None, :] * stride_qd, mask=m_x, other=0)
             b_y = tl.load(p_row[:, None] + o_b[None, :] * stride_qd, mask=m_y, other=0)
-            b_sum = _add_products(b_sum, b_x, b_y, IN_PARTS)
+            b_sum = _add_products(b_sum, finite(b_x), finite(b_y), IN_PARTS)
         else:
             p_c, p_s = p_cos + i_b * stride_cb, p_sin + i_b * stride_cb
             b_v = load_turned_back(p_row, stride_qd, p_c, p_s, o_t, m_i, o_a, m_a, r, HALF)
             b_w = load_turned_back(p_row, stride_qd, p_c, p_s, o_t, m_i, o_b, m_b, r, HALF)
-            b_sum = _add_products(b_sum, b_v, b_w, IN_PARTS)
+            b_sum = _add_products(b_sum, finite(b_v), finite(b_w), IN_PARTS)
     b_sum *= 1.0 / (tokens * group)
     p_out = p_sums + (i_out.to(tl.int64) * total + i_bh) * d * d
     m_out = m_a[:, None] & m_b[None, :]

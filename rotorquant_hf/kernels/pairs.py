@@ -1,12 +1,22 @@
-"""Channels that RoPE turns together, as kernels read them: `Rope` in `quant/rope.py`.
+"""Vectors as kernels of the statistics read them, and channels that RoPE turns together.
 
-R(p) multiplies the pair (a, b) by cos + i sin of its angle. Back go the same angles, negative.
+R(p) of `Rope` in `quant/rope.py` multiplies the pair (a, b) by cos + i sin of its angle. Back go
+the same angles, negative.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def finite(b_x):
+    """Zeros in the place of NaN and infinity, which on a GPU nobody looks for.
+
+    They spoil their own vectors, not the statistics of the head.
+    """
+    return tl.where(tl.abs(b_x.to(tl.float32)) <= 3.4e38, b_x, 0.0)
 
 
 @triton.jit

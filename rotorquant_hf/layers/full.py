@@ -25,6 +25,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -732,11 +733,13 @@ class RotorQuantLayer(CacheLayerMixin):
 
 def _in_one(queries: list[tuple[int, Tensor]]) -> tuple[Tensor, range | Tensor]:
     """Queries (batch, query heads, n, d) by the positions of their first, and all positions."""
-    if len(queries) == 1:
-        position, query = queries[0]
-        return query, range(position, position + query.shape[2])
-    positions = [torch.arange(i, i + q.shape[2], device=q.device) for i, q in queries]
-    return torch.cat([query for _, query in queries], dim=2), torch.cat(positions)
+    runs = [range(i, i + query.shape[2]) for i, query in queries]
+    if all(a.stop == b.start for a, b in pairwise(runs)):
+        positions: range | Tensor = range(runs[0].start, runs[-1].stop)
+    else:
+        device = queries[0][1].device
+        positions = torch.cat([torch.arange(x.start, x.stop, device=device) for x in runs])
+    return torch.cat([query for _, query in queries], dim=2), positions
 
 
 def _on_device(rope: Rope, device: torch.device) -> Rope:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -39,6 +40,23 @@ def test_the_same_is_read(offloaded, name, attention, sliding) -> None:
     here = [not offloading.is_away(x) for x in moved]
     assert here == [moved[0] is not cache.layers[-1]] + [False] * (len(moved) - 1)
     assert not any(map(offloading.is_away, stays))
+
+
+def test_a_prefetch_waits_for_what_is_queued(offloaded, monkeypatch) -> None:
+    """For the copy of its layer to the CPU, and for attention that still reads what it frees."""
+    model, ids, events = build("llama"), prompt(2, 60), []
+    cache = offloaded("k4v4", config=model.config, **NEAREST)
+    fetch = cache.prefetch
+
+    def prefetch(*args: Any) -> None:
+        events.append("prefetch")
+        fetch(*args)
+
+    monkeypatch.setattr(cache, "prefetch", prefetch)
+    monkeypatch.setattr(cache.prefetch_stream, "wait_stream", lambda _: events.append("wait"))
+    feed(model, cache, ids, (50, 1, 1))
+    assert events.count("prefetch") == 3 * len(cache.layers)
+    assert all(a == "wait" for a, b in pairwise(events) if b == "prefetch")
 
 
 def test_without_a_config_and_with_a_calibration(offloaded) -> None:

@@ -330,6 +330,7 @@ def test_default_tiling_covers_the_rows_and_fills_the_processors():
     assert choose(4, 8, 1 << 20, signs=True).splits < choose(4, 8, 1 << 20).splits
     assert choose(4, 64, 32768).splits + 1 in (1056 // 64, 2 * 1056 // 64, 3 * 1056 // 64)
     assert choose(4096, 8, 1 << 20).splits <= 4
+    assert choose(4096, 8, 1 << 20).block_m == 64
     assert choose(4, 256, 1 << 20, torch.float32).block_m == 16
 
 

@@ -75,6 +75,19 @@ def test_moment_before_rope(d: int, pairs: int, layout: str) -> None:
     assert torch.equal(given.pre_rope, found.pre_rope)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_query_that_is_no_number_spoils_itself_alone(dtype: torch.dtype) -> None:
+    """As where a padded row has NaN: the moment is that of zeros in its place."""
+    rope = make_rope(8)
+    query = states(40, 16, 2 * HEADS, dtype)
+    zeros = query.clone()
+    query[0, 1, 3, 5], query[1, 0, 7, 2], query[0, 0, 0, 0] = torch.nan, -torch.inf, torch.inf
+    zeros[~query.isfinite()] = 0
+    found, wanted = (kernel_moment(x, HEADS, rope, range(40)) for x in (query, zeros))
+    assert torch.equal(found.mean, wanted.mean)
+    assert found.pre_rope.isfinite().all()
+
+
 def test_moment_of_a_sample() -> None:
     """Of the same tokens as torch's."""
     rope = make_rope(8)
@@ -201,6 +214,13 @@ def test_block_of_zeros(power: float) -> None:
         found = kernel_block(x, *given)
         assert_statistics(found, ChannelStatistics.of_block(x, *given))
         assert (found.scale[1] == 1).all() == (power == 0)
+
+
+def test_tokens_of_zeros_before_small_ones() -> None:
+    """A whole split of zeros has no unit, and sets none for the others."""
+    x = states(512, 16) * 1e-25
+    x[:, :, :256] = 0
+    assert_statistics(kernel_block(x, 0.5, True), ChannelStatistics.of_block(x, 0.5, True))
 
 
 def test_block_of_a_sample() -> None:

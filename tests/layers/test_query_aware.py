@@ -12,6 +12,7 @@ from rotorquant_hf import RotorQuantCache, RotorQuantConfig
 from rotorquant_hf.attention.registered import rotorquant_attention
 from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.layers import RotorQuantLayer, RotorQuantSlidingLayer
+from rotorquant_hf.layers.full import _in_one
 from rotorquant_hf.quant.hessian import RANK
 from rotorquant_hf.quant.moments import QueryMoment
 from tests.helpers.models import build
@@ -267,6 +268,7 @@ def test_queries_of_single_tokens_do_not_pile_up():
         held.append(len(layer._queries))
     assert max(held) < 64 == held.count(0) * 64 // 3
     at_once.see_queries(torch.cat([queries(1, seed=i) for i in range(200)], dim=2))
+    assert _in_one(layer._queries)[1] == range(192, 200)  # no operation for every position
     layer.count_queries()
     assert layer.moment.count == at_once.moment.count == 200 * GROUP
     torch.testing.assert_close(layer.moment.mean, at_once.moment.mean, rtol=1e-5, atol=1e-6)
