@@ -739,7 +739,8 @@ def _in_one(queries: list[tuple[int, Tensor]]) -> tuple[Tensor, range | Tensor]:
     else:
         device = queries[0][1].device
         positions = torch.cat([torch.arange(x.start, x.stop, device=device) for x in runs])
-    return torch.cat([query for _, query in queries], dim=2), positions
+    every = [query for _, query in queries]
+    return every[0] if len(every) == 1 else torch.cat(every, dim=2), positions
 
 
 def _on_device(rope: Rope, device: torch.device) -> Rope:

@@ -262,6 +262,21 @@ def _pairs(statement: Statement, registers: Registers) -> Execute:
     return execute
 
 
+_SIGNS = {"f16": 0x8000, "bf16": 0x8000, "f16x2": 0x80008000, "bf16x2": 0x80008000}
+
+
+def _without_sign(statement: Statement, registers: Registers) -> Execute:
+    """`abs` of 16-bit floats."""
+    target, source = statement.operands
+    read, write = registers.reader(source, width(statement.type)), registers.writer(target)
+
+    def execute(active: Array) -> None:
+        value = read()
+        write(value & ~value.dtype.type(_SIGNS[statement.type]), active)
+
+    return execute
+
+
 _PREDICATES: dict[str, Callable[..., Array]] = {
     "and": np.logical_and,
     "or": np.logical_or,
@@ -437,6 +452,8 @@ def build(statement: Statement, registers: Registers) -> Execute | None:
         return _predicate(statement, registers)
     if statement.type == "f32":
         return _float(statement, registers)
+    if opcode == "abs" and statement.type in _SIGNS:
+        return _without_sign(statement, registers)
     if opcode not in _INTEGER or statement.type[0] == "f" or statement.type[:2] == "bf":
         raise UnknownPtx(statement.text)
     if statement.type.endswith("16x2"):

@@ -46,6 +46,7 @@ def test_fields_and_shifts() -> None:
     assert run("bfe.u32 $0, $2, 4, 8; bfe.s32 $1, $2, 4, 8;", [0xABC5], 2) == [0xBC, 0xFFFFFFBC]
     assert run("bfi.b32 $0, $1, $2, 4, 8;", [0xFCD, 0x12345], 1) == [0x12CD5]
     assert run("mul.hi.u32 $0, $2, $3; mul.hi.s32 $1, $2, $3;", [1 << 31, 6], 2) == [3, 0xFFFFFFFD]
+    assert run("abs.f16x2 $0, $1;", [0xBC00FE01], 1) == [0x3C007E01]
     assert run("add.s16x2 $0, $1, $2;", [0x0001FFFF, 0x00020002], 1) == [0x00030001]
     assert run("shl.b32 $0, $2, 40; shr.s32 $1, $2, 40;", [0x80000001], 2) == [0, 0xFFFFFFFF]
 
