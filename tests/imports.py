@@ -1,10 +1,10 @@
-"""Who imports whom: the plan of the house, read from the source.
+"""Who imports whom: the plan of the package, read from the source.
 
     python -m tests.imports
 
-prints rooms, levels, arrows, imports that run upward and circles. A *room* is a folder of a
+prints parts, levels, dependencies, imports that run upward and cycles. A *part* is a folder of a
 package, or a module beside the folders. Imports are read with `ast`, so those inside functions and
-under TYPE_CHECKING count like any other: they too are arrows that a reader has to know.
+under TYPE_CHECKING count like any other: they too are dependencies that a reader has to know.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-STOREYS: tuple[tuple[str, ...], ...] = (
+TIERS: tuple[tuple[str, ...], ...] = (
     ("version", "quant", "native"),
     ("config", "backend", "files"),
     ("kernels",),
@@ -32,9 +32,9 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("decoding",),
     ("rotorquant_hf",),
 )
-"""The storeys of `rotorquant_hf` from the ground up; the last is the package's own `__init__`.
+"""The tiers of `rotorquant_hf` from the ground up; the last is the package's own `__init__`.
 
-A room imports only rooms of lower storeys. Attention and store stand side by side: what the two
+A part imports only parts of lower tiers. Attention and store stand side by side: what the two
 have in common, `PackedSpan`, is in `quant`.
 """
 
@@ -42,7 +42,7 @@ Graph = Mapping[str, frozenset[str]]
 
 
 @dataclass(frozen=True)
-class House:
+class Package:
     """The imports within one package.
 
     Attributes:
@@ -54,36 +54,36 @@ class House:
     modules: Graph
 
     @cached_property
-    def rooms(self) -> Graph:
-        """Imported rooms, by importing room."""
-        found: dict[str, set[str]] = {self.room(module): set() for module in self.modules}
+    def parts(self) -> Graph:
+        """Imported parts, by importing part."""
+        found: dict[str, set[str]] = {self.part(module): set() for module in self.modules}
         for module, imported in self.modules.items():
-            here = self.room(module)
-            found[here] |= {self.room(other) for other in imported} - {here}
-        return {room: frozenset(others) for room, others in found.items()}
+            here = self.part(module)
+            found[here] |= {self.part(other) for other in imported} - {here}
+        return {part: frozenset(others) for part, others in found.items()}
 
-    def room(self, module: str) -> str:
-        """The room of a module; of the package's own `__init__` the package's name."""
+    def part(self, module: str) -> str:
+        """The part of a module; of the package's own `__init__` the package's name."""
         return module.split(".")[1] if "." in module else module
 
     @cached_property
-    def arrows(self) -> set[tuple[str, str]]:
-        """Pairs of rooms of which the first imports the second."""
-        return {(room, other) for room, others in self.rooms.items() for other in others}
+    def dependencies(self) -> set[tuple[str, str]]:
+        """Pairs of parts of which the first imports the second."""
+        return {(part, other) for part, others in self.parts.items() for other in others}
 
-    def upward(self, storeys: Iterable[Iterable[str]]) -> set[tuple[str, str]]:
-        """Arrows that do not lead to a lower storey."""
-        level = {room: i for i, rooms in enumerate(storeys) for room in rooms}
-        return {(a, b) for a, b in self.arrows if level[b] >= level[a]}
+    def upward(self, tiers: Iterable[Iterable[str]]) -> set[tuple[str, str]]:
+        """Dependencies that do not lead to a lower tier."""
+        level = {part: i for i, parts in enumerate(tiers) for part in parts}
+        return {(a, b) for a, b in self.dependencies if level[b] >= level[a]}
 
 
-def read_house(folder: Path) -> House:
+def read_package(folder: Path) -> Package:
     """Read the package in a folder."""
     files = {_module_name(path, folder): path for path in sorted(folder.rglob("*.py"))}
     modules = {
         name: frozenset(_imports(path, name, files.keys()) - {name}) for name, path in files.items()
     }
-    return House(folder.name, modules)
+    return Package(folder.name, modules)
 
 
 def _module_name(path: Path, folder: Path) -> str:
@@ -109,7 +109,7 @@ def _imports(path: Path, name: str, modules: Iterable[str]) -> set[str]:
     return wanted & set(modules)
 
 
-def circles(graph: Graph) -> list[list[str]]:
+def cycles(graph: Graph) -> list[list[str]]:
     """The groups of two and more nodes that reach one another."""
     reach = {node: _reachable(graph, node) for node in graph}
     groups = {
@@ -121,7 +121,7 @@ def circles(graph: Graph) -> list[list[str]]:
 
 
 def _reachable(graph: Graph, start: str) -> set[str]:
-    """The nodes at the ends of the paths from a node, itself only if it is in a circle."""
+    """The nodes at the ends of the paths from a node, itself only if it is in a cycle."""
     found: set[str] = set()
     left = list(graph[start])
     while left:
@@ -135,14 +135,14 @@ def _reachable(graph: Graph, start: str) -> set[str]:
 def levels(graph: Graph) -> dict[str, int]:
     """The level of every node: 1 without imports, else one above the highest it imports.
 
-    Nodes of a circle are on one level.
+    Nodes of a cycle are on one level.
     """
-    circle = {node: group for group in circles(graph) for node in group}
+    cycle = {node: group for group in cycles(graph) for node in group}
     found: dict[str, int] = {}
 
     def level(node: str) -> int:
         if node not in found:
-            group = circle.get(node, [node])
+            group = cycle.get(node, [node])
             below = {other for member in group for other in graph[member]} - set(group)
             height = 1 + max((level(other) for other in below), default=0)
             found.update(dict.fromkeys(group, height))
@@ -153,29 +153,32 @@ def levels(graph: Graph) -> dict[str, int]:
     return found
 
 
-def describe(house: House, storeys: Iterable[Iterable[str]] | None = None) -> str:
+def describe(package: Package, tiers: Iterable[Iterable[str]] | None = None) -> str:
     """What `python -m tests.imports` prints of one package."""
-    height = levels(house.rooms)
-    upward = house.upward(storeys) if storeys is not None else _within(circles(house.rooms), house)
+    height = levels(package.parts)
+    upward = package.upward(tiers) if tiers is not None else _within(cycles(package.parts), package)
     lines = [
-        f"{house.name}: {len(house.modules)} modules, {len(house.rooms)} rooms, "
-        f"{max(height.values())} levels, {len(house.arrows)} arrows, {len(upward)} upward, "
-        f"{len(circles(house.rooms))} circles of rooms, {len(circles(house.modules))} of modules"
+        f"{package.name}: {len(package.modules)} modules, {len(package.parts)} parts, "
+        f"{max(height.values())} levels, {len(package.dependencies)} dependencies, "
+        f"{len(upward)} upward, "
+        f"{len(cycles(package.parts))} cycles of parts, {len(cycles(package.modules))} of modules"
     ]
-    for room in sorted(house.rooms, key=lambda room: (height[room], room)):
-        others = sorted(house.rooms[room], key=lambda other: (height[other], other))
-        lines.append(f"  {height[room]:2} {room:<16} {' '.join(others)}".rstrip())
+    for part in sorted(package.parts, key=lambda part: (height[part], part)):
+        others = sorted(package.parts[part], key=lambda other: (height[other], other))
+        lines.append(f"  {height[part]:2} {part:<16} {' '.join(others)}".rstrip())
     lines += [f"  upward: {a} -> {b}" for a, b in sorted(upward)]
-    lines += [f"  circle: {' '.join(group)}" for group in circles(house.rooms)]
-    lines += [f"  circle of modules: {' '.join(group)}" for group in circles(house.modules)]
+    lines += [f"  cycle: {' '.join(group)}" for group in cycles(package.parts)]
+    lines += [f"  cycle of modules: {' '.join(group)}" for group in cycles(package.modules)]
     return "\n".join(lines)
 
 
-def _within(groups: Iterable[Iterable[str]], house: House) -> set[tuple[str, str]]:
-    """The arrows within circles: without a written order, these are what runs upward."""
-    return {(a, b) for group in groups for a, b in house.arrows if a in group and b in group}
+def _within(groups: Iterable[Iterable[str]], package: Package) -> set[tuple[str, str]]:
+    """The dependencies within cycles: without a written order, these are what runs upward."""
+    return {
+        (a, b) for group in groups for a, b in package.dependencies if a in group and b in group
+    }
 
 
 if __name__ == "__main__":
-    print(describe(read_house(ROOT / "rotorquant_hf"), STOREYS))
-    print(describe(read_house(ROOT / "evals")))
+    print(describe(read_package(ROOT / "rotorquant_hf"), TIERS))
+    print(describe(read_package(ROOT / "evals")))

@@ -1,4 +1,4 @@
-"""The house stands as it is drawn: storeys, no circles, few dependencies."""
+"""The package stands as it is drawn: tiers, no cycles, few dependencies."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.imports import STOREYS, circles, levels, read_house
+from tests.imports import TIERS, cycles, levels, read_package
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = read_house(ROOT / "rotorquant_hf")
-HARNESS = read_house(ROOT / "evals")
+PACKAGE = read_package(ROOT / "rotorquant_hf")
+HARNESS = read_package(ROOT / "evals")
 
 # These modules are made of Triton's functions; nothing imports them before a kernel is launched.
-TRITON_ROOMS = (
+TRITON_PARTS = (
     "rotorquant_hf.kernels",
     "rotorquant_hf.attention.triton_attention",
     "rotorquant_hf.store.kernel_statistics",
@@ -26,55 +26,60 @@ WITH_HARNESS = ("text_data", "train_model", "train_recall")
 NEEDS_EXTRA = ("evals.lm_eval.model", "evals.report")
 
 
-def test_every_room_has_a_storey() -> None:
-    assert sorted(room for rooms in STOREYS for room in rooms) == sorted(PACKAGE.rooms)
+def test_every_part_has_a_tier() -> None:
+    assert sorted(part for parts in TIERS for part in parts) == sorted(PACKAGE.parts)
 
 
 def test_imports_run_downward() -> None:
-    assert PACKAGE.upward(STOREYS) == set()
+    assert PACKAGE.upward(TIERS) == set()
 
 
-def test_the_package_has_no_circles() -> None:
-    assert circles(PACKAGE.rooms) == []
-    assert circles(PACKAGE.modules) == []
+def test_the_package_has_no_cycles() -> None:
+    assert cycles(PACKAGE.parts) == []
+    assert cycles(PACKAGE.modules) == []
 
 
-def test_the_harness_has_no_circles() -> None:
-    assert circles(HARNESS.rooms) == []
+def test_the_harness_has_no_cycles() -> None:
+    assert cycles(HARNESS.parts) == []
 
 
 def test_nothing_below_the_layers_knows_transformers_but_the_registration() -> None:
-    below = [room for rooms in STOREYS[:4] for room in rooms]
+    below = [part for parts in TIERS[:4] for part in parts]
     knowing = [
         path.stem
-        for room in below
-        for path in (ROOT / "rotorquant_hf").glob(f"{room}/*.py")
+        for part in below
+        for path in (ROOT / "rotorquant_hf").glob(f"{part}/*.py")
         if "import transformers" in (text := path.read_text()) or "from transformers" in text
     ]
     assert knowing == ["registered"]
 
 
-def test_a_planted_circle_is_found(tmp_path: Path) -> None:
+def test_a_planted_cycle_is_found(tmp_path: Path) -> None:
     """Imports in functions, under TYPE_CHECKING and relative ones count."""
     files = {
         "__init__.py": "from .roof import top",
-        "roof.py": "import json\nfrom house.low import stone\n",
+        "roof.py": "import json\nfrom package.low import stone\n",
         "low/__init__.py": "",
         "low/stone.py": "def f():\n    from .. import roof\n",
         "low/sand.py": "if TYPE_CHECKING:\n    from .stone import f\n",
-        "attic.py": "import house.low.sand as s\n",
+        "attic.py": "import package.low.sand as s\n",
     }
     for name, text in files.items():
-        path = tmp_path / "house" / name
+        path = tmp_path / "package" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    house = read_house(tmp_path / "house")
-    assert house.arrows == {("house", "roof"), ("roof", "low"), ("low", "roof"), ("attic", "low")}
-    assert house.modules["house.low.sand"] == {"house.low.stone"}
-    assert circles(house.rooms) == [["low", "roof"]]
-    assert circles(house.modules) == [["house.low.stone", "house.roof"]]
-    assert levels(house.rooms) == {"low": 1, "roof": 1, "house": 2, "attic": 2}
-    assert house.upward([["low"], ["roof"], ["attic", "house"]]) == {("low", "roof")}
+    package = read_package(tmp_path / "package")
+    assert package.dependencies == {
+        ("package", "roof"),
+        ("roof", "low"),
+        ("low", "roof"),
+        ("attic", "low"),
+    }
+    assert package.modules["package.low.sand"] == {"package.low.stone"}
+    assert cycles(package.parts) == [["low", "roof"]]
+    assert cycles(package.modules) == [["package.low.stone", "package.roof"]]
+    assert levels(package.parts) == {"low": 1, "roof": 1, "package": 2, "attic": 2}
+    assert package.upward([["low"], ["roof"], ["attic", "package"]]) == {("low", "roof")}
 
 
 IMPORT_WITHOUT = """
@@ -135,7 +140,7 @@ def failures_of(modules: list[str], *found: str) -> list[str]:
 
 
 def test_the_package_needs_nothing_but_its_dependencies() -> None:
-    plain = [name for name in PACKAGE.modules if not name.startswith(TRITON_ROOMS)]
+    plain = [name for name in PACKAGE.modules if not name.startswith(TRITON_PARTS)]
     assert failures_of(plain) == []
     kernels = [name for name in PACKAGE.modules if name not in plain]
     assert failures_of(kernels, "triton") == []
