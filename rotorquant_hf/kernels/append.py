@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rotorquant_hf.kernels.launch import FUSED
+from rotorquant_hf.kernels.launch import FUSED, launch_of
 from rotorquant_hf.kernels.rounding import CHUNK, TINY, centroids_of, element, head
 from rotorquant_hf.kernels.sizes import pieces
 from rotorquant_hf.quant.channels import ChannelStatistics
@@ -81,17 +81,20 @@ def append_segments(bounds: Tensor, max_count: int, keys: AppendPart, values: Ap
         elements = batch * heads * arguments["TOKENS"] * arguments["KEYS"].columns
         launched = min(tiles, max(1, _SCRATCH_ELEMENTS // elements))
         scratch = keys.feedback.factor.new_empty(launched * elements)
+    constants = {name: arguments.pop(name) for name in ("KEYS", "VALUES", "TOKENS")}
+    dtypes = keys.x.dtype, values.x.dtype
+    launch = launch_of(append_kernel, dtypes, bounds.device, **constants, **options)
+    p_bounds, stride, segment_tiles, *sides = arguments.values()
     with torch.cuda.device_of(bounds):  # Triton launches on the current device
         for first in range(0, tiles, launched):
-            append_kernel[min(launched, tiles - first), heads, 2 * batch](
-                p_scratch=scratch, first_tile=first, **arguments, **options
-            )
+            grid = min(launched, tiles - first), heads, 2 * batch
+            launch(grid, p_bounds, stride, segment_tiles, scratch, first, *sides)
 
 
 def kernel_arguments(
     bounds: Tensor, max_count: int, keys: AppendPart, values: AppendPart
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """The arguments of `append_kernel`, and options of the compiler."""
+    """The arguments of `append_kernel`, in its order without scratch, and compiler options."""
     d = max(keys.quantizer.d, values.quantizer.d)
     tokens = 32 if d <= 256 else 16
     arguments = {

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # Products and sums become one instruction, unless a kernel asks for another. Said here because the
 # default changes with Triton 3.10.
@@ -34,16 +35,7 @@ class Launch:
 
     def __call__(self, grid: tuple[int, int, int], *changing: Any) -> None:
         """Launch it on a grid. A changing tensor is of the same dtype and device every time."""
-        # What Triton compiles for: of an integer whether it is 1, divisible by 16, or takes 64
-        # bits; of a tensor whether 16 divides its address. In one line, as it is the dearest here.
-        kind = tuple(
-            [
-                (x == 1) + 2 * (x % 16 == 0) + 4 * (x >> 31)
-                if type(x) is int
-                else x.data_ptr() % 16
-                for x in changing
-            ]
-        )
+        kind = _kind(changing)
         compiled = self._compiled.get(kind)
         if compiled is not None:
             compiled[grid](*changing, *self._values)
@@ -53,8 +45,32 @@ class Launch:
             self._compiled[kind] = compiled
 
 
+def _kind(arguments: tuple[Any, ...]) -> Hashable:
+    """What Triton compiles for.
+
+    Of an integer whether it is 1, divisible by 16, or takes 64 bits; of a tensor whether 16 divides
+    its address; of tuples this of their parts; of None that it is.
+    """
+    return tuple(  # in one line, as it is the most expensive part of a launch
+        [
+            (x == 1) + 2 * (x % 16 == 0) + 4 * (x >> 31)
+            if type(x) is int
+            else x.data_ptr() % 16
+            if type(x) is Tensor
+            else _kind_of_other(x)
+            for x in arguments
+        ]
+    )
+
+
+def _kind_of_other(x: Any) -> Hashable:
+    if x is None:
+        return None
+    return _kind(x) if isinstance(x, tuple) else x.data_ptr() % 16
+
+
 @lru_cache(maxsize=256)
-def launch_of(kernel: Any, dtype: torch.dtype, device: torch.device, **bound: Any) -> Launch:
+def launch_of(kernel: Any, dtype: Hashable, device: torch.device, **bound: Any) -> Launch:
     """A `Launch` bound to constants and options alone, for all layers that compute the same.
 
     `enable_fp_fusion=False` is for sums of products across threads: where a lane adds another's
@@ -62,7 +78,7 @@ def launch_of(kernel: Any, dtype: torch.dtype, device: torch.device, **bound: An
     stored is chance.
 
     Args:
-        dtype: of the changing tensors that are not of the same dtype everywhere.
+        dtype: of the changing tensors that are not of one dtype everywhere; several in a tuple.
         device: of all tensors.
     """
     return Launch(kernel, **bound)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rotorquant_hf.kernels.launch import Launch
+from rotorquant_hf.kernels.launch import FUSED, Launch
 
 TENSOR = torch.zeros(64)
 
@@ -50,7 +50,7 @@ def test_the_second_launch_of_a_kind_is_direct() -> None:
     bound((1, 2, 3), TENSOR, 48, 5)
     bound((4, 5, 6), TENSOR[16:], 32, 7)
     assert kernel.bound == [
-        ((1, 2, 3), TENSOR, 48, 5, {"BLOCK": 16, "p_y": TENSOR, "num_warps": 4})
+        ((1, 2, 3), TENSOR, 48, 5, {"BLOCK": 16, "p_y": TENSOR, "num_warps": 4, **FUSED})
     ]
     # In the kernel's order, whatever the order in which the others were given.
     ((grid, x, *others),) = kernel.direct
@@ -77,6 +77,19 @@ def test_what_triton_compiles_anew_goes_through_it(x: torch.Tensor, stride: int,
     assert (len(kernel.bound), len(kernel.direct)) == (2, 0)
     bound((1, 1, 1), x, stride, n)
     assert (len(kernel.bound), len(kernel.direct)) == (2, 1)
+
+
+def test_parts_of_tuples_count() -> None:
+    """Tensors with their strides, and what is not there."""
+    kernel = Kernel()
+    bound = launch(kernel)
+    bound((1, 1, 1), (TENSOR, 64, 1), None, 3)
+    bound((1, 1, 1), (TENSOR[16:], 32, 1), None, 5)
+    assert (len(kernel.bound), len(kernel.direct)) == (1, 1)
+    others = [((TENSOR, 64, 2), None, 3), ((TENSOR[1:], 64, 1), None, 3), (None, None, 3)]
+    for changing in (*others, ((TENSOR, 64, 1), (TENSOR, 1), 3)):
+        bound((1, 1, 1), *changing)
+    assert (len(kernel.bound), len(kernel.direct)) == (5, 1)
 
 
 def test_the_interpreter_always_goes_through_it() -> None:
