@@ -17,7 +17,7 @@ from rotorquant_hf import PRESETS, RotorQuantConfig
 from . import commands, verify
 from .caches.registry import KINDS, CacheSpec
 from .calibrate import AllocateOptions, CalibrateOptions, make_allocation, make_calibration
-from .errors import InputError, NotAvailableError
+from .errors import InputError, NotAvailableError, first_line, require
 from .failures import Failure
 from .lm_eval.__main__ import main as lm_eval
 from .measurements.registry import MEASUREMENTS
@@ -96,6 +96,7 @@ def run_report(args: argparse.Namespace) -> int:
     headers, found = rows.read_results(args.results)
     first = args.results[0]
     out = args.out or (first if first.is_dir() else first.parent)
+    require(not out.exists() or out.is_dir(), f"--out {out} is a file: name a folder")
     title = args.title or ", ".join(dict.fromkeys(header["name"] for header in headers))
     for path in write(found, headers, out, title):
         print(path)
@@ -106,9 +107,10 @@ def run_verify(args: argparse.Namespace) -> int:
     """Say which preset of rotorquant, or which cache with settings of your own, is safe on a model.
 
     It reads window after window until every verdict is clear, or the text (or --max-tokens) ends.
-    Without --text or --dataset it reads this project's samples. Exit status: 0 if a cache is safe;
-    1 if none of those measured is; 2 for bad input or a missing package; 3 if there is not enough
-    evidence; 4 if none is safe and one failed or lacks a package.
+    Without --model, or without --text or --dataset, it is a demonstration on the model and the
+    samples of this project. Exit status: 0 if a cache is safe; 1 if none of those measured is; 2
+    for bad input or a missing package; 3 if there is not enough evidence; 4 if none is safe and one
+    failed or lacks a package.
     """
     for old, new in verify.OLD_FLAGS.items():
         if any(argument.split("=")[0] == old for argument in args.argv):
@@ -120,24 +122,32 @@ def run_verify(args: argparse.Namespace) -> int:
     options = from_arguments(verify.VerifyOptions, args, **text)
     specs, model = options.caches(), from_arguments(ModelOptions, args)
     require_packages("verify", packages_of(model, options))
+    if shown := verify.demonstration(model.model, "model" in args, own_text):
+        print(f"{shown}\n", file=sys.stderr if args.json else sys.stdout, flush=True)
     loaded = load(model)
+    head = {"model": model.model, "dtype": str(loaded.dtype).removeprefix("torch.")}
     found = []
     try:
         for verdict in verify.verdicts(loaded, options):
             found.append(verdict)
             basis = f" ({verdict.basis})" if verdict.figures else ""
-            say(f"{verdict.label}: {verdict}{basis}")
+            say(f"{verdict.label}: {verdict.outcome}{basis}")
     except TooShortError as error:
-        print(verify.too_short(error, options))
+        why = verify.too_short(error, options)
+        if args.json:
+            commands.show({**head, "verdict": verify.NOT_ENOUGH, "why": why}, as_json=True)
+        else:
+            print(f"Not enough evidence: {why}")
         return verify.STATUS[verify.NOT_ENOUGH]
     found = [verdict for spec in specs for verdict in found if verdict.spec == spec]
-    print(verify.table(found))
-    if not own_text:
-        print(
-            "\nThe text is this project's samples, written by a small model: measure on text like "
-            "yours with --text FILE."
-        )
-    print(f"\n{verify.conclusion(found, loaded)}")
+    if args.json:
+        best = verify.recommended(found)
+        for verdict in found:
+            said = {"verdict": verdict.outcome, "why": verdict.why, "recommended": verdict is best}
+            line = {**head, "cache": verdict.label, **said, **verdict.figures}
+            commands.show(line, as_json=True)
+    else:
+        print(f"{verify.table(found)}\n\n{verify.conclusion(found, loaded)}")
     return verify.STATUS[verify.outcome(found)]
 
 
@@ -150,10 +160,31 @@ def run_calibrate(args: argparse.Namespace) -> int:
     model = from_arguments(ModelOptions, args)
     options = from_arguments(CalibrateOptions, args)
     require_packages("calibrate", packages_of(model, options))
+    _check_file(args.out)
     made = make_calibration(load(model), options, args.preset)
-    made.save(args.out)
+    try:
+        made.save(args.out)
+    except OSError as error:
+        raise InputError(f"--out {args.out} cannot be written: {first_line(error)}") from error
     print(f"{args.out}: {len(made.layers)} layers, from {made.tokens:,} tokens")
     return 0
+
+
+def _check_file(out: Path) -> None:
+    """Refuse, before any work, a file that could not be written.
+
+    Raises:
+        InputError: naming it.
+    """
+    inside = out / "model.safetensors"
+    require(not out.is_dir(), f"--out {out} is a folder: name a file, such as {inside}")
+    require(
+        out.parent.is_dir(),
+        f"--out {out}: there is no folder {out.parent}; make it, or name another",
+    )
+    require(
+        os.access(out.parent, os.W_OK), f"--out {out}: {out.parent} cannot be written; name another"
+    )
 
 
 def run_allocate(args: argparse.Namespace) -> int:
@@ -167,11 +198,18 @@ def run_allocate(args: argparse.Namespace) -> int:
     model = from_arguments(ModelOptions, args)
     options = from_arguments(AllocateOptions, args)
     require_packages("allocate", packages_of(model, options))
-    made = make_allocation(load(model), options, spec.options)
+    loaded = load(model)
+    made = make_allocation(loaded, options, spec.options)
     keys, values = (json.dumps(x, separators=(",", ":")) for x in (made.key_bits, made.value_bits))
-    more = "," if ":" in args.cache else ":"
-    print("\n".join(CacheSpec("rotorquant", made, "").code))
-    print(f"--cache '{args.cache}{more}key_bits={keys},value_bits={values}'")
+    cache = f"{args.cache}{',' if ':' in args.cache else ':'}key_bits={keys},value_bits={values}"
+    code = CacheSpec("rotorquant", made, "").code
+    if args.json:
+        head = {"model": model.model, "dtype": str(loaded.dtype).removeprefix("torch.")}
+        bits = {"key_bits": made.key_bits, "value_bits": made.value_bits}
+        commands.show({**head, "cache": cache, **bits, "code": code}, as_json=True)
+    else:
+        print("\n".join(code))
+        print(f"--cache '{cache}'")
     return 0
 
 
@@ -272,6 +310,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(
             old, dest=name, type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
+    p.add_argument("--json", action="store_true", help="print one line of JSON per cache")
 
     p = command("calibrate", run_calibrate)
     commands.add_model(p)
@@ -285,6 +324,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--cache", default="k3v3", metavar="NAME[:OPTION=VALUE,...]", help="what is to be divided"
     )
+    p.add_argument("--json", action="store_true", help="print one line of JSON")
 
     p = command("lm-eval", run_lm_eval)
     p.add_argument("arguments", nargs=argparse.REMAINDER, help="see lm-eval --help")

@@ -76,7 +76,7 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         if name == "points":
             print(_table(value))
         else:
-            print(f"{name:<30}{_shown(value)}")
+            print(f"{name:<30}{_shown(value, name)}")
 
 
 def _table(points: list[dict[str, Any]]) -> str:
@@ -87,11 +87,13 @@ def _table(points: list[dict[str, Any]]) -> str:
     return f"\n{markdown(plain, rows, left=0)}\n"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, name: str = "") -> str:
+    if value is None:
+        return "- (one window)" if name.endswith("_ci95") else "-"
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list | tuple):
         return ", ".join(map(_shown, value)) if value else "none"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(x)}" for name, x in value.items())
+        return ", ".join(f"{key} {_shown(x, key)}" for key, x in value.items())
     return str(value)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .environment import on_gpu
-from .errors import NotAvailableError
+from .errors import InputError, NotAvailableError
 
 _SPARE = 64 << 20  # bytes that must be free for the device to be tried
 
@@ -98,9 +98,10 @@ def guarded(device: torch.device, report: Callable[[str], Any]) -> Iterator[list
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
+    """An error in one line; the name of its class only where the message is not our own."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    own = isinstance(error, InputError | NotAvailableError)
+    return (line if own else f"{type(error).__name__}: {line}")[:300]
 
 
 def release(error: BaseException | None) -> None:

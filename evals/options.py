@@ -7,7 +7,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from .errors import InputError
@@ -42,25 +42,32 @@ def inherited(cls: type, name: str, default: Any) -> Any:
     return dataclasses.field(default=default, metadata=found.metadata)
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+def build(
+    cls: type[T],
+    values: Mapping[str, Any],
+    where: str,
+    called: Callable[[str], str] | None = None,
+) -> T:
     """An instance of an options class from plain values.
 
     Args:
         cls: the class.
         values: by field name; a tuple may be given as a list or as one value.
         where: what the values belong to, for messages.
+        called: what messages call a field, by its name (default: `where`, and the name).
 
     Raises:
         InputError: naming an unknown key, or a value of a wrong type or out of range.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
+    called = called or (lambda name: f"{where}: {name}")
     chosen = {}
     for name, value in values.items():
         if name not in fields:
             known = f"choose from {', '.join(fields)}" if fields else "it takes none"
             raise InputError(f"{where}: unknown key {name!r}; {known}")
-        chosen[name] = _checked(fields[name], hints[name], value, f"{where}: {name}")
+        chosen[name] = _checked(fields[name], hints[name], value, called(name))
     try:
         return cls(**chosen)
     except TypeError as error:
@@ -69,7 +76,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         ]
         if not missing:
             raise
-        raise InputError(f"{where}: {missing[0]} is missing") from error
+        raise InputError(f"{called(missing[0])} is missing") from error
 
 
 def _required(field: dataclasses.Field) -> bool:
@@ -84,11 +91,13 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any, where: str) -> Any
         values = value if isinstance(value, list | tuple) else [value]
         if not values:
             raise InputError(f"{where} is empty; give one or more")
-        return tuple(_one(field, kind, x, where) for x in values)
+        return tuple(_one(field, kind, x, where, of_many=True) for x in values)
     return _one(field, kind, value, where)
 
 
-def _one(field: dataclasses.Field, kind: type, value: Any, where: str) -> Any:
+def _one(
+    field: dataclasses.Field, kind: type, value: Any, where: str, of_many: bool = False
+) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     if kind is float and type(value) is float and not math.isfinite(value):
@@ -102,7 +111,10 @@ def _one(field: dataclasses.Field, kind: type, value: Any, where: str) -> Any:
     if high is not None and value > high:
         raise InputError(f"{where} is {value}; choose {high} or less")
     if choices and value not in choices:
-        raise InputError(f"{where} is {value!r}; choose one of {', '.join(choices)}")
+        problem = (
+            f": {value!r} is unknown; choose from" if of_many else f" is {value!r}; choose one of"
+        )
+        raise InputError(f"{where}{problem} {', '.join(choices)}")
     return value
 
 
@@ -150,10 +162,10 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type, title: str) -> Non
 
 
 def from_arguments(cls: type[T], args: argparse.Namespace, **extra: Any) -> T:
-    """The options that `add_arguments` let a command line name."""
+    """The options that `add_arguments` let a command line name; messages name them as typed."""
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     given = {name: value for name, value in vars(args).items() if name in names}
-    return build(cls, given | extra, "command line")
+    return build(cls, given | extra, "command line", flag)
 
 
 def flag(name: str) -> str:

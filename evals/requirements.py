@@ -14,6 +14,7 @@ _EXTRAS = {
     **dict.fromkeys(("accelerate", "datasets", "gguf", "lm-eval", "scipy"), "eval"),
     **dict.fromkeys(("adjusttext", "jinja2", "matplotlib", "pandas"), "eval"),
     **dict.fromkeys(("hqq", "optimum-quanto"), "peers"),
+    "pytest": "dev",
     "triton": "triton",
 }
 _MODULES = {

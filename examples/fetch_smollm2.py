@@ -13,12 +13,14 @@ model computes.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -89,8 +91,14 @@ def _problem(path: Path, why: object) -> str:
     return f"{path.name} could not be fetched ({why}); get it elsewhere and put it at {path}"
 
 
-def main() -> None:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line, which takes no arguments: `--help` fetches nothing."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.fetch_smollm2",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args(argv)
     try:
         print(fetch())
     except FetchError as error:

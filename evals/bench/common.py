@@ -92,12 +92,12 @@ def kernels(device: torch.device) -> AbstractContextManager[None]:
 
 
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command and exit with its status: 2 for input that it cannot use."""
+    """Run a command and exit with its status: 2 for input or a machine that it cannot use."""
     gc.freeze()  # a collection, one after each failure, then need not look at all that was imported
     try:
         status = main()
-    except InputError as error:
-        print(error, file=sys.stderr)
+    except (InputError, NotAvailableError) as error:
+        print(f"error: {error}", file=sys.stderr)
         status = 2
     finally:
         gc.unfreeze()

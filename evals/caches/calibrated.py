@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from transformers import Cache, PreTrainedConfig
 
 from rotorquant_hf import Calibration, RotorQuantCache, RotorQuantConfig
 
-from ..errors import InputError
+from ..errors import InputError, require
+from ..places import called
 from .rotorquant import RotorQuant
 
 
@@ -40,10 +42,12 @@ class Calibrated(RotorQuant):
 
     def make(self, options: Any, config: PreTrainedConfig) -> Cache:
         """As `Kind.make`."""
-        try:
-            calibration = Calibration.load(options.file)
-        except FileNotFoundError as error:
-            raise InputError(f"calibrated: {error}") from error
+        require(
+            Path(options.file).is_file(),
+            f"no calibration {options.file}: make it with {called()} calibrate --model MODEL "
+            f"--text FILE --out {options.file}",
+        )
+        calibration = Calibration.load(options.file)
         return RotorQuantCache(options.settings, config=config, calibration=calibration)
 
     def code(self, options: Any) -> tuple[str, str]:

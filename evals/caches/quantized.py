@@ -20,9 +20,8 @@ from .base import Elements, Kind
 # In later versions of Transformers fp8 shares this base with the others.
 _BaseQuantizedLayer = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
 
-_FIRST_PASS = (
-    "this cache quantises its whole first pass, and fp8 takes its scale from it: the figures "
-    "depend on chunk"
+_FIRST_CHUNK = (
+    "this cache quantises the whole first chunk, so the figures depend on the option chunk"
 )
 
 
@@ -46,7 +45,7 @@ class Quantized(Kind):
             is there.
     """
 
-    notes: tuple[str, ...] = (_FIRST_PASS,)
+    notes: tuple[str, ...] = (_FIRST_CHUNK,)
     choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     cache_class = QuantizedCache

@@ -12,7 +12,8 @@ from transformers import Cache, PreTrainedConfig
 
 from rotorquant_hf import PRESETS, RotorQuantConfig
 
-from ..errors import InputError, NotAvailableError
+from ..errors import InputError, NotAvailableError, first_line
+from ..requirements import install, missing
 from . import KINDS
 from .base import Kind
 
@@ -111,10 +112,14 @@ class CacheSpec:
         kind = KINDS[self.kind]
         try:
             return kind.make(self.options, config)
+        except InputError:
+            raise
         except ImportError as error:
-            raise NotAvailableError(
-                f"{self.kind} is not installed: pip install {kind.package} ({error})"
-            ) from error
+            absent = missing(self.packages)
+            why = (
+                f"is not installed: {install(absent)}" if absent else f"fails: {first_line(error)}"
+            )
+            raise NotAvailableError(f"{self.kind} {why}") from error
         except (KeyError, ValueError) as error:
             if isinstance(self.options, RotorQuantConfig):
                 raise InputError(f"{self.label}: {error}") from error

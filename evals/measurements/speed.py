@@ -79,7 +79,8 @@ def _warnings(spec: CacheSpec, options: SpeedOptions, compressed: bool) -> list[
     if options.new_tokens % spec.period:
         found.append(
             f"new_tokens is {options.new_tokens}, not a multiple of the {spec.period} tokens after "
-            f"which {spec.label} quantises again: decoding is charged too much or too little of it"
+            f"which {spec.label} quantises again, so the cost of quantising is over- or "
+            "under-counted"
         )
     return found
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -19,13 +21,16 @@ from transformers import (
 from rotorquant_hf.placement import input_device
 
 from ..caches.registry import CacheSpec
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, require
 from ..options import option
 from ..places import shipped
 from . import gguf
 from .twins import add_key_bias, offset_keys, scale_key_channels
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_TOKENIZERS = ("tokenizer*", "tekken.json", "*vocab*", "*.model", "*.tiktoken")
+"""Names of files of which a folder with a tokenizer has one at least."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +143,14 @@ def load(options: ModelOptions) -> LoadedModel:
         dtype: Any = getattr(torch, options.dtype)
     else:
         dtype = torch.float32 if device.type == "cpu" else "auto"
+    name = shipped(options.model)
+    require(
+        not Path(name).is_dir() or Path(name, "config.json").is_file(),
+        f"{name} has no config.json: name a folder with a model",
+    )
     tokenizer = load_tokenizer(shipped(options.tokenizer or options.model), options)
     model = load_model(
-        shipped(options.model),
+        name,
         device,
         dtype,
         **_hub(options),
@@ -179,10 +189,7 @@ def _read_model(name: str, **options: Any) -> PreTrainedModel:
                 f"attention {attention!r} cannot be used here: choose sdpa, rotorquant or eager "
                 f"({first_line(error)})"
             ) from error
-        raise InputError(
-            f"could not load model {name}: name a folder with a model, or a model on the Hub when "
-            f"online ({first_line(error)})"
-        ) from error
+        raise InputError(_unreadable("model", name, error)) from error
 
 
 def load_tokenizer(name: str, options: ModelOptions | None = None) -> PreTrainedTokenizerBase:
@@ -196,10 +203,25 @@ def load_tokenizer(name: str, options: ModelOptions | None = None) -> PreTrained
     try:
         return AutoTokenizer.from_pretrained(name, **(_hub(options) if options else {}))
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(
-            f"could not load tokenizer {name}: name a folder with a model, or a model on the Hub "
-            f"when online ({first_line(error)})"
-        ) from error
+        folder = Path(name)
+        if folder.is_dir() and not any(any(folder.glob(files)) for files in _TOKENIZERS):
+            said = f"{name} has no tokenizer: put its files there, or name one with --tokenizer"
+            raise InputError(said) from error
+        raise InputError(_unreadable("tokenizer", name, error)) from error
+
+
+def _unreadable(what: str, name: str, error: Exception) -> str:
+    """Why a model, or its tokenizer, does not load: is it not there, or not readable?"""
+    here = Path(name).exists()
+    if not here:
+        try:
+            here = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        except HFValidationError:  # no name on the Hub looks like this
+            return f"no folder or file {name}: name a folder with a model, or a model on the Hub"
+    if here:
+        return f"could not load {what} {name}: name another ({first_line(error)})"
+    hub = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the Hub: {first_line(error)}"
+    return f"no folder or file {name}, and no such model in the Hub's cache ({hub})"
 
 
 def _hub(options: ModelOptions) -> dict[str, Any]:

@@ -17,12 +17,26 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, require
-from ..options import option
+from ..options import flag, option
 from ..places import shipped
 
 
 class TooShortError(InputError):
-    """A text with too few tokens to be measured on."""
+    """A text with too few tokens to be measured on, or an option that leaves too few of it.
+
+    Attributes:
+        found: what has too few.
+        remedy: what is to be done, before the tokens that it takes.
+        one_window: whether it limits a window alone, and not the text in all.
+    """
+
+    def __init__(self, found: str, remedy: str, least: int, one_window: bool = False) -> None:
+        self.found, self.remedy, self.one_window = found, remedy, one_window
+        super().__init__(self.asking(least))
+
+    def asking(self, least: int) -> str:
+        """The message, where at least so many tokens are needed."""
+        return f"{self.found}; {self.remedy} at least {least:,}"
 
 
 class Document(NamedTuple):
@@ -201,7 +215,8 @@ def cut(
         The windows, and how many documents were left out as too short.
 
     Raises:
-        InputError: if there is no text; TooShortError: if no document is long enough.
+        InputError: if there is no text, or the model's context is too short; TooShortError: if no
+            document is long enough, or `max_tokens` or `window` is too small.
     """
     length = min(options.window, options.max_tokens, context or options.window)
     begin = beginning(tokenizer)
@@ -210,12 +225,19 @@ def cut(
     longest = max(len(x) for x in tokens)
     names = ", ".join(document.name for document in documents)
     require(longest > 0, f"no text in {names}: the files are empty")
-    if min(longest, own) <= min_tokens:
-        raise TooShortError(
-            f"the text is shorter than a chunk: its longest document has {longest} tokens, a "
-            f"window has {own}, and a chunk has {min_tokens}; give more text, a larger window or a "
-            "smaller chunk"
-        )
+    least = min_tokens + 1 + len(begin)
+    for name in ("max_tokens", "window"):
+        value = getattr(options, name)
+        if value < least:
+            raise TooShortError(f"{flag(name)} is {value}", "set it to", least, name == "window")
+    smaller = "a smaller --chunk, or " if hasattr(options, "chunk") else ""
+    require(
+        length >= least,
+        f"the model takes {context} tokens, and {least} are needed: choose {smaller}another model",
+    )
+    if longest <= min_tokens:
+        several = f"the longest of {len(tokens)} texts" if len(tokens) > 1 else "the text"
+        raise TooShortError(f"{several} has {longest} tokens", "give", min_tokens + 1)
     fitting = [i for i, x in enumerate(tokens) if len(x) > min_tokens]
     counts = dict.fromkeys(fitting, 0)
     budget, lengths = options.max_tokens, {i: min(own, len(tokens[i])) for i in fitting}

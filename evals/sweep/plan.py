@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 from ..caches.registry import KINDS, CacheSpec
-from ..errors import InputError, require
+from ..errors import InputError, first_line, require
 from ..measurements.registry import MEASUREMENTS
 from ..options import build
 from ..places import shipped
@@ -139,8 +139,17 @@ def read_plan(path: Path, replaced: Mapping[str, Any] | None = None) -> Plan:
     try:
         spec = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {error}") from error
+        raise InputError(f"{path} is not a YAML plan: {_fault(error)}") from error
     return plan_of(spec, str(path), path.stem, replaced or {})
+
+
+def _fault(error: Exception) -> str:
+    """Where a file stops being YAML, and why, in one line."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return first_line(error)
+    mark = error.problem_mark or error.context_mark
+    line = f"line {mark.line + 1}: " if mark else ""
+    return line + " ".join((error.problem or error.context or "it cannot be read").split())
 
 
 class _Loader(yaml.SafeLoader):
@@ -156,8 +165,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    line = key.start_mark.line + 1
-                    raise yaml.YAMLError(f"the key {key.value!r} occurs again in line {line}")
+                    problem = f"the key {key.value!r} occurs again"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -319,7 +328,10 @@ def _list(values: Any, where: str) -> list[Any]:
 
 
 def _check_keys(spec: Any, keys: tuple[str, ...], where: str) -> None:
-    require(isinstance(spec, dict), f"{where} is not a mapping with the keys {', '.join(keys)}")
+    require(
+        isinstance(spec, dict),
+        f"{where} is not a YAML plan: it takes a mapping with the keys {', '.join(keys)}",
+    )
     for key in spec:
         require(key in keys, f"{where}: unknown key {key!r}; choose from {', '.join(keys)}")
 

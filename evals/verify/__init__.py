@@ -5,15 +5,15 @@ tokens that read mostly codes, each with an interval, and intervals are compared
 
 - *safe*: every interval lies within its limit;
 - *not safe*: one lies beyond, or a warning speaks against the cache;
-- *not enough evidence*: neither; then the verdict says how much text would tell.
+- *not enough evidence*: neither; then the verdict says how much text would decide.
 
 A cache that crashes or lacks a package has none of the three: it *failed*, or was *not measured*.
 """
 
-from .judge import NOT_ENOUGH, NOT_SAFE, SAFE, missing, reasons
+from .judge import NOT_ENOUGH, NOT_SAFE, SAFE, missing, percent, reasons
 from .options import LIMITS, OLD_FLAGS, PRESETS, SAMPLES, VerifyOptions
 from .run import FAILED, NOT_MEASURED, STATUS, Verdict, looks, outcome, recommended, verdicts
-from .text import conclusion, table, too_short
+from .text import conclusion, demonstration, table, too_short
 
 __all__ = [
     "FAILED",
@@ -29,9 +29,11 @@ __all__ = [
     "Verdict",
     "VerifyOptions",
     "conclusion",
+    "demonstration",
     "looks",
     "missing",
     "outcome",
+    "percent",
     "reasons",
     "recommended",
     "table",

@@ -25,7 +25,7 @@ class Bound:
         found, low, high: the figure and the ends of its interval; infinite where it has no end.
         limit: that it must not exceed.
         over: what is said where it does.
-        may: what is said where it may.
+        may: what is said where it could.
     """
 
     found: float
@@ -102,23 +102,23 @@ def bounds(figures: Mapping[str, Any], options: VerifyOptions) -> list[Bound]:
         Bound(
             1 - top1, 1 - more, 1 - less, 1 - options.min_top1,
             f"top-1 {top1:.2%} is under {options.min_top1:.2%}" + _spread(less, more, ".2%"),
-            f"top-1 may be {less:.2%}, under {options.min_top1:.2%}",
+            f"top-1 could be as low as {less:.2%} (limit {percent(options.min_top1)})",
         ),
         Bound(
             delta, low, high, options.max_delta,
             f"perplexity rises by {delta:.2%}, over {options.max_delta:.2%}"
             + _spread(low, high, ".2%"),
-            f"perplexity may rise by {high:.2%}, over {options.max_delta:.2%}",
+            f"perplexity could rise by {high:.2%} (limit {percent(options.max_delta)})",
         ),
     ]  # fmt: skip
 
 
 def _kl(name: str, found: float, low: float, high: float, limit: float) -> Bound:
-    may = f"be {high:.3g}" if high < math.inf else "be anything (too few tokens)"
+    may = f"{name} could be as high as {high:.3g} (limit {limit:g})"
     return Bound(
         found, low, high, limit,
         f"{name} {found:.3g} is over {limit:g}" + _spread(low, high, ".3g"),
-        f"{name} may {may}, over {limit:g}",
+        may if high < math.inf else f"{name}: too few tokens for an upper bound",
     )  # fmt: skip
 
 
@@ -131,6 +131,11 @@ def _ends(figures: Mapping[str, Any], name: str, worst: float = math.inf) -> tup
     pair = figures.get(f"{name}_ci95") or sorted((figures[name], worst))
     low, high = (worst if x is None else x for x in pair)
     return low, high
+
+
+def percent(fraction: float) -> str:
+    """A limit in percent, with no more decimal places than it has."""
+    return f"{100 * fraction:.6g}%"
 
 
 def _spread(low: float, high: float, shown: str) -> str:
@@ -164,7 +169,7 @@ def _kept(figures: Mapping[str, Any]) -> float:
 
 
 def _text_for(open_: list[Bound], figures: Mapping[str, Any]) -> str:
-    """How much text would tell: that one figure is over its limit, or that all are within.
+    """How much text would decide: that one figure is over its limit, or that all are within.
 
     An interval shrinks with the square root of the tokens, and Student's t comes near to normal.
     """
@@ -190,10 +195,10 @@ def _text_for(open_: list[Bound], figures: Mapping[str, Any]) -> str:
     over = [times(bound) for bound in open_ if bound.found > bound.limit]
     most = min(over) if over else max(map(times, open_))
     if most > _HOPELESS:
-        return ": so near to the limit that no text would tell"
+        return "; so near to the limit that no text would decide"
     tokens = _round_up(figures["tokens"] * most)
-    many = f", of {math.ceil(samples * most)} documents or more" if by_document else ""
-    return f": give about {tokens:,} tokens of text{many} (--text, --max-tokens)"
+    many = f"from at least {math.ceil(samples * most):,} documents" if by_document else "of text"
+    return f"; about {tokens:,} tokens {many} would decide"
 
 
 def _round_up(tokens: float) -> int:

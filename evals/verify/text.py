@@ -1,4 +1,4 @@
-"""Verdicts in words: a table, and what to do."""
+"""Verdicts in words: a table, what to do, and why of each cache that is not safe."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 from ..caches.registry import CacheSpec
 from ..subjects.models import LoadedModel
+from ..subjects.texts import TooShortError
 from ..tables import markdown
 from .judge import NOT_ENOUGH, NOT_SAFE, counted, window_for
-from .options import PRESETS, VerifyOptions
-from .run import Verdict, bits_of, recommended
+from .options import PRESETS, SAMPLES, VerifyOptions
+from .run import FAILED, Verdict, bits_of, recommended
 
 _HEADER = (
     *("cache", "KL mean", "KL p99", "top-1", "perplexity change", "bits/element"),
@@ -25,7 +26,7 @@ def table(found: list[Verdict]) -> str:
 
 def _cells(verdict: Verdict) -> list[str]:
     if not verdict.figures:
-        return [verdict.label, *["–"] * (len(_HEADER) - 2), str(verdict)]
+        return [verdict.label, *["–"] * (len(_HEADER) - 2), verdict.outcome]
     long, short = bits_of(verdict)
     of = counted(verdict.figures)
     return [
@@ -38,7 +39,7 @@ def _cells(verdict: Verdict) -> list[str]:
         "unknown" if long is None else f"{long:.2f}",
         f"{of['tokens']:,}",
         f"{of['compressed_share']:.0%}",
-        str(verdict),
+        verdict.outcome,
     ]
 
 
@@ -49,35 +50,49 @@ def _cell(figures: Mapping[str, Any], name: str, shown: str, unit: float = 1.0) 
 
 
 def conclusion(found: list[Verdict], loaded: LoadedModel) -> str:
-    """What to use, with the line of code; or why no cache can be recommended."""
+    """What to use, with the line of code, or that no cache can be recommended; then the reasons.
+
+    The reason for each verdict is said once.
+    """
     best = recommended(found)
-    absent = [f"{x.label} {_was(x)}: {x.why}" for x in found if x.failure]
+    absent = [x for x in found if x.failure]
     undecided = [x for x in found if x.outcome == NOT_ENOUGH]
     refused = [x for x in found if x.outcome == NOT_SAFE]
+    told, said = best, list[str]()
     if best is not None:
-        fewer = [x for x in undecided if x.figures and bits_of(x) < bits_of(best)]
-        more = [f"{x.label} would take fewer bits; {NOT_ENOUGH}: {x.why}" for x in fewer]
-        return "\n\n".join([_recommendation(best, loaded), *more, *absent])
-    if undecided:
-        first = undecided[0]  # of those measured, the one with the most bits
-        said = [f"Not enough evidence that a preset is safe. {first.label}: {first.why}."]
-    else:
-        said = [_refusal(refused, complete=not absent)] if refused else []
-    return "\n\n".join([*said, *absent]) or "Nothing was measured."
+        said = [_recommendation(best, loaded)]
+    elif undecided:
+        told = undecided[0]  # of those measured, the one with the most bits
+        said = [f"Not enough evidence that a preset is safe. {told.label}: {told.why}."]
+    elif refused:
+        told = min(refused, key=lambda verdict: counted(verdict.figures)["kl_mean"])
+        said = [_refusal(refused, told, complete=not absent)]
+    others = [_reason(x, best) for x in found if x is not told and x.why]
+    return "\n\n".join([*said, "\n".join(others)]).strip() or "Nothing was measured."
 
 
-def _was(verdict: Verdict) -> str:
-    return "failed" if verdict.outcome == "failed" else "was not measured"
+def _reason(verdict: Verdict, best: Verdict | None) -> str:
+    """Why a cache is not shown to be safe, in a line."""
+    name = verdict.label
+    if verdict.failure:
+        was = "failed" if verdict.outcome == FAILED else "was not measured"
+        return f"{name} {was}: {verdict.why}"
+    if verdict.outcome == NOT_SAFE:
+        return f"{name} is not safe: {verdict.why}."
+    bits = bits_of(verdict)  # unknown where nothing was quantised
+    if best is not None and None not in bits and bits < bits_of(best):
+        return f"{name} uses fewer bits, but there is {NOT_ENOUGH}: {verdict.why}."
+    return f"{name}: {NOT_ENOUGH}: {verdict.why}."
 
 
-def _refusal(found: list[Verdict], complete: bool) -> str:
+def _refusal(found: list[Verdict], closest: Verdict, complete: bool) -> str:
     """Of caches that are all not safe.
 
     Args:
         found: one or more.
+        closest: the one of them that is nearest to the uncompressed cache.
         complete: whether none failed beside them.
     """
-    closest = min(found, key=lambda verdict: counted(verdict.figures)["kl_mean"])
     measured = [verdict.label for verdict in found]
     presets = [PRESETS.index(name) for name in measured if name in PRESETS]
     # Fewer bits than those that failed are no help.
@@ -112,11 +127,28 @@ def _recommendation(best: Verdict, loaded: LoadedModel) -> str:
         f"{short:.2f} with windows of {window:,} tokens\n\n"
         f"    {source}\n{note}    model.generate(**inputs, past_key_values={made})\n\n"
         f"Measured on {loaded.options.model}: {best.basis}, of "
-        f"{', '.join(best.figures['documents'])}. Contexts over {window:,} tokens were not."
+        f"{', '.join(best.figures['documents'])}. Contexts over {window:,} tokens were not "
+        "measured."
     )
 
 
-def too_short(error: Exception, options: VerifyOptions) -> str:
-    """What to say of a text that is shorter than one chunk."""
-    tokens = 2 * window_for({"compressed_share": 0.0, "window": 0}, options)
-    return f"Not enough evidence: {error}. Give at least {tokens:,} tokens of text."
+def too_short(error: TooShortError, options: VerifyOptions) -> str:
+    """What is lacking where not even one chunk can be read: there must be two windows."""
+    window = window_for({"compressed_share": 0.0, "window": 0}, options)
+    return error.asking(window if error.one_window else 2 * window)
+
+
+def demonstration(model: str, own_model: bool, own_text: bool) -> str:
+    """What `verify` says first where the user names no model, or no text; else empty.
+
+    Args:
+        model: that is read.
+        own_model, own_text: whether the user named them.
+    """
+    if own_model and own_text:
+        return ""
+    shown = [f"the model {model}" if own_model else f"the shipped 7M model ({model})"]
+    shown.append("your text" if own_text else f"the shipped samples ({SAMPLES})")
+    own = [] if own_model else ["--model NAME_OR_PATH"]
+    own += [] if own_text else ["--text FILE"]
+    return f"A demonstration on {' and '.join(shown)}; for your own give {' '.join(own)}."

@@ -1,5 +1,6 @@
 """The command `allocate`, and what it prints."""
 
+import json
 import shlex
 
 import pytest
@@ -23,6 +24,11 @@ def test_it_prints_the_cache_twice(capsys):
     assert len(set(spec.options.key_bits + spec.options.value_bits)) > 1
     assert spec.options.of_layer(0).residual_length == 32
     assert code == spec.code[1]
+    main(["allocate", "--model", MODEL, *TEXT, "--cache", CACHE, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["dtype"], found["cache"]) == (MODEL, "float32", text)
+    assert tuple(found["key_bits"]) == spec.options.key_bits
+    assert found["code"][1] == code
     main(
         [
             "allocate",

@@ -18,7 +18,7 @@ from evals import environment, failures, timing
 from evals.bench import attention as bench_attention
 from evals.bench import common, decode_step
 from evals.bench import tune as bench_tune
-from evals.errors import InputError
+from evals.errors import InputError, NotAvailableError
 from evals.sweep.rows import JSONLines
 from rotorquant_hf import RotorQuantConfig
 from rotorquant_hf.backend import backend
@@ -361,11 +361,12 @@ def test_rows_are_kept_and_read_again(tmp_path) -> None:
     assert memory.entries == [{"kind": "a"}]
 
 
-def test_input_that_cannot_be_used_is_one_line(capsys) -> None:
+@pytest.mark.parametrize("kind", [InputError, NotAvailableError])
+def test_what_cannot_be_used_is_one_line(kind, capsys) -> None:
     def main():
-        raise InputError("the file is damaged: remove it")
+        raise kind("the file is damaged: remove it")
 
     with pytest.raises(SystemExit) as status:
         common.exit_with(main)
     assert status.value.code == 2
-    assert capsys.readouterr().err == "the file is damaged: remove it\n"
+    assert capsys.readouterr().err == "error: the file is damaged: remove it\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 
 import pytest
@@ -13,6 +14,7 @@ from evals.caches.tensors import tensors_in
 from evals.errors import InputError, NotAvailableError
 from evals.probes.chunked import feed, next_pass
 from evals.probes.footprint import footprint, quantised_tokens, reachable_bytes
+from evals.requirements import install
 from evals.subjects.twins import offset_keys
 from rotorquant_hf import PRESETS, RotorQuantCache, RotorQuantConfig
 
@@ -154,8 +156,12 @@ def test_names_with_settings() -> None:
 
 def test_a_missing_package_is_named(model, monkeypatch) -> None:
     monkeypatch.setattr("transformers.cache_utils.is_hqq_available", lambda: False)
-    with pytest.raises(NotAvailableError, match="hqq is not installed: pip install hqq"):
+    with pytest.raises(NotAvailableError, match=r"^hqq fails: .*hqq"):  # it is there, but too old
         CacheSpec.of("hqq").make(model.config)
+    monkeypatch.setitem(sys.modules, "hqq", None)
+    with pytest.raises(NotAvailableError) as refused:
+        CacheSpec.of("hqq").make(model.config)
+    assert str(refused.value) == f"hqq is not installed: {install(['hqq'])}"
 
 
 def test_a_refused_model_is_said(monkeypatch) -> None:
@@ -240,5 +246,5 @@ def test_every_option_is_named_once_with_its_meaning() -> None:
 def test_a_cache_says_when_it_quantises_and_what_to_beware_of(name, options, period) -> None:
     spec = CacheSpec.of(name, options)
     assert spec.period == period
-    first_pass = [note for note in spec.notes if "quantises its whole first pass" in note]
+    first_pass = [note for note in spec.notes if "quantises the whole first chunk" in note]
     assert len(first_pass) == len(spec.notes) == (name in ("hqq", "quanto", "fp8"))

@@ -54,7 +54,11 @@ def test_a_file_must_be_named(options):
 
 def test_bad_input_is_refused(file, tmp_path, capsys):
     for arguments, says in (
-        (["--cache", f"calibrated:file={tmp_path / 'none'}"], "none does not exist"),
+        (
+            ["--cache", f"calibrated:file={tmp_path / 'none'}"],
+            f"error: no calibration {tmp_path / 'none'}: make it with python -m evals calibrate "
+            f"--model MODEL --text FILE --out {tmp_path / 'none'}\n",
+        ),
         (["--cache", f"calibrated:file={file},equalize_keys=0.0"], "equalize_keys is 0.0, but"),
         (["--model", "examples/recall-1m", "--cache", f"calibrated:file={file}"], "another model"),
     ):
@@ -63,6 +67,21 @@ def test_bad_input_is_refused(file, tmp_path, capsys):
             main(["perplexity", "--model", MODEL, *options, *arguments])
         assert stopped.value.code == 2
         assert says in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("evals.__main__.load", lambda options: pytest.fail("loaded"))
+    for out, says in (
+        (tmp_path / "absent" / "x", f"there is no folder {tmp_path / 'absent'}; make it"),
+        (tmp_path, "is a folder: name a file"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["calibrate", "--model", MODEL, "--text", SAMPLES, "--out", str(out)])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: --out {out}")
+        assert says in error
+        assert error.count("\n") == 1
 
 
 def test_attention_that_hides_its_queries_is_refused(tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evals import failures
-from evals.errors import NotAvailableError
+from evals.errors import InputError, NotAvailableError
 from evals.failures import DeviceLost, FailedError, Failure, failure_of, guarded, raise_if_fatal
 
 GPU = torch.device("cuda", 0)
@@ -30,6 +30,7 @@ def test_failures_free_what_their_frames_hold() -> None:
         assert freed == [True]
     assert found == ("failed", "MemoryError: no room for Big", False)
     assert failure_of(NotAvailableError("no such thing")) == ("not run", "no such thing", False)
+    assert failure_of(InputError("no file x: name one")) == ("failed", "no file x: name one", False)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from rotorquant_hf import RotorQuantCache
 from tests.conftest import MODEL, ROOT
 
 TEXT = str(ROOT / "examples" / "sampled" / "clock.txt")
+TEXT_FOLDER = str(ROOT / "examples" / "sampled")
 SHORT = {"residual_length": 32, "statistics_length": 0, "key_bits": 3, "value_bits": 3}
 
 
@@ -384,13 +385,22 @@ def test_command_without_json_prints_names_and_values(capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines]
     assert {"perplexity", "delta", "kl_mean", "bits_per_number", "warnings"} <= set(names)
+    shown = dict(line.split(maxsplit=1) for line in lines)
+    assert shown["delta_ci95"] == "- (one window)"
+    assert "None" not in " ".join(lines)
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         (["--text", "absent.txt"], "absent.txt does not exist"),
-        (["--text", TEXT, "--model", "no/such/model"], "could not load tokenizer no/such/model"),
+        (
+            ["--text", TEXT, "--model", "no/such-model"],
+            "no folder or file no/such-model, and no such model in the Hub's cache (HF_HUB_OFFLINE",
+        ),
+        (["--text", TEXT, "--model", "/no/such"], "no folder or file /no/such: name a folder"),
+        (["--text", TEXT, "--model", TEXT_FOLDER], f"{TEXT_FOLDER} has no config.json: name a"),
+        (["--text", TEXT, "--tokenizer", TEXT_FOLDER], f"{TEXT_FOLDER} has no tokenizer: put its"),
         (["--text", TEXT, "--attention", "none"], "attention 'none' cannot be used here: choose"),
         (
             ["--text", TEXT, "--cache", "dynamics"],
@@ -398,9 +408,16 @@ def test_command_without_json_prints_names_and_values(capsys) -> None:
         ),
         (["--text", TEXT, "--key-bits", "9"], "key_bits is 9; choose"),
         (["--text", TEXT, "--cache", "fp8", "--key-bits", "3"], "unknown key 'key_bits'"),
-        (["--text", TEXT, "--chunk", "0"], "chunk is 0; choose 1 or more"),
-        (["--text", TEXT, "--chunk", "5000", "--max-tokens", "100"], "shorter than a chunk"),
-        (["--text", TEXT, "--place", "end"], "place is 'end'; choose one of start, spread"),
+        (["--text", TEXT, "--chunk", "0"], "error: --chunk is 0; choose 1 or more"),
+        (["--text", TEXT, "--max-tokens", "-5"], "error: --max-tokens is -5; choose 2 or more"),
+        (
+            ["--text", TEXT, "--max-tokens", "10"],
+            "error: --max-tokens is 10; set it to at least 65",
+        ),
+        (
+            ["--text", TEXT, "--place", "end"],
+            "error: --place is 'end'; choose one of start, spread",
+        ),
         (["--text", TEXT, "--device", "gpu"], "--device gpu cannot be used here"),
         ([], "no text to measure on"),
     ],
@@ -409,7 +426,9 @@ def test_wrong_arguments_are_named(capsys, argv, says) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["perplexity", "--model", str(MODEL), *argv])
     assert stopped.value.code == 2
-    assert says in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
 
 
 def test_a_sliding_window_model_is_measured(sampled) -> None:

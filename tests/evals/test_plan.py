@@ -171,15 +171,21 @@ def test_files_that_are_no_plans_are_refused(tmp_path) -> None:
         read_plan(tmp_path / "absent.yaml")
     path = tmp_path / "bad.yaml"
     for content, says in (
-        ("a: [", "is not YAML"),
-        ("[1, 2]", "is not a mapping"),
-        ("", "not a mapping"),
-        ("name: a\ncaches: [k3v3]\ncaches: [k4v4]", "the key 'caches' occurs again in line 3"),
-        ("caches:\n  - {cache: k3v3, seed: 1, seed: 2}", "the key 'seed' occurs again in line 2"),
+        ("a: [", "line 1: expected the node content"),
+        ("# A title\n\nsome `code`: [", "line 3: "),
+        ("a: `code`", "line 1: found character '`' that cannot start any token"),
+        ("[1, 2]", "it takes a mapping with the keys name, seed"),
+        ("", "it takes a mapping"),
+        ("name: a\ncaches: [k3v3]\ncaches: [k4v4]", "line 3: the key 'caches' occurs again"),
+        ("caches:\n  - {cache: k3v3, seed: 1, seed: 2}", "line 2: the key 'seed' occurs again"),
+        ("a: \0", "unacceptable character"),
+        (b"a: \xff", "'utf-8' codec can't decode"),
     ):
-        path.write_text(content)
-        with pytest.raises(InputError, match=says):
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(InputError) as refused:
             read_plan(path)
+        assert str(refused.value).startswith(f"{path} is not a YAML plan: {says}")
+        assert "\n" not in str(refused.value)
 
 
 def test_the_summary_names_every_row_and_its_state() -> None:

@@ -298,7 +298,7 @@ def figures(**more):
         ({"top1_agreement": 0.5}, "not safe", "top-1"),
         ({"delta": 3.0, "delta_ci95": [2.0, 4.0]}, "not safe", "perplexity rises by 10.00%"),
         ({"delta": 3.0, "delta_ci95": None}, "not enough evidence", "one window"),
-        ({"delta_ci95": [-3.0, 3.0]}, "not enough evidence", "perplexity may rise by 10.00%"),
+        ({"delta_ci95": [-3.0, 3.0]}, "not enough evidence", "perplexity could rise by 10.00%"),
         ({"delta_ci95": None}, "not enough evidence", "one window"),
         ({"delta_ci95": [math.nan, None]}, "not enough evidence", "one window"),
         ({"compressed_share": 0.01}, "not enough evidence", "1% of what was read"),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evals.errors import InputError
-from evals.subjects.texts import Document, TextOptions, beginning, cut, encode
+from evals.subjects.texts import Document, TextOptions, TooShortError, beginning, cut, encode
 from tests.conftest import ROOT
 
 
@@ -91,8 +91,18 @@ def test_short_documents_are_taken_whole_or_counted_as_left_out() -> None:
 
 
 def test_a_text_shorter_than_a_chunk_is_refused() -> None:
-    with pytest.raises(InputError, match=r"its longest document has 64 tokens.*a chunk has 64"):
-        windows(numbered(64, 10), least=64)
+    for lengths, options, says in (
+        ((5,), {}, "the text has 5 tokens; give at least 65"),
+        ((10, 64), {}, "the longest of 2 texts has 64 tokens; give at least 65"),
+        ((90,), {"max_tokens": 10}, "--max-tokens is 10; set it to at least 65"),
+        ((90,), {"window": 64}, "--window is 64; set it to at least 65"),
+        ((90,), {"window": 65, "bos": [7]}, "--window is 65; set it to at least 66"),
+    ):
+        with pytest.raises(TooShortError) as refused:
+            windows(numbered(*lengths), least=64, **options)
+        assert str(refused.value) == says
+    with pytest.raises(InputError, match="the model takes 30 tokens, and 65 are needed: choose"):
+        windows(numbered(90), least=64, context=30)
 
 
 def test_the_beginning_is_what_the_tokenizer_sets(tokenizer) -> None:

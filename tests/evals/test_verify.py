@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from evals.errors import InputError
 from evals.failures import Failure
 from evals.measurements.intervals import mean_interval, share_interval
 from evals.measurements.perplexity import PerplexityMeasurement, PerplexityRun
+from evals.requirements import install
 from evals.subjects.models import LoadedModel, ModelOptions
 from evals.verify.run import order
 from rotorquant_hf import PRESETS, RotorQuantCache
@@ -137,31 +140,31 @@ def test_ends_of_intervals_decide_not_figures(change, outcome) -> None:
         # t of 3 degrees of freedom is 3.18: (0.39 * 1.96 / 3.18 / 0.09)^2 times as many.
         (
             {"delta_ci95": (-0.38, 0.4)},
-            "perplexity may rise by 4.00%, over 1.00%: give about 59,000 tokens of text",
+            "perplexity could rise by 4.00% (limit 1%); about 59,000 tokens of text would decide",
         ),
         # The figure that takes longest: the same again, and KL at (0.012 * 0.616 / 0.0049)^2.
         (
             {"delta_ci95": (-0.38, 0.4), "kl_mean_ci95": (5e-5, 0.0121)},
-            "mean KL may be 0.0121, over 0.005; perplexity may rise by 4.00%, over 1.00%: give "
-            "about 59,000 tokens of text",
+            "mean KL could be as high as 0.0121 (limit 0.005); perplexity could rise by 4.00% "
+            "(limit 1%); about 59,000 tokens of text would decide",
         ),
         # Above its limit: what would show that is enough, (0.004 * 0.616 / 0.001)^2 as much.
         (
             kl(0.006, 0.002, 0.018) | {"delta_ci95": (-0.38, 0.4)},
-            "mean KL may be 0.018, over 0.005; perplexity may rise by 4.00%, over 1.00%: give "
-            "about 50,000 tokens of text",
+            "mean KL could be as high as 0.018 (limit 0.005); perplexity could rise by 4.00% "
+            "(limit 1%); about 50,000 tokens of text would decide",
         ),
         (
             {"delta_ci95": (-0.38, 0.4), "interval_over": "documents", "documents": [*"abcd"]},
-            "give about 59,000 tokens of text, of 29 documents or more (--text, --max-tokens)",
+            "about 59,000 tokens from at least 29 documents would decide",
         ),
-        ({"kl_p99_ci95": (1e-3, math.inf)}, "KL p99 may be anything (too few tokens), over 0.05"),
-        (kl(0.00501, 0.002, 0.01), "so near to the limit that no text would tell"),
+        ({"kl_p99_ci95": (1e-3, math.inf)}, "KL p99: too few tokens for an upper bound; about"),
+        (kl(0.00501, 0.002, 0.01), "; so near to the limit that no text would decide"),
         ({"code_readers": None}, "no token reads mostly codes: give texts, and a --window, of"),
     ],
 )
 def test_too_little_evidence_is_no_verdict(change, says) -> None:
-    """Neither safe nor unsafe, with the text that would tell; a broken limit is unsafe still."""
+    """Neither safe nor unsafe, with the text that would decide; a broken limit is unsafe still."""
     verdict = verdict_of(change)
     assert verdict.outcome == verify.NOT_ENOUGH
     assert says in str(verdict)
@@ -226,11 +229,21 @@ def test_the_fewest_bits_among_the_safe_are_recommended(loaded) -> None:
     unknown = [verdict("k4v4", 4, lacks="one window"), found[2]]
     assert verify.outcome(unknown) == verify.NOT_ENOUGH
     said = verify.conclusion(unknown, loaded)
-    assert said == "Not enough evidence that a preset is safe. k4v4: one window."
+    assert said == (
+        "Not enough evidence that a preset is safe. k4v4: one window.\n\n"
+        "k2v2 is not safe: KL is over."
+    )
     assert verify.outcome([*unknown, found[0]]) == verify.SAFE
     open_ = verify.conclusion([found[0], unknown[0]], loaded)
     assert "Recommended: k8v8" in open_
-    assert "k4v4 would take fewer bits; not enough evidence: one window" in open_
+    unread = verify.Verdict(
+        "k2v2", FIGURES | {"long_bits_per_number_16bit": None}, [], ["nothing was read quantised"]
+    )
+    said = verify.conclusion([found[0], unread], loaded)
+    assert "k2v2: not enough evidence: nothing was read quantised." in said
+    fewer = "k4v4 uses fewer bits, but there is not enough evidence: one window."
+    assert fewer in open_.splitlines()
+    assert "over 2,048 tokens were not measured." in open_
 
 
 def test_what_fails_is_neither_unsafe_nor_undecided(loaded) -> None:
@@ -254,7 +267,9 @@ def test_what_fails_is_neither_unsafe_nor_undecided(loaded) -> None:
     assert "k8v8 failed: OutOfMemoryError: no room" in said
     assert "hqq was not measured: hqq is not" in verify.conclusion([safe, absent], loaded)
     assert "enough evidence" not in verify.conclusion([failed], loaded)
-    assert "| k8v8 | – |" in verify.table([failed])
+    (line,) = verify.table([failed]).splitlines()[2:]
+    assert line.startswith("| k8v8 | – |")
+    assert line.endswith("| failed |")
 
 
 def test_all_looks_together_miss_as_often_as_one_would() -> None:
@@ -317,7 +332,7 @@ def test_windows_are_read_until_the_verdict_is_clear(loaded) -> None:
     found, read = measured(loaded, max_kl=middle, min_top1=0.0, max_kl_p99=9.0, **options)
     by_label = {verdict.label: verdict for verdict in found}
     assert by_label["k2v2"].outcome == verify.NOT_ENOUGH
-    assert "give about" in by_label["k2v2"].why or "so near" in by_label["k2v2"].why
+    assert "would decide" in by_label["k2v2"].why
     assert len(read["k2v2"]) == 8
     assert read["k2v2"][:4] == read["k8v8"]
     assert by_label["k2v2"].figures["interval_level"] == pytest.approx(1 - 0.05 * 2 / 3)
@@ -427,7 +442,10 @@ def test_verify_recommends_a_line_that_runs(capsys, model, sampled) -> None:
     output = captured.out
     assert "| k8v8 |" in output
     assert "| k3v2, statistics 0, window 64 |" in output
-    assert "The text is this project's samples" in output
+    assert output.splitlines()[0] == (
+        f"A demonstration on the model {MODEL} and the shipped samples (examples/sampled); for "
+        "your own give --text FILE."
+    )
     assert re.search(r"k8v8: safe \([\d,]+ tokens, which read \d\d% of their", captured.err)
     lines = [line.strip() for line in output.splitlines() if line.startswith("    ")]
     namespace = {"model": model, "inputs": {"input_ids": sampled[:, :20], "max_new_tokens": 3}}
@@ -447,11 +465,12 @@ def test_verify_goes_on_behind_a_preset_that_fails(capsys, monkeypatch) -> None:
 
     monkeypatch.setattr(PerplexityRun, "read", failing)
     monkeypatch.setattr("transformers.cache_utils.is_hqq_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "hqq", None)
     main(["verify", "--model", str(MODEL), "--max-tokens", "4000", "--window", "1000",
           "--presets", "k4v4", "k8v8", "--cache", "hqq"])  # fmt: skip
     output = capsys.readouterr().out
-    assert "| failed: OutOfMemoryError: no room |" in output
-    assert "| not measured: hqq is not installed: pip install hqq" in output
+    assert output.count("| failed |") == output.count("| not measured |") == 1
+    assert output.count(f"was not measured: hqq is not installed: {install(['hqq'])}\n") == 1
     assert "Recommended: k8v8" in output
     assert "k4v4 failed: OutOfMemoryError: no room" in output
     with pytest.raises(SystemExit) as stopped:
@@ -472,13 +491,15 @@ def test_verify_says_that_the_one_preset_measured_is_not_safe(capsys) -> None:
     output = capsys.readouterr().out
     assert stopped.value.code == 1
     assert "WARNING: k2v2 is not safe on this model with this text: mean KL 0.00" in output
-    assert "The text is this project's samples" not in output
+    assert "demonstration" not in output
+    assert output.count("mean KL 0.00") == 1  # the reason is said once
+    assert "| not safe |" in output
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (20, "Not enough evidence: the text is shorter than a chunk: its longest document has"),
+        (20, "Not enough evidence: the text has 25 tokens; give at least 1,160"),
         (100, "Not enough evidence that a preset is safe. k8v8: nothing was read quantised"),
     ],
 )
@@ -490,7 +511,7 @@ def test_verify_of_a_text_too_short_says_how_much_it_takes(capsys, tmp_path, wor
     output = capsys.readouterr().out
     assert stopped.value.code == 3
     assert says in output
-    assert "1,160 tokens" in output
+    assert "1,160" in output
 
 
 def test_limits_under_their_old_names(capsys) -> None:
@@ -505,3 +526,61 @@ def test_limits_under_their_old_names(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["verify", "--text", "absent.txt", "--most-kl", "0.1", "--model", str(MODEL)])
     assert "DeprecationWarning: --most-kl is now --max-kl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "least"), [(("--max-tokens", "10"), "1,160"), (("--window", "10"), "580")]
+)
+def test_options_that_leave_too_few_tokens_are_named(capsys, options, least) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", "--model", str(MODEL), "--text", TEXT, *options])
+    assert stopped.value.code == 3
+    said = f"Not enough evidence: {options[0]} is 10; set it to at least {least}\n"
+    assert capsys.readouterr().out == said
+
+
+def test_a_preset_that_there_is_not_is_named_as_typed(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", "--presets", "k3v3", "foo"])
+    assert stopped.value.code == 2
+    said = "error: --presets: 'foo' is unknown; choose from k8v8, k4v4, k4v3, k3v3, k3v2, k2v2\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        (
+            (False, False),
+            "A demonstration on the shipped 7M model (m) and the shipped samples "
+            "(examples/sampled); for your own give --model NAME_OR_PATH --text FILE.",
+        ),
+        ((False, True), "A demonstration on the shipped 7M model (m) and your text; for your own"),
+        ((True, False), "A demonstration on the model m and the shipped samples"),
+        ((True, True), ""),
+    ],
+)
+def test_what_is_a_demonstration_says_so(own, says) -> None:
+    assert verify.demonstration("m", *own).startswith(says)
+    assert bool(verify.demonstration("m", *own)) == bool(says)
+
+
+def test_verdicts_as_json(capsys) -> None:
+    """One line a cache; that it is a demonstration is no part of it."""
+    main(["verify", "--model", str(MODEL), "--max-tokens", "2400", "--window", "600",
+          "--presets", "k8v8", "k2v2", "--max-kl", "1e-4", "--json"])  # fmt: skip
+    captured = capsys.readouterr()
+    assert captured.err.startswith("A demonstration on ")
+    safe, other = map(json.loads, captured.out.splitlines())
+    assert (safe["cache"], safe["verdict"], safe["recommended"]) == ("k8v8", "safe", True)
+    assert (safe["model"], safe["dtype"], safe["why"]) == (str(MODEL), "float32", "")
+    assert (other["cache"], other["recommended"]) == ("k2v2", False)
+    assert other["verdict"] != "safe"
+    assert other["why"]
+    assert 0 < safe["kl_mean"] < other["kl_mean"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", "--model", str(MODEL), "--text", TEXT, "--max-tokens", "10", "--json"])
+    assert stopped.value.code == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "not enough evidence"
+    assert found["why"] == "--max-tokens is 10; set it to at least 1,160"

@@ -44,7 +44,7 @@ def left(folder: Path) -> set[str]:
 def test_it_is_fetched_once_into_the_folder_named(tmp_path, downloads, monkeypatch, capsys) -> None:
     monkeypatch.setenv(fetch_smollm2.VARIABLE, str(tmp_path / "models"))
     for _ in range(2):
-        fetch_smollm2.main()
+        fetch_smollm2.main([])
     path = tmp_path / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert capsys.readouterr().out == f"{path}\n" * 2
     assert path.read_bytes() == CONTENT
@@ -87,10 +87,21 @@ def test_what_pip_says_is_passed_on(tmp_path, monkeypatch, capsys, code, stderr,
     monkeypatch.setattr(subprocess, "run", lambda command, **options: answer)
     monkeypatch.setenv(fetch_smollm2.VARIABLE, str(tmp_path))
     with pytest.raises(SystemExit) as stopped:
-        fetch_smollm2.main()
+        fetch_smollm2.main([])
     assert stopped.value.code == 1
     error = capsys.readouterr().err
     assert error.startswith("error: SmolLM2-135M-Instruct.Q4_1.gguf could not be fetched")
     assert says in error
     assert str(tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf") in error
     assert left(tmp_path) == set()
+
+
+def test_help_fetches_nothing(tmp_path, downloads, monkeypatch, capsys) -> None:
+    monkeypatch.setenv(fetch_smollm2.VARIABLE, str(tmp_path / "models"))
+    for argument, status in (("--help", 0), ("elsewhere", 2)):
+        with pytest.raises(SystemExit) as stopped:
+            fetch_smollm2.main([argument])
+        assert stopped.value.code == status
+    assert "usage: python -m examples.fetch_smollm2" in capsys.readouterr().out
+    assert downloads == []
+    assert not (tmp_path / "models").exists()

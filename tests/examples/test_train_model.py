@@ -355,7 +355,7 @@ def test_bad_input_is_refused_with_the_remedy(folder, tmp_path):
     assert "latin.txt is not UTF-8" in refusal(tmp_path / "latin.txt")
     assert "damaged.tar.xz is damaged" in refusal(tmp_path / "damaged.tar.xz")
     assert "--vocab 256 is too small" in refusal(folder, settings=replace(TINY, vocab=256))
-    assert "could not load tokenizer" in refusal(folder, "--tokenizer", str(empty))
+    assert f"{empty} has no tokenizer" in refusal(folder, "--tokenizer", str(empty))
     assert "--device gpu cannot be used here: choose" in refusal(folder, "--device", "gpu")
     assert not output.exists()
 

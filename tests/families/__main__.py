@@ -8,7 +8,12 @@ from __future__ import annotations
 import os
 import sys
 
+from evals.requirements import install, missing
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if absent := missing(["pytest"]):  # which the models of all tests are built with
+    print(f"error: tests.families needs pytest: {install(absent)}", file=sys.stderr)
+    raise SystemExit(2)
 
 import torch
 import transformers

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 import transformers
 
+from tests.conftest import ROOT
 from tests.families import cells, table
 from tests.families.building import NotBuiltError, families
 from tests.families.cells import measure
@@ -83,3 +86,13 @@ def test_the_file_is_read_as_it_is_written() -> None:
     reasons = [cell.reason for cell in row.cells.values() if cell.reason]
     assert reasons
     assert all(f". {reason}\n" in text for reason in reasons)
+
+
+def test_without_pytest_the_command_says_so_in_one_line() -> None:
+    code = "import runpy, sys; sys.modules['pytest'] = None; sys.argv[1:] = ['llama']\n"
+    code += "runpy.run_module('tests.families', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: tests.families needs pytest: pip install -e '.[dev]'\n"
