@@ -15,10 +15,11 @@ from markupsafe import Markup
 from pandas import DataFrame, Series
 
 from ..measurements.registry import MEASUREMENTS
+from ..places import called
 from ..tables import markdown
 from . import glance
 from .blocks import Section, Table, Text
-from .frames import Row, frame, part, results, texts, to_csv
+from .frames import Row, frame, part, results, to_csv
 from .sections import SECTIONS
 from .sections import section as known_section
 from .text import clean, count, figure, fixed, number, plain, shorten
@@ -29,7 +30,8 @@ _LONG = 38  # characters of a cell, from which on it is broken into lines and ne
 
 def write(rows: Sequence[Row], headers: Sequence[Row], out: Path, title: str) -> list[Path]:
     """As `evals.report.write`."""
-    found = {"title": clean(title), "sections": sections(rows, headers), "long": _LONG}
+    found: dict[str, Any] = {"title": clean(title), "sections": sections(rows, headers)}
+    found |= {"long": _LONG, "command": called()}
     page, text = _environment(autoescape=True), _environment(finalize=_escaped)
     page.filters["svg"] = Markup  # our own plots, in which labels are escaped already
     text.filters |= {"table": _markdown_table, "fenced": _fenced}
@@ -162,10 +164,9 @@ def _all_rows(table: DataFrame) -> Section:
     shown = table[["status", "model", "cache"]].copy()
     shown["measurement"] = _what(table)
     shown["figures"] = [_summary(part(row, "result")) for row in table["row"]]
-    notes = table["row"].map(lambda row: texts(part(row, "result").get("notes")))
     warnings = table["warnings"].map(lambda found: [f"⚠ {text}" for text in found])
     errors = table["error"].map(lambda error: [error] if error else [])
-    shown["remarks"] = (warnings + notes + errors).map("; ".join)
+    shown["remarks"] = (warnings + errors).map("; ".join)
     shown[["seconds", "finished"]] = table[["seconds", "finished"]]
     formats, folded = {"seconds": lambda x: fixed(x, 1)}, len(shown) > _MANY
     note = "Every option and figure is in rows.csv."

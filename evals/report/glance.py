@@ -15,6 +15,9 @@ from .sections import decoded, needles, stored
 from .text import change, count, fixed, number, share, shorten, significant, thousands
 from .verdict import NONE, WORDS, Verdict, interval_of, judge, limits
 
+DOUBTFUL = " (⚠ see Warnings)"
+"""Behind a figure that a warning of its own measurement speaks against."""
+
 _FEW = 8  # that are shown at once, where they are not safe
 
 
@@ -37,7 +40,12 @@ def section(rows: DataFrame) -> Section:
     for model, members in found.items():
         text = "Perplexity was not measured with these caches, so there is no verdict on them."
         blocks += [Text(model, "heading"), Text(text), *_tables(members)]
-    blocks = blocks or [Text("There are no figures of a compressed cache to judge.")]
+    blocks = blocks or [
+        Text(
+            "No perplexity or KL divergence of a compressed cache was measured, so verify's limits "
+            "cannot be judged."
+        )
+    ]
     return Section("At a glance", blocks, limits() if len(judged) else "")
 
 
@@ -61,7 +69,9 @@ def _bits(record: tuple[Any, Mapping[Any, Any]]) -> float:
 
 def _saved(figures: Mapping[Any, Any]) -> list[str]:
     bits = number(figures.get("bits_per_number_16bit"))
-    return [f"{fixed(bits)} bits instead of 16: {fixed(16 / bits, 1)}× smaller"] if bits else []
+    if not bits:
+        return []
+    return [f"{fixed(bits)} bits instead of 16: {fixed(16 / bits, 1)}× smaller in a 16-bit model"]
 
 
 def _cost(figures: Mapping[Any, Any]) -> list[str]:
@@ -81,25 +91,38 @@ def _cost(figures: Mapping[Any, Any]) -> list[str]:
 def _others(rows: DataFrame) -> dict[tuple[str, str], list[str]]:
     """What other measurements say, by model and cache."""
     found: dict[tuple[str, str], list[str]] = {}
-    for table, ratio, text in (
-        (stored(results(rows, "memory")), "smaller", "{}× fewer bytes, as measured, at {} tokens"),
+
+    def add(kind: str, model: str, cache: str, text: str) -> None:
+        doubt = DOUBTFUL if (kind, model, cache) in warned else ""
+        found.setdefault((model, cache), []).append(text + doubt)
+
+    doubtful = rows[rows["ok"] & (rows["warnings"].map(len) > 0)]
+    warned = set(doubtful[["measurement", "model", "cache"]].itertuples(index=False, name=None))
+    for kind, table, ratio, text in (
         (
+            "memory",
+            stored(results(rows, "memory")),
+            "smaller",
+            "{}× fewer bytes in the {} model measured, at {} tokens",
+        ),
+        (
+            "speed",
             decoded(results(rows, "speed")),
             "faster",
-            "decodes {}× as fast at {} tokens",
+            "decodes {}× as fast in {}, at {} tokens",
         ),
     ):
         known = table[table[ratio].notna() & ~table["baseline"]].sort_values("context")
-        last = known.groupby(["model", "cache"], sort=False)[["context", ratio]].last()
-        for key, context, x in last.itertuples():
-            found.setdefault(key, []).append(text.format(fixed(x, 2), thousands(context)))
+        last = known.groupby(["model", "cache"], sort=False)[["dtype", "context", ratio]].last()
+        for (model, cache), dtype, context, x in last.itertuples():
+            add(kind, model, cache, text.format(fixed(x, 2), dtype, thousands(context)))
     table = needles(results(rows, "needle"))
     table = table[~table["baseline"] & table["accuracy"].notna()]
     fields = ["model", "cache", "accuracy", "baseline_accuracy", "asked"]
     for model, cache, right, full, asked in table[fields].itertuples(index=False):
         text = f"finds {share(right)} of {fixed(asked, 0)} needles"
         text += "" if pd.isna(full) else f", the uncompressed cache {share(full)}"
-        found.setdefault((model, cache), []).append(text)
+        add("needle", model, cache, text)
     return found
 
 

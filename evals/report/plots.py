@@ -41,7 +41,19 @@ _STYLE: Any = {
 }  # fmt: skip
 _MAX_NAMES = 16  # of a front that are written out; of longer ones only numbers
 _PLAIN = FuncFormatter(lambda x, _: f"{x:,g}")
-_MINOR = LogFormatter(minor_thresholds=(1, 0.5))
+
+
+class _Ticks(LogFormatter):
+    """Ticks of a logarithmic axis, all in one format: with powers of ten if some are very small."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """The text of a tick; empty where there is no room for one."""
+        if not super().__call__(x, pos):
+            return ""
+        if min(self.axis.get_view_interval()) >= 1e-4:  # type: ignore[union-attr]
+            return f"{x:,g}"
+        mantissa, power = f"{x:e}".split("e")
+        return f"{float(mantissa):g}e{int(power)}".replace("-", "−")
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -89,10 +101,10 @@ def frontier(name: str, x_label: str, table: DataFrame, noise: float) -> str:
         table: `x`, `y` (above 0), `number`, `cache`, `front`, `safe` and `doubtful`.
         noise: the divergence that rounding makes, drawn if it is not far below the points; or NaN.
     """
-    with _drawing(x_label, "mean KL divergence (nats)") as axes:
+    with _drawing(x_label, "mean KL divergence of all tokens (nats)") as axes:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(_PLAIN)
-        axes.yaxis.set_minor_formatter(_MINOR)
+        axes.yaxis.set_major_formatter(_Ticks())
+        axes.yaxis.set_minor_formatter(_Ticks(minor_thresholds=(1, 0.5)))
         if table["y"].min() / 10 <= noise <= table["y"].max():
             at = axes.get_yaxis_transform()
             axes.axhline(noise, color=GREY, linestyle="--", linewidth=1)
@@ -230,10 +242,11 @@ def lines(name: str, y_label: str, table: DataFrame, drawn: dict[str, dict[str, 
             base = 2 if y_label == "bytes" else 10
             axes.set_yscale("log", base=base)
             axes.set_ylim(low / 1.3, max(high * 1.3, low * base))
-            axes.yaxis.set_minor_formatter(_MINOR)
+            axes.yaxis.set_major_formatter(_Ticks())
+            axes.yaxis.set_minor_formatter(_Ticks(minor_thresholds=(1, 0.5)))
         else:
             axes.set_ylim(0, high * 1.08 or 1)
-        axes.yaxis.set_major_formatter(_PLAIN)
+            axes.yaxis.set_major_formatter(_PLAIN)
         if y_label == "bytes":
             axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: size(x)))
             axes.yaxis.set_major_locator(LogLocator(base=2, numticks=9))

@@ -103,7 +103,7 @@ def _quality(table: DataFrame) -> list[Any]:
     noise = baselines["kl_mean"].where(lambda x: x > 0).min()
     drawn: list[Any] = []
     fronts = []
-    for bits, title in ((_BITS, "KL divergence"), (_LONG_BITS, "The same, quantised tokens alone")):
+    for bits, title, label in _FRONTS:
         dots = others.assign(x=others[bits], y=others["kl_mean"]).dropna(subset=["x", "y"])
         dots = dots[dots["y"] > 0]
         sound = dots[~dots["doubtful"]]
@@ -112,14 +112,14 @@ def _quality(table: DataFrame) -> list[Any]:
         if len(dots):
             dots["front"] = dots.index.isin(best)
             name = f"bits-{table.index[0]}-{len(drawn)}"
-            svg = plots.frontier(name, "bits per element, 16-bit model", dots, noise)
+            svg = plots.frontier(name, label, dots, noise)
             drawn.append(Plot(title, svg, _front_note(others, noise) if bits == _BITS else _LONG))
     dots = others.assign(x=others[_BITS], y=others["change"]).dropna(subset=["x", "y"])
     dots[["y", "low", "high"]] *= 100
     if len(dots):
         one = dots["low"].isna().all()
         note = "One window only: no interval." if one else "Bars: 95% intervals; one that crosses "
-        svg = plots.intervals(f"change-{table.index[0]}", "bits per element, 16-bit model", dots)
+        svg = plots.intervals(f"change-{table.index[0]}", _FRONTS[0][2], dots)
         note += "" if one else "0 is no proven change."
         drawn.append(Plot("Change in perplexity", svg, note))
     shown = pd.concat([baselines, others])
@@ -134,7 +134,20 @@ def _quality(table: DataFrame) -> list[Any]:
     return [*drawn, table_of(shown, columns, left=4, note=note, bold=bold, kind="wide")]
 
 
-_LONG = "What long texts come near to: codes and scales alone."
+_FRONTS = (
+    (_BITS, "KL divergence against all bits", "bits per element, 16-bit model, everything counted"),
+    (
+        _LONG_BITS,
+        "KL divergence against bits on long texts",
+        "bits per element on long texts: codes and scales alone",
+    ),
+)
+"""Figures of bits, the titles of their plots, and the labels of their axes."""
+
+_LONG = (
+    "The same KL divergence, of all tokens. Across: what the bits of longer and longer texts come "
+    "near to."
+)
 
 
 def _front_note(others: DataFrame, noise: float) -> str:
@@ -202,8 +215,8 @@ def _overlaps(dots: DataFrame) -> str:
     for cache, group in dots.groupby("cache", sort=False):
         line = [(x, float(f"{y:.2g}")) for x, y in zip(group["x"], group["y"], strict=True)]
         alike.setdefault(tuple(line), []).append(str(cache))
-    hidden = [", ".join(names) for names in alike.values() if len(names) > 1]
-    return f"On one another: {'; '.join(hidden)}." if hidden else ""
+    hidden = [names for names in alike.values() if len(names) > 1]
+    return " ".join(f"{', '.join(names[:-1])} and {names[-1]} overlap." for names in hidden)
 
 
 def stored(found: DataFrame) -> DataFrame:
@@ -250,11 +263,16 @@ def _parts(table: DataFrame) -> list[Table]:
     """Where the bytes are at the longest context of each cache."""
     table = table[[isinstance(x, Mapping) and bool(x) for x in table["parts"]]]
     last = table.sort_values("context").groupby("cache", sort=False).tail(1).sort_index()
-    parts = [{clean(name): number(x) for name, x in parts.items()} for parts in last["parts"]]
+    parts = [{_part(name): number(x) for name, x in parts.items()} for parts in last["parts"]]
     shown = last[["cache", "context"]].join(DataFrame(parts, last.index))
     formats = dict.fromkeys(shown.columns[2:], size) | {"context": whole}
     found = Table(shown, formats, title="Where the bytes are", folded=len(shown) > _MANY)
     return [found] if len(shown) else []
+
+
+def _part(name: Any) -> str:
+    """A part of a cache in words; full precision is what is not compressed."""
+    return {"exact": "uncompressed"}.get(name) or clean(name).replace("_", " ")
 
 
 _STAGES = {"prefill": "Prefill", "decode": "Decoding"}

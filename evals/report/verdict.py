@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any, NamedTuple
 
-from ..verify import LIMITS, NOT_ENOUGH, NOT_SAFE, SAFE, VerifyOptions, missing, reasons
+from ..verify import NOT_ENOUGH, NOT_SAFE, SAFE, VerifyOptions, missing, percent, reasons
 from .frames import texts
-from .text import number, plain
+from .text import number
 
 NONE = "no verdict"
 WORDS = (SAFE, NOT_ENOUGH, NOT_SAFE, NONE)
@@ -64,16 +63,14 @@ def interval_of(figures: Mapping[Any, Any]) -> tuple[float, float] | None:
 
 
 def limits() -> str:
-    """The limits, in the words in which `verify` explains them."""
-    found = [
-        f"{entry.metadata['help']}: {plain(entry.default)}"
-        for entry in fields(VerifyOptions)
-        if entry.name in LIMITS
-    ]
+    """What the verdicts rest on, and the limits of `verify`."""
+    limit = VerifyOptions()
     return (
-        "A cache is safe if its figures keep the limits of verify to the worse end of their 95% "
-        "intervals, over several documents or windows, and enough is read quantised. Tokens count "
-        "that read at least half of their context quantised. Rows that were recorded without "
-        f"these figures are never called safe. The limits: {'; '.join(found)}. Bits are per key or "
-        "value element in a 16-bit model, everything counted."
+        "A cache is safe if all four 95% intervals lie within verify's limits and enough was read "
+        "from codes. Only tokens that read at least half of their context from codes are counted. "
+        f"Limits: mean KL ≤ {limit.max_kl:g} nats; KL p99 ≤ {limit.max_kl_p99:g}; same top token ≥ "
+        f"{percent(limit.min_top1)}; perplexity rise ≤ {percent(limit.max_delta)}; ≥ "
+        f"{percent(limit.min_packed)} of reads from codes. Rows recorded without intervals are "
+        "never called safe. Bits are per key or value element in a 16-bit model, everything "
+        "counted."
     )

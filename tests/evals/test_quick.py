@@ -31,6 +31,7 @@ def results_in(out) -> dict[tuple[str, str], dict]:
     found = {}
     for row in rows:
         assert row["status"] in ("ok", "not run"), row["error"]
+        assert not (row["result"] or {}).get("warnings"), row["result"]["warnings"]
         if row["status"] == "not run":  # fp8 came with a later Transformers
             assert row["cache"]["kind"] == "fp8"
             continue

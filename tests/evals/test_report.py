@@ -277,7 +277,8 @@ def test_only_what_is_safe_is_bold(tmp_path) -> None:
     assert quality_row(page, "bad")["front"] == "●"
     assert bold(page, markdown) == {"good", "safe", "●"}
     text = next(line[2] for line in Tables(page).rows if line[:2] == ["bad", "not safe"])
-    assert "2.00 bits instead of 16: 8.0× smaller; perplexity 50.00 → 56.00 (+12.00%" in text
+    said = "2.00 bits instead of 16: 8.0× smaller in a 16-bit model; perplexity 50.00 → 56.00 (+12"
+    assert said in text
     assert "Mean KL 0.2 is over" in text
     assert "1 of 2 caches shown to be safe; the smallest of them: good." in page
     said = "Each figure rests on 4,096 predicted tokens, in 8 windows of at most 512 tokens, of "
@@ -358,9 +359,81 @@ def test_the_first_section_has_what_other_measurements_say(tmp_path) -> None:
     ]
     page, _, _ = report(rows, tmp_path)
     text = next(line[2] for line in Tables(page).rows if line[:2] == ["k3v3", "safe"])
-    assert "4.00× fewer bytes, as measured, at 1k tokens; finds 87.5% of 32 needles" in text
+    said = (
+        "4.00× fewer bytes in the float32 model measured, at 1k tokens; finds 87.5% of 32 needles."
+    )
+    assert said in text
     assert ["other", "no verdict", "Finds 87.5% of 32 needles."] in Tables(page).rows
     assert "Perplexity was not measured with these caches" in page
+
+
+def test_figures_that_a_warning_speaks_against_are_marked(tmp_path) -> None:
+    rows = [needle("sound"), needle("doubtful"), memory("dynamic", {512: 4096}, "dynamic")]
+    rows[1]["result"]["warnings"] = ["only 3 of 32 facts were stored quantised"]
+    rows.append(memory("doubtful", {512: 1024}))
+    page, markdown, _ = report(rows, tmp_path)
+    cells = Tables(page).rows
+    assert ["sound", "no verdict", "Finds 87.5% of 32 needles."] in cells
+    smaller = "4.00× fewer bytes in the float32 model measured, at 512 tokens"
+    said = f"{smaller}; finds 87.5% of 32 needles (⚠ see Warnings)."
+    assert ["doubtful", "no verdict", said] in cells
+    assert said in markdown
+
+
+def test_where_no_figures_can_be_judged_it_says_which_are_lacking(tmp_path) -> None:
+    tasks = row("lm_eval", {"scores": {"arc": {"acc": 0.5}}, "compressed_share": 0.5})
+    for text in report([tasks], tmp_path)[:2]:
+        said = re.search("No perplexity or KL.*?cannot be judged.", unescape(text))
+        assert said
+        assert "There are no figures" not in text
+    assert "limits cannot be judged" not in report([tasks, perplexity("a", 2, 0.1)], tmp_path)[1]
+
+
+def test_the_limits_are_those_of_verify(tmp_path, monkeypatch) -> None:
+    for text in report([perplexity("a", 2, 0.1)], tmp_path)[:2]:
+        assert (
+            "Limits: mean KL ≤ 0.005 nats; KL p99 ≤ 0.05; same top token ≥ 98%; perplexity rise ≤ "
+            "1%; ≥ 30% of reads from codes." in text
+        )
+    strict = verify.VerifyOptions(max_kl=0.001, min_top1=0.995, max_delta=0.002)
+    monkeypatch.setattr("evals.report.verdict.VerifyOptions", lambda: strict)
+    said = report([perplexity("a", 2, 0.1)], tmp_path)[1]
+    assert "mean KL ≤ 0.001 nats; KL p99 ≤ 0.05; same top token ≥ 99.5%; perplexity rise" in said
+
+
+def test_markdown_says_how_to_make_what_is_not_beside_it(tmp_path) -> None:
+    said = "`python -m evals report FOLDER` makes report.html (plots) and rows.csv (every figure)."
+    assert said in report([needle()], tmp_path)[1].splitlines()
+
+
+def ticks(page) -> list[str]:
+    """The texts of all plots."""
+    return re.findall(r"<text[^>]*>([^<]*)</text>", page)
+
+
+def test_plots_of_bits_are_named_for_what_they_show(tmp_path) -> None:
+    page = report([perplexity("a", 2.0, 0.1), perplexity("b", 4.0, 0.001)], tmp_path)[0]
+    assert re.findall("<figcaption>(KL.*?)</figcaption>", page) == [
+        "KL divergence against all bits",
+        "KL divergence against bits on long texts",
+    ]
+    found = ticks(page)
+    assert found.count("bits per element on long texts: codes and scales alone") == 1
+    assert found.count("mean KL divergence of all tokens (nats)") == 2
+
+
+@pytest.mark.parametrize(
+    ("divergence", "shown"),
+    [((1e-3, 1e-6), {"1e−4", "1e−5"}), ((0.1, 0.0002), {"0.001", "0.01"})],
+)
+def test_ticks_of_an_axis_have_one_format(tmp_path, divergence, shown) -> None:
+    rows = [perplexity(f"c{i}", 2.0 + i, x, delta=0.0) for i, x in enumerate(divergence)]
+    page = report(rows, tmp_path)[0]
+    figure = page[page.index("<svg") : page.index("</svg>")]
+    side = figure[figure.index("ytick_1") :]
+    found = {text for text in ticks(side) if re.fullmatch(r"[\d.e−]+", text)} - {"1", "2"}
+    assert shown <= found
+    assert len({"e" in text for text in found}) == 1
 
 
 def test_the_baseline_does_not_squeeze_the_axes(tmp_path) -> None:
@@ -368,9 +441,6 @@ def test_the_baseline_does_not_squeeze_the_axes(tmp_path) -> None:
     rows = [perplexity("a", 2.0, 0.1), perplexity("b", 4.0, 0.001)]
     alone = report(rows, tmp_path)[0]
     page = report([*rows, perplexity("dynamic", 32.0, 1e-13, 0, kind="dynamic")], tmp_path)[0]
-
-    def ticks(text):
-        return re.findall(r"<text[^>]*>([^<]*)</text>", text)
 
     assert ticks(page) == ticks(alone)
     assert "0.01" in ticks(page)
@@ -448,6 +518,14 @@ def test_memory_is_compared_with_the_uncompressed_cache(tmp_path) -> None:
     assert "bits (16-bit model)" in page
 
 
+def test_parts_of_a_cache_are_named_in_words(tmp_path) -> None:
+    packed = memory("k3v3", {1024: 2048})
+    packed["result"]["points"][0]["parts"] = {"key_codes": 2000, "exact": 48}
+    assert ["cache", "context", "key codes", "uncompressed"] in Tables(
+        report([packed], tmp_path)[0]
+    ).rows
+
+
 def test_batches_have_panels_of_their_own(tmp_path) -> None:
     rows = [memory("both", {512: 1000}), memory("one", {512: 3000})]
     rows[0]["result"]["points"].append({"batch": 4, "context": 512, "cache_bytes": 4000})
@@ -460,8 +538,11 @@ def test_batches_have_panels_of_their_own(tmp_path) -> None:
 
 
 def test_lines_that_hide_each_other_are_named(tmp_path) -> None:
-    rows = [memory(x, {512: n, 1024: 2 * n}) for x, n in (("a", 1000), ("b", 1001), ("c", 5000))]
-    assert "On one another: a, b." in report(rows, tmp_path)[0]
+    sizes = (("a", 1000), ("b", 1001), ("c", 5000))
+    rows = [memory(x, {512: n, 1024: 2 * n}) for x, n in sizes]
+    assert ">a and b overlap.<" in report(rows, tmp_path)[0]
+    rows += [memory("d", {512: 1002, 1024: 2004}), memory("e", {512: 5001, 1024: 10001})]
+    assert ">a, b and d overlap. c and e overlap.<" in report(rows, tmp_path)[0]
 
 
 def test_speed_shows_median_spread_and_ratio(tmp_path) -> None:
