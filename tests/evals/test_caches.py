@@ -128,7 +128,11 @@ def test_haar_and_hadamard_differ_from_the_default_by_rotation_and_scale_alone()
             {},
             "rotorquants: unknown cache; choose one of dynamic",
         ),
-        ("rotorquant", {"key_bit": 3}, "unknown option key_bit; there are key_bits"),
+        (
+            "rotorquant",
+            {"key_bit": 3},
+            "unknown option key_bit (did you mean key_bits?); there are key_bits",
+        ),
         ("rotorquant", {"preset": "k9v9"}, "preset is 'k9v9'; choose one of"),
         ("haar", {"preset": "k3v3"}, "haar: unknown option preset"),
         ("k3v3", {"preset": "k2v2"}, "k3v3: preset is 'k2v2' too; give one of them"),
