@@ -103,7 +103,7 @@ def emulated(monkeypatch: Any, memory: Callable[[], list[Tensor]]) -> Iterator[N
         return attend_some(query, keys, values, options, *rest)
 
     @contextmanager
-    def capture(graph: EmulatedGraph, stream: None) -> Iterator[None]:
+    def capture(graph: EmulatedGraph, stream: None = None) -> Iterator[None]:
         EmulatedGraph.captures += 1
         before = [(x, x.clone()) for x in memory()]
         recording.append(graph)
