@@ -202,7 +202,7 @@ class RotorQuantCache(Cache):
             self.prefetch_stream.wait_stream(torch.cuda.default_stream(key_states.device))
         try:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        except Exception as error:
+        except BaseException as error:
             self._take_back(layer_idx, key_states.shape[-2], error)
             raise
         if isinstance(keys, CompressedTensor) and keys.on_query is not None:
@@ -267,11 +267,11 @@ class RotorQuantCache(Cache):
         """`_take_back` if what is done within fails."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             self._take_back(layer_idx, tokens, error)
             raise
 
-    def _take_back(self, layer_idx: int, tokens: int, error: Exception) -> None:
+    def _take_back(self, layer_idx: int, tokens: int, error: BaseException) -> None:
         """Take the newest tokens out of the layers before this one, which did not store them.
 
         It refuses them, or there is no memory left: a smaller batch, or the same again when memory
@@ -345,6 +345,7 @@ class RotorQuantCache(Cache):
 
     def reset(self) -> None:
         """Forget everything, also the shapes: the cache is as new."""
+        self._last_update = _Update(-1, 0)
         for layer in self.layers:
             _forget(layer)
 

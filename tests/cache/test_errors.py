@@ -383,6 +383,24 @@ def _out_of_memory(*args, **kwargs):
     raise MemoryError
 
 
+@torch.no_grad()
+def test_an_interrupted_update_leaves_a_cache_as_it_was(monkeypatch):
+    """Control-C in a notebook, where the cache is used again."""
+    model = build("llama")
+    cache = RotorQuantCache(SMALL, config=model.config)
+    feed(model, cache, prompt(1, 41), (41,))
+    before = snapshot(cache.layers)
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.layers[1], "update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(prompt(1, 1), past_key_values=cache)
+    assert same(snapshot(cache.layers), before)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "falcon_h1"])
 def test_a_reset_cache_is_new(name):
     model = build(name)
