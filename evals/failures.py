@@ -98,9 +98,9 @@ def guarded(device: torch.device, report: Callable[[str], Any]) -> Iterator[list
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line; the name of its class only where the message is not our own."""
+    """An error in one line, with the name of its class unless it is bad input that it names."""
     line = (str(error).strip().splitlines() or [""])[0]
-    own = isinstance(error, InputError | NotAvailableError)
+    own = isinstance(error, InputError)
     return (line if own else f"{type(error).__name__}: {line}")[:300]
 
 
