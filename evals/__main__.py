@@ -26,7 +26,7 @@ from .places import called, clone
 from .processes import Share, require_one
 from .progress import clear, say
 from .requirements import install, missing, packages_of, require_packages
-from .subjects.models import ModelOptions, load, pick_device
+from .subjects.models import LoadedModel, ModelOptions, load, pick_device
 from .subjects.texts import TooShortError
 from .sweep import plan, rows
 from .sweep import runner as sweep
@@ -46,9 +46,13 @@ def run_measurement(args: argparse.Namespace) -> int:
     for spec, result in zip(specs, results, strict=True):
         if isinstance(result, Failure):
             raise (NotAvailableError if result.status == "not run" else InputError)(result.reason)
-        head = {"model": loaded.options.model, "dtype": str(loaded.dtype).removeprefix("torch.")}
-        commands.show({**head, "cache": spec.label, **result}, args.json)
+        commands.show({**_head(loaded), "cache": spec.label, **result}, args.json)
     return 0
+
+
+def _head(loaded: LoadedModel) -> dict[str, str]:
+    """What every result begins with: of which model it is."""
+    return {"model": loaded.options.model, "dtype": str(loaded.dtype).removeprefix("torch.")}
 
 
 def run_sweep(args: argparse.Namespace) -> int:
@@ -125,8 +129,7 @@ def run_verify(args: argparse.Namespace) -> int:
     if shown := verify.demonstration(model.model, "model" in args, own_text):
         print(f"{shown}\n", file=sys.stderr if args.json else sys.stdout, flush=True)
     loaded = load(model)
-    head = {"model": model.model, "dtype": str(loaded.dtype).removeprefix("torch.")}
-    found = []
+    head, found = _head(loaded), []
     try:
         for verdict in verify.verdicts(loaded, options):
             found.append(verdict)
@@ -204,9 +207,8 @@ def run_allocate(args: argparse.Namespace) -> int:
     cache = f"{args.cache}{',' if ':' in args.cache else ':'}key_bits={keys},value_bits={values}"
     code = CacheSpec("rotorquant", made, "").code
     if args.json:
-        head = {"model": model.model, "dtype": str(loaded.dtype).removeprefix("torch.")}
         bits = {"key_bits": made.key_bits, "value_bits": made.value_bits}
-        commands.show({**head, "cache": cache, **bits, "code": code}, as_json=True)
+        commands.show({**_head(loaded), "cache": cache, **bits, "code": code}, as_json=True)
     else:
         print("\n".join(code))
         print(f"--cache '{cache}'")

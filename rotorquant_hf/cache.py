@@ -32,6 +32,7 @@ from rotorquant_hf.layers.hybrid import (
     RotorQuantHybridLayer,
     RotorQuantHybridSlidingLayer,
     check_states_croppable,
+    forget_states,
     states_have_read,
 )
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
@@ -225,9 +226,9 @@ class RotorQuantCache(Cache):
         if not isinstance(layer_idx, int) or isinstance(layer_idx, bool):
             raise TypeError(f"layer_idx is {layer_idx!r}; pass the layer's number, from 0 on")
         count = None if self.layer_class_to_replicate is not None else len(self.layers)
-        if layer_idx < 0 or (count is not None and layer_idx >= count):
-            if count is None or layer_idx < 0:
-                raise ValueError(f"layer_idx is {layer_idx}; pass the layer's number, from 0 on")
+        if layer_idx < 0:
+            raise ValueError(f"layer_idx is {layer_idx}; pass the layer's number, from 0 on")
+        if count is not None and layer_idx >= count:
             raise ValueError(
                 f"layer_idx is {layer_idx}, but the config that this cache was made with has "
                 f"{count} layers, from 0 to {count - 1}; pass the config of the model that uses it"
@@ -309,8 +310,8 @@ class RotorQuantCache(Cache):
         positions and the mask of the pass that begins count the tokens of the broken one, so that
         it cannot go on; the broken one is taken back.
         """
-        later = [x for x in self.layers[last.layer + 1 :] if isinstance(x, RotorQuantLayer)]
-        later = [x for x in later if x.is_initialized]
+        layers = self.layers[last.layer + 1 :]
+        later = [x for x in layers if isinstance(x, RotorQuantLayer) and x.is_initialized]
         length = self.get_seq_length(last.layer) - last.tokens
         if not later or any(x.get_seq_length() != length for x in later):
             return
@@ -488,9 +489,7 @@ def _forget(layer: Any) -> None:
     """Reset a layer, of what type it may be, so that it takes a batch of another size too."""
     layer.reset()
     if isinstance(layer, LinearAttentionLayer) and not isinstance(layer, RotorQuantLayer):
-        recording = layer.record_past
-        LinearAttentionLayer.__init__(layer, layer.number_of_states)
-        layer.record_past = recording
+        forget_states(layer)
     if isinstance(layer, DynamicLayer):  # Transformers 5.17 would keep its tokens, as zeros
         layer.keys = layer.values = None
         layer.is_initialized = False

@@ -115,14 +115,12 @@ class MemoryReport:
     def _compared(self) -> str:
         if not self.numbers:
             return "nothing is cached yet"
-        if self.ratio < 1:  # a short text, of which statistics are being taken
-            return (
-                f"{1 / self.ratio:.2f}x larger (quantised tokens: {self.packed_numbers or 'none'})"
-            )
-        alone = (
-            f" (quantised tokens alone: {self.packed_ratio:.2f}x)" if self.packed_numbers else ""
+        packed = (
+            f"tokens alone: {self.packed_ratio:.2f}x" if self.packed_numbers else "tokens: none"
         )
-        return f"{self.ratio:.2f}x smaller{alone}"
+        # Of a short text the statistics that are being taken count for more than is saved.
+        size = f"{1 / self.ratio:.2f}x larger" if self.ratio < 1 else f"{self.ratio:.2f}x smaller"
+        return f"{size} (quantised {packed})"
 
 
 def measure(layers: Iterable[Any], tokens: int) -> MemoryReport:

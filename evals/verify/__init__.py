@@ -11,13 +11,12 @@ A cache that crashes or lacks a package has none of the three: it *failed*, or w
 """
 
 from .judge import NOT_ENOUGH, NOT_SAFE, SAFE, missing, percent, reasons
-from .options import LIMITS, OLD_FLAGS, PRESETS, SAMPLES, VerifyOptions
+from .options import OLD_FLAGS, PRESETS, SAMPLES, VerifyOptions
 from .run import FAILED, NOT_MEASURED, STATUS, Verdict, looks, outcome, recommended, verdicts
 from .text import conclusion, demonstration, table, too_short
 
 __all__ = [
     "FAILED",
-    "LIMITS",
     "NOT_ENOUGH",
     "NOT_MEASURED",
     "NOT_SAFE",

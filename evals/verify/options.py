@@ -12,9 +12,6 @@ from ..options import inherited, option
 PRESETS = ("k8v8", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2")
 SAMPLES = "examples/sampled"
 
-LIMITS = ("max_kl", "max_kl_p99", "min_top1", "max_delta", "min_packed")
-"""The options that are limits."""
-
 OLD_FLAGS = {
     "--most-kl": "--max-kl",
     "--most-kl-p99": "--max-kl-p99",

@@ -18,7 +18,7 @@ from rotorquant_hf.kernels.combine import MAX_EXACT_SPLITS, Combine
 from rotorquant_hf.kernels.launch import Launch
 from rotorquant_hf.kernels.lookup import centroid_table, pairs_of, ptx_words, table_unit
 from rotorquant_hf.kernels.queries import PrepareQueries
-from rotorquant_hf.kernels.sizes import padded, pieces
+from rotorquant_hf.kernels.sizes import padded, pieces, power_of_2
 
 # A split of fewer tokens is not worth its partial result.
 _MIN_SPLIT = 256
@@ -99,7 +99,7 @@ def choose_tiling(
     # With 64 rows, d over 128 and a mask, a program would take more shared memory than sm_86, 89
     # and 120 have.
     most = 16 if wide else 32 if larger > 128 else 64
-    block_m = min(max(1 << (rows - 1).bit_length(), 8 if half else 16), most)
+    block_m = min(max(power_of_2(rows), 8 if half else 16), most)
     narrow = half and larger <= 128 and block_m < 32
     block_n = (64 if half else 32) if larger <= 128 or (half and larger <= 256) else 16
     warps = 2 if narrow else 4

@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rotorquant_hf.kernels.launch import FUSED, launch_of
+from rotorquant_hf.kernels.launch import launch_of
 from rotorquant_hf.kernels.rounding import CHUNK, TINY, centroids_of, element, head
-from rotorquant_hf.kernels.sizes import pieces
+from rotorquant_hf.kernels.sizes import pieces, power_of_2
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.packing import plane_bytes, planes
 from rotorquant_hf.quant.quantizer import Quantizer
@@ -109,7 +109,7 @@ def kernel_arguments(
     }
     if d <= 256:  # the fastest of those tried on an H100
         warps = 8 if d > 128 and keys.feedback is not None else 4
-        return arguments, {"num_warps": warps, "num_stages": 3, **FUSED}
+        return arguments, {"num_warps": warps, "num_stages": 3}
     # Lanes of a row add up across warps here; see `launch_of`.
     return arguments, {"num_warps": 16, "num_stages": 2, "enable_fp_fusion": False}
 
@@ -139,7 +139,7 @@ def _shape(part: AppendPart) -> _Shape:
     mse, d = part.quantizer.stage_one, part.quantizer.d
     width = planes(mse.bits)[-1]
     slot = plane_bytes(d, width)
-    pad = max(1 << (slot - 1).bit_length(), 2 * width)  # 16 columns at least
+    pad = max(power_of_2(slot), 2 * width)  # 16 columns at least
     rank = 0 if part.feedback is None else part.feedback.factor.shape[-1]
     signs = part.quantizer.num_signs
     return _Shape(d, mse.bits, mse.scale, signs, rank, width, slot, pad, 8 // width * pad)

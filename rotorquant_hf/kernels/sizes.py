@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 
+def power_of_2(n: int) -> int:
+    """The smallest power of 2 that is not less than `n`; 1 for 0."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def padded(n: int) -> int:
-    """Columns of a tile for `n` elements: the smallest power of 2, at least 16, that holds them."""
-    return max(16, 1 << max(0, n - 1).bit_length())
+    """Columns of a tile for `n` elements: a power of 2, at least 16."""
+    return max(16, power_of_2(n))
 
 
 def pieces(n: int, size: int) -> int:

@@ -147,10 +147,8 @@ class RotorQuantHybridLayer(LinearAttentionLayer, RotorQuantLayer):  # type: ign
 
     def reset(self) -> None:
         """Forget everything, also the shapes."""
-        recording = self.record_past
         self._attention.reset()
-        LinearAttentionLayer.__init__(self, self.number_of_states)
-        self.record_past = recording
+        forget_states(self)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by part; those of the states are among those of uncompressed layers."""
@@ -163,6 +161,13 @@ class RotorQuantHybridLayer(LinearAttentionLayer, RotorQuantLayer):  # type: ign
         """As in `RotorQuantLayer`, the states included, which are not packed."""
         elements, packed = self._attention.numbers()
         return elements + sum(x.numel() for x in self.state_tensors().values()), packed
+
+
+def forget_states(layer: LinearAttentionLayer) -> None:
+    """Forget recurrent states, also their shapes; whether the past is recorded stays."""
+    recording = layer.record_past
+    LinearAttentionLayer.__init__(layer, layer.number_of_states)
+    layer.record_past = recording
 
 
 def states_have_read(layer: Any) -> bool:

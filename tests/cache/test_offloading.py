@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Cache
 
 from rotorquant_hf import RotorQuantCache, calibrate
 from tests.helpers import offloading
@@ -52,11 +53,20 @@ def test_a_prefetch_waits_for_what_is_queued(offloaded, monkeypatch) -> None:
         events.append("prefetch")
         fetch(*args)
 
+    update = Cache.update
+
+    def updated(*args: Any) -> Any:
+        events.append("update")
+        return update(*args)
+
+    monkeypatch.setattr(Cache, "update", updated)
     monkeypatch.setattr(cache, "prefetch", prefetch)
     monkeypatch.setattr(cache.prefetch_stream, "wait_stream", lambda _: events.append("wait"))
     feed(model, cache, ids, (50, 1, 1))
     assert events.count("prefetch") == 3 * len(cache.layers)
     assert all(a == "wait" for a, b in pairwise(events) if b == "prefetch")
+    # Not only by Transformers' own waiting, which came after 5.17.
+    assert all(a == "wait" for a, b in pairwise(events) if b == "update")
 
 
 def test_without_a_config_and_with_a_calibration(offloaded) -> None:

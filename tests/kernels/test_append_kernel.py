@@ -23,6 +23,7 @@ from rotorquant_hf.kernels.append import (
     append_segments,
     kernel_arguments,
 )
+from rotorquant_hf.kernels.launch import FUSED
 from rotorquant_hf.quant import SCALES, RotorQuantMSE, RotorQuantProd
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.moments import QueryMoment
@@ -529,6 +530,7 @@ def compile_for(capability: int) -> None:
             parts.append(replace(part, out={k: v.contiguous() for k, v in part.out.items()}))
         arguments, options = kernel_arguments(bounds, 32, *parts)
         scratch = {"p_scratch": torch.zeros(1, device=DEVICE), "first_tile": 0}
+        options = FUSED | options
         kernel = append_kernel.warmup(**scratch, **arguments, **options, grid=(1, 1, 2))
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])

@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from rotorquant_hf.backend import backend
+from rotorquant_hf.kernels.block import block_sums
 from rotorquant_hf.quant.channels import SAMPLED_TOKENS, SEGMENT, ChannelStatistics
 from rotorquant_hf.quant.hessian import RANK, RIDGE, LowRankHessian
 from rotorquant_hf.quant.moments import SAMPLED_QUERIES, QueryMoment
@@ -218,8 +219,10 @@ def test_block_of_zeros(power: float) -> None:
 
 def test_tokens_of_zeros_before_small_ones() -> None:
     """A whole split of zeros has no unit, and sets none for the others."""
-    x = states(512, 16) * 1e-25
+    x = states(512, 32) * 1e-25
     x[:, :, :256] = 0
+    peaks = block_sums(x, torch.arange(512, device=DEVICE), None, False).peaks
+    assert (peaks > 0).tolist() == [[False, True]] * len(peaks)  # two splits
     assert_statistics(kernel_block(x, 0.5, True), ChannelStatistics.of_block(x, 0.5, True))
 
 
