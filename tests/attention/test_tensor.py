@@ -442,6 +442,22 @@ def test_gradients_that_quantised_tokens_would_lack_are_refused(recorded):
     assert bool((new.grad != 0).any())
 
 
+def test_recorded_tokens_changed_in_inference_mode_are_read_and_refuse_gradients():
+    """Autograd refuses tensors of that mode as such."""
+    old, new = (torch.randn(2, 1, n, D, requires_grad=True) for n in (20, 3))
+    layers = RotorQuantLayer(RotorQuantConfig(**FEW)), RotorQuantLayer(RotorQuantConfig(**FEW))
+    read = []
+    for layer, mode in zip(layers, (torch.no_grad, torch.inference_mode), strict=True):
+        layer.update(old, old)
+        with mode():
+            layer.reorder_cache(torch.tensor([1, 0]))
+        query = torch.randn(2, 1, 1, D, generator=torch.Generator().manual_seed(0))
+        read.append(F.scaled_dot_product_attention(query, *layer.update(new, new)))
+    assert torch.equal(*read)
+    with pytest.raises(RuntimeError, match="quantised in an earlier pass"):
+        read[1].sum().backward()
+
+
 def test_gradients_come_back_when_the_tokens_that_lack_them_are_gone():
     layer = RotorQuantLayer(RotorQuantConfig(**FEW))
     old, new = (torch.randn(1, 1, n, D, requires_grad=True) for n in (20, 3))
