@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from rotorquant_hf import PRESETS, RotorQuantCache
+from rotorquant_hf.passing import cache_argument
 
 HERE = Path(__file__).parent
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     cache = RotorQuantCache(args.preset, config=model.config)  # the one line that matters
     model.generate(
         **inputs,
-        past_key_values=cache,
+        **cache_argument(model, cache),  # past_key_values=cache, or cache=cache in new versions
         max_new_tokens=args.max_new_tokens,
         do_sample=True,
         temperature=0.8,

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from rotorquant_hf import RotorQuantCache, RotorQuantConfig, RotorQuantMSE
+from rotorquant_hf.passing import cache_argument
 
 HERE = Path(__file__).parent
 LAYER, HEAD, TOKEN = 5, 0, 500
@@ -60,7 +61,7 @@ def _keys() -> Tensor:
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :TOKENS]
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(model, cache))
     return cache.layers[LAYER].keys[0]
 
 

@@ -21,6 +21,7 @@ from rotorquant_hf.cache import RotorQuantCache
 from rotorquant_hf.calibrating import check_model, check_windows, fill
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.passing import cache_argument
 from rotorquant_hf.placement import input_device
 from rotorquant_hf.quant.lloyd_max import MAX_BITS
 from rotorquant_hf.quant.registry import QUANTIZERS
@@ -188,7 +189,7 @@ class _Window:
         return fork
 
     def _read(self, cache: RotorQuantCache) -> Tensor:
-        return self.model(self.rest, past_key_values=cache).logits[0]
+        return self.model(self.rest, **cache_argument(self.model, cache)).logits[0]
 
 
 def _is_quantised(layer: Any) -> bool:

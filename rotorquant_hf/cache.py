@@ -38,6 +38,7 @@ from rotorquant_hf.layers.hybrid import (
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import MemoryReport, measure
 from rotorquant_hf.model_rope import ropes_of
+from rotorquant_hf.passing import CACHE_NAME
 from rotorquant_hf.placement import Part
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.rope import Rope
@@ -181,7 +182,7 @@ class RotorQuantCache(Cache):
             with self._taking_back(layer_idx + 1, last.tokens):
                 raise ValueError(
                     "this cache was handed to an encoder-decoder model, whose self- and "
-                    "cross-attention would write into the same layers; pass past_key_values="
+                    f"cross-attention would write into the same layers; pass {CACHE_NAME}="
                     "EncoderDecoderCache(RotorQuantCache(config=model.config), "
                     "DynamicCache(config=model.config))"
                 )

@@ -14,6 +14,7 @@ from rotorquant_hf.cache import RotorQuantCache
 from rotorquant_hf.calibration import Calibration, settings_of, shape_of
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.passing import cache_argument
 from rotorquant_hf.placement import Part, input_device
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.moments import QueryMoment
@@ -116,7 +117,7 @@ def fill(model: PreTrainedModel, ids: Tensor, cache: RotorQuantCache, **inputs: 
     """
     takes = inspect.signature(model.forward).parameters
     last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-    model(ids, past_key_values=cache, **last_logits, **inputs)
+    model(ids, **cache_argument(model, cache), **last_logits, **inputs)
 
 
 def _statistics(

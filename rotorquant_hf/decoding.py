@@ -19,13 +19,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from rotorquant_hf.cache import RotorQuantCache
 from rotorquant_hf.capturable import check_cache, check_model
 from rotorquant_hf.graph import DecodeGraph
+from rotorquant_hf.passing import CACHE_NAME
 
 _MAX_ROOM = 1024  # tokens that memory is taken for at once
 
 # What `generate` hands on and a captured step takes, or does not need. The embeddings of a prompt
 # are read by the prefill, which is not captured.
 _TAKEN = (
-    "past_key_values",
+    CACHE_NAME,
     "use_cache",
     "attention_mask",
     "position_ids",
@@ -72,7 +73,7 @@ def decode_with_graph(
     streamer = called.get("streamer") if streamer is None else streamer
     _check_mode(generation_config, called.get("assistant_model"))
     _check_inputs(model, generation_config, synced_gpus, model_kwargs)
-    cache = model_kwargs["past_key_values"]
+    cache = model_kwargs[CACHE_NAME]
     check_model(model)
     check_cache(model, cache)
     stepping = _Stepping(model, cache, generation_config.max_length)
@@ -113,7 +114,8 @@ class _Stepping:
         if self._graph is None:
             self._graph = self._make()
         logits = self._graph(input_ids, position_ids)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=self._cache)
+        kept: Any = {CACHE_NAME: self._cache}
+        return CausalLMOutputWithPast(logits=logits, **kept)
 
     def _make(self) -> DecodeGraph:
         left = self._max_length - self._cache.get_seq_length()
@@ -132,7 +134,7 @@ class _Stepping:
 def _arguments_of_generate() -> dict[str, Any]:
     """The arguments of the `generate` that has called, by name.
 
-    It keeps the streamer and the assistant from a `custom_generate` (Transformers 5.17 to 5.23).
+    It keeps the streamer and the assistant from a `custom_generate` (Transformers 5.17 to 5.24).
     """
     code = inspect.unwrap(GenerationMixin.generate).__code__
     frame: FrameType | None = sys._getframe(2)
@@ -170,11 +172,11 @@ def _check_inputs(
             "synced_gpus is on: the model is on several devices, and a CUDA graph is of one; "
             "leave out custom_generate"
         )
-    cache = inputs.get("past_key_values")
+    cache = inputs.get(CACHE_NAME)
     if not generation_config.use_cache or not isinstance(cache, RotorQuantCache):
         raise ValueError(
-            f"past_key_values is of type {type(cache).__name__}, use_cache is "
-            f"{generation_config.use_cache}; pass past_key_values="
+            f"{CACHE_NAME} is of type {type(cache).__name__}, use_cache is "
+            f"{generation_config.use_cache}; pass {CACHE_NAME}="
             "RotorQuantCache(config=model.config), with use_cache=True"
         )
     mask = inputs.get("attention_mask")

@@ -11,6 +11,7 @@ from rotorquant_hf.attention.registered import single_tokens_without_masks
 from rotorquant_hf.cache import RotorQuantCache
 from rotorquant_hf.capturable import check_cache, check_model
 from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.passing import cache_argument
 
 # Steps run as they are before the capture, so that every kernel is compiled and every library
 # has its workspace.
@@ -54,6 +55,7 @@ class DecodeGraph:
         if not cache.get_seq_length():
             raise ValueError("the cache is empty; feed the prompt through the model first")
         self.model, self.cache, self.room = model, cache, room
+        self._argument = cache_argument(model, cache)
         self._layers = cast(list[RotorQuantLayer], list(cache.layers))
         self._graph: torch.cuda.CUDAGraph | None = None
         self._memory: list[tuple[Any, ...]] = []
@@ -99,10 +101,7 @@ class DecodeGraph:
             return self._logits.clone()
 
     def _step(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        output = self.model(
-            input_ids=input_ids, position_ids=position_ids, past_key_values=self.cache
-        )
-        return output.logits
+        return self.model(input_ids=input_ids, position_ids=position_ids, **self._argument).logits
 
     def _capture(self, input_ids: Tensor, position_ids: Tensor) -> None:
         with torch.inference_mode(False):  # also written to outside of it

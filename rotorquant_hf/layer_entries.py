@@ -321,7 +321,7 @@ def _restore_foreign(layer: Any, entry: LayerEntry) -> None:
             _set(layer, name, tensor)
         elif name.partition(".")[0] not in entry.attributes:
             raise ValueError(f"has a tensor {name}, which no such layer has")
-        if hasattr(layer, "device") or "dtype" in entry.attributes:
+        if hasattr(layer, "device") or getattr(layer, "is_initialized", False):
             layer.device = tensor.device
 
 

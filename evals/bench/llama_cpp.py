@@ -31,6 +31,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from rotorquant_hf.passing import cache_argument
+
 from ..caches.registry import BASELINE, CacheSpec
 from ..environment import Versions, device_of
 from ..measurements.comparison import compared
@@ -65,13 +67,14 @@ class Reader:
     ) -> None:
         self._model, self._chunk, self._all = loaded.model, chunk, all_logits
         self._cache = spec.make(loaded.model.config)
+        self._argument = cache_argument(self._model, self._cache)
 
     @torch.no_grad()
     def feed(self, ids: Sequence[int]) -> Tensor:
         """As `LlamaCpp.feed`."""
         logits, keep = [], 0 if self._all else 1
         for part in torch.tensor(ids).split(self._chunk):
-            out = self._model(part[None], past_key_values=self._cache, logits_to_keep=keep)
+            out = self._model(part[None], **self._argument, logits_to_keep=keep)
             logits.append(out.logits[0])
         return torch.cat(logits if self._all else logits[-1:])
 

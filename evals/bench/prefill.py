@@ -22,6 +22,8 @@ import torch
 from torch.autograd import DeviceType
 from transformers import Cache, PreTrainedModel
 
+from rotorquant_hf.passing import cache_argument
+
 from ..caches.registry import BASELINE, CacheSpec
 from ..environment import Versions, device_of, on_gpu
 from ..subjects.models import DTYPES, ModelOptions, load
@@ -38,7 +40,7 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, spec: CacheSpec) -> Cache
     """One pass over a prompt, through an empty cache, which it returns."""
     cache = spec.make(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **cache_argument(model, cache), logits_to_keep=1)
     return cache
 
 

@@ -27,6 +27,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
+from rotorquant_hf.passing import cache_argument
 from rotorquant_hf.placement import input_device
 
 from ..caches.registry import CacheSpec
@@ -180,10 +181,11 @@ class RotorQuantLM(HFLM):
         cache, before = self._make_cache(), 0
         logits = torch.empty(0)
         self._passes = []
+        given = cache_argument(self.model, cache)
         with torch.no_grad(), self._autocast():
             for start, end in passes(cache, self.chunk or length, length):
                 ids = inps[:, start:end]
-                found = self.model(ids, past_key_values=cache, use_cache=True).logits
+                found = self.model(ids, **given, use_cache=True).logits
                 if end - start == length:
                     logits = found
                 else:
@@ -221,7 +223,7 @@ class RotorQuantLM(HFLM):
             context,
             max_length,
             stop,
-            past_key_values=cache,
+            **cache_argument(self.model, cache),
             logits_processor=LogitsProcessorList([*processors, DecodingReads(cache, self._reads)]),
             **generation_kwargs,
         )

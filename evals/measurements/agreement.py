@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from rotorquant_hf.passing import cache_argument
+
 from ..caches.registry import BASELINE, CacheSpec
 from ..errors import require
 from ..options import option
@@ -49,7 +51,7 @@ def continuation(
     ids = model.generate(  # type: ignore[operator]  # of GenerationMixin, which causal models are
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        **cache_argument(model, cache),
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
         do_sample=sample,

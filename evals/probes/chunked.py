@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from rotorquant_hf.passing import cache_argument
+
 from ..caches.registry import kind_of
 
 
@@ -39,13 +41,14 @@ def passes(cache: Cache, chunk: int, tokens: int) -> Iterator[tuple[int, int]]:
 @torch.no_grad()
 def read(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
     """Logits (n, vocabulary), float32, of the tokens after each of (1, n), through a cache."""
-    return model(ids, past_key_values=cache, use_cache=True).logits[0].float()
+    return model(ids, **cache_argument(model, cache), use_cache=True).logits[0].float()
 
 
 @torch.no_grad()
 def fill(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
     """One pass over a prompt (batch, n); logits (batch, vocabulary) of the token after it."""
-    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    given = cache_argument(model, cache)
+    return model(ids, **given, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
 def feed(model: PreTrainedModel, ids: Tensor, cache: Cache, chunk: int) -> None:

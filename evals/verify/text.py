@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rotorquant_hf.passing import CACHE_NAME
+
 from ..caches.registry import CacheSpec
 from ..subjects.models import LoadedModel
 from ..subjects.texts import TooShortError
@@ -125,7 +127,7 @@ def _recommendation(best: Verdict, loaded: LoadedModel) -> str:
     return (
         f"Recommended: {best.label}, {long:.2f} bits per element in a 16-bit model on long texts, "
         f"{short:.2f} with windows of {window:,} tokens\n\n"
-        f"    {source}\n{note}    model.generate(**inputs, past_key_values={made})\n\n"
+        f"    {source}\n{note}    model.generate(**inputs, {CACHE_NAME}={made})\n\n"
         f"Measured on {loaded.options.model}: {best.basis}, of "
         f"{', '.join(best.figures['documents'])}. Contexts over {window:,} tokens were not "
         "measured."

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from rotorquant_hf import Calibration, RotorQuantCache, RotorQuantConfig, calibrate
 from rotorquant_hf.calibration import CALIBRATION_FILE
 from rotorquant_hf.layers import RotorQuantLayer
+from rotorquant_hf.passing import cache_argument
 from rotorquant_hf.store.side import PackedSide
 from tests.helpers.models import build, same, snapshot
 
@@ -66,7 +67,7 @@ def test_quantising_begins_at_once(model, calibration):
             cache = cache_of(model, calibration)
             assert cache.tokens_until_packing() <= 4 + 8 + 4
             with torch.no_grad():
-                other(text(model, 2, 30), past_key_values=cache)
+                other(text(model, 2, 30), **cache_argument(other, cache))
             for layer in cache.layers:
                 assert len(layer.store) > 0
                 assert layer.moment is None

@@ -15,6 +15,7 @@ from transformers import (
 
 from rotorquant_hf import RotorQuantCache, decode_with_graph, decoding
 from rotorquant_hf.backend import backend
+from rotorquant_hf.passing import CACHE_NAME
 from tests.helpers import cuda_graph
 from tests.helpers.models import build, narrow, prompt
 
@@ -287,7 +288,7 @@ class TestRefused:
         self.refused(r"position_ids has shape \(3, 1, 16\)", position_ids=positions)
 
     def test_another_cache(self):
-        self.refused("past_key_values is of type DynamicCache", cache=DynamicCache())
+        self.refused(f"{CACHE_NAME} is of type DynamicCache", cache=DynamicCache())
 
     def test_cross_attention(self):
         config = T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=97)

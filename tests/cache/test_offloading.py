@@ -55,9 +55,9 @@ def test_a_prefetch_waits_for_what_is_queued(offloaded, monkeypatch) -> None:
 
     update = Cache.update
 
-    def updated(*args: Any) -> Any:
+    def updated(*args: Any, **kwargs: Any) -> Any:
         events.append("update")
-        return update(*args)
+        return update(*args, **kwargs)
 
     monkeypatch.setattr(Cache, "update", updated)
     monkeypatch.setattr(cache, "prefetch", prefetch)

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 
 from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.passing import cache_argument
 from rotorquant_hf.store.buffers import TokenBuffers
 
 VOCAB = 97
@@ -374,10 +375,11 @@ def feed(
     `mask` (rows, tokens) is 0 at padding.
     """
     logits, start = [], 0
+    given = cache_argument(model, cache)
     for count in chunks:
         end = start + count
         seen = None if mask is None else mask[:, :end]
-        out = model(ids[:, start:end], attention_mask=seen, past_key_values=cache, use_cache=True)
+        out = model(ids[:, start:end], attention_mask=seen, use_cache=True, **given)
         logits.append(out.logits)
         start = end
     return torch.cat(logits, dim=1)
