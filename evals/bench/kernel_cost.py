@@ -5,9 +5,10 @@
 Compiles the kernels for a GPU architecture with Triton's own assembler and reads the machine code:
 instructions of the loop over packed tokens, per element decoded, and what a program takes:
 registers a thread, bytes of stack a thread (spilled), bytes of shared memory. At full bandwidth
-b-bit codes arrive at (bytes/s) * 8 / (b + 16 / d) elements a second, and the lanes of an H200 issue
-128 instructions per processor and clock: the column "issue bound" is the share of the bandwidth at
-which instruction issue alone would end it. (Not counted: shared memory, which may end it sooner.)
+b-bit codes arrive at (bytes/s) * 8 / (b + 16 / d) elements a second. The lanes of an H200 issue 128
+instructions per processor and clock, and 64 of those of its integer pipe (look-ups, shifts, logic,
+comparisons): the column "issue bound" is the share of the bandwidth at which the slower of the two
+would end it. (Not counted: shared memory, which may end it sooner.)
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 # An H200: processors, clock, and the bandwidth of a large copy as published for such machines.
 PROCESSORS, CLOCK, BANDWIDTH = 132, 1.755e9, 4.3e12
 SHARED = 228 << 10  # bytes of shared memory of a processor
+# What the integer pipe (ALU) of sm_80 to sm_90 takes, which issues every second cycle.
+_ALU = {
+    *("PRMT", "LOP3", "PLOP3", "SHF", "LEA", "SEL", "SGXT", "IADD3", "ISETP", "VIADD", "VIMNMX"),
+    *("FMNMX", "FSEL", "FSETP", "F2FP", "I2FP", "P2R"),
+}
 _FLOATS = {"scale", "softcap", "key_unit", "sign_unit", "centroid_unit"}
 
 
@@ -48,6 +54,12 @@ class Cost:
     shared: int
     instructions: int
     loop: collections.Counter[str]
+
+    @property
+    def cycles(self) -> float:
+        """Of a processor at least, for the loop in one warp: it has four issuers and ALUs."""
+        alu = sum(count for name, count in self.loop.items() if name in _ALU)
+        return max(self.loop.total() / 4, alu / 2)
 
 
 def compile_kernel(
@@ -242,9 +254,10 @@ def main(argv: list[str] | None = None) -> None:
     for d in args.head_dim:
         for bits in args.bits:
             cost, tiling = attention_cost(d, bits, bits, arch=args.arch)
-            lanes = cost.loop.total() * 32 * tiling.warps / (tiling.block_n * 2 * d)
+            elements = tiling.block_n * 2 * d
+            lanes = cost.loop.total() * 32 * tiling.warps / elements
             arriving = BANDWIDTH * 8 / (bits + 16 / d)
-            bound = PROCESSORS * CLOCK * 128 / lanes / arriving
+            bound = PROCESSORS * CLOCK * elements / (cost.cycles * tiling.warps) / arriving
             print(
                 f"| {d} | {bits} | {lanes:.2f} | {min(bound, 1):.0%} | {cost.registers} | "
                 f"{cost.spilled} | {cost.shared:,} |"

@@ -69,10 +69,6 @@ class Verdict:
         """Why it is that; empty of a safe one."""
         return self.failure.reason if self.failure else "; ".join(self.reasons or self.missing)
 
-    def __str__(self) -> str:
-        """The outcome with its reasons, in one line."""
-        return f"{self.outcome}: {self.why}" if self.why else self.outcome
-
     @property
     def basis(self) -> str:
         """What the figures rest on, in words."""

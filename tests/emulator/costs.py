@@ -3,10 +3,11 @@
     python -m tests.emulator.costs --head-dim 64 128 --bits 2 3 4
 
 Instructions are those of the machine code (`evals.bench.kernel_cost`), of which a processor issues
-four a cycle. Wavefronts of shared memory, of which it serves one a cycle, and sectors of global
-memory are counted by the emulator, as the difference of two lengths. A program takes the larger of
-issue and wavefronts at least: the ceiling is the share of the memory's bandwidth at which codes and
-scales could arrive then. (Not counted: latencies, and what `wgmma` reads of shared memory.)
+four a cycle, and two of those of the integer pipe. Wavefronts of shared memory, of which it serves
+one a cycle, and sectors of global memory are counted by the emulator, as the difference of two
+lengths. A program takes the larger of issue and wavefronts at least: the ceiling is the share of
+the memory's bandwidth at which codes and scales could arrive then. (Not counted: latencies, and
+what `wgmma` reads of shared memory.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import triton
 
 from evals.bench.decode_step import AttentionShape
-from evals.bench.kernel_cost import BANDWIDTH, CLOCK, PROCESSORS, Cost, attention_cost
+from evals.bench.kernel_cost import BANDWIDTH, CLOCK, PROCESSORS, attention_cost
 from rotorquant_hf import RotorQuantConfig
 from rotorquant_hf.attention.triton_attention import Tiling, attend_packed
 from rotorquant_hf.backend import backend
@@ -37,12 +38,14 @@ class TokenCost:
     """What 64 tokens cost a program.
 
     Attributes:
-        instructions: of warps, in machine code. wavefronts, ideal: of shared memory, with and
-            without bank conflicts. barriers: waited at. sectors: of global memory.
+        instructions: of warps, in machine code. issue: cycles of a processor that these take.
+        wavefronts, ideal: of shared memory, with and without bank conflicts.
+        barriers: waited at. sectors: of global memory.
         stored: bytes of codes and scales.
     """
 
     instructions: float
+    issue: float
     wavefronts: float
     ideal: float
     barriers: float
@@ -52,7 +55,7 @@ class TokenCost:
     @property
     def cycles(self) -> float:
         """Of a processor, at least."""
-        return max(self.instructions / 4, self.wavefronts)
+        return max(self.issue, self.wavefronts)
 
     @property
     def ceiling(self) -> float:
@@ -71,18 +74,16 @@ def token_cost(d: int, bits: int, arch: int) -> TokenCost:
             return (after - before) * _TOKENS / (_LONG - _SHORT)
         return (after.total() - before.total()) * _TOKENS / (_LONG - _SHORT)
 
+    warps = tiling.warps * _TOKENS / tiling.block_n
     return TokenCost(
-        instructions=_issued(cost, tiling),
+        instructions=cost.loop.total() * warps,
+        issue=cost.cycles * warps,
         wavefronts=more("wavefronts"),
         ideal=more("ideal"),
         barriers=more("barriers"),
         sectors=more("sectors"),
         stored=_TOKENS * (2 * d * bits // 8 + 4),
     )
-
-
-def _issued(cost: Cost, tiling: Tiling) -> float:
-    return cost.loop.total() * tiling.warps * _TOKENS / tiling.block_n
 
 
 def _counts(d: int, bits: int, arch: int, tokens: int, tiling: Tiling) -> Counts:
@@ -126,7 +127,7 @@ def main() -> None:
             cost = token_cost(d, bits, args.arch)
             lanes = cost.instructions * 32 / (_TOKENS * 2 * d)
             print(
-                f"| {d} | {bits} | {lanes:.2f} | {cost.instructions / 4:.0f} | "
+                f"| {d} | {bits} | {lanes:.2f} | {cost.issue:.0f} | "
                 f"{cost.wavefronts:.0f} | {cost.wavefronts - cost.ideal:.0f} | "
                 f"{cost.barriers:.0f} | {cost.sectors * 32 / cost.stored:.2f} | "
                 f"{cost.ceiling:.0%} |",

@@ -84,7 +84,8 @@ def kl(found: float, low: float, high: float) -> dict:
     ],
 )
 def test_verdicts(change, says) -> None:
-    assert says in str(verdict_of(change))
+    verdict = verdict_of(change)
+    assert says in f"{verdict.outcome}: {verdict.why}"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_too_little_evidence_is_no_verdict(change, says) -> None:
     """Neither safe nor unsafe, with the text that would decide; a broken limit is unsafe still."""
     verdict = verdict_of(change)
     assert verdict.outcome == verify.NOT_ENOUGH
-    assert says in str(verdict)
+    assert says in f"{verdict.outcome}: {verdict.why}"
     if change.get("compressed_share") != 0.0 and change.get("delta_ci95", ()) is not None:
         assert verdict_of(change | kl(1.0, 0.9, 1.1)).outcome == verify.NOT_SAFE
 

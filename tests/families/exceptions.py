@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "loop_layer_index_end": 3,
         "unpadded_vocab_size": VOCAB,
     },
+    "inkling2_text": {"unpadded_vocab_size": VOCAB},
     "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"head_dim": 8},
