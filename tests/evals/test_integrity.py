@@ -17,6 +17,7 @@ from evals.probes.chunked import feed
 from evals.probes.integrity import warnings_of, warnings_of_filled
 from evals.subjects.models import LoadedModel, ModelOptions
 from rotorquant_hf import RotorQuantCache
+from rotorquant_hf.passing import CACHE_NAME
 from tests.conftest import ROOT
 from tests.helpers.models import build
 
@@ -192,14 +193,14 @@ def test_layers_that_hide_the_cache_are_judged_by_whole_passes(model, sampled) -
     attention = model.model.layers[3].self_attn
     forward = attention.forward
 
-    def hidden(*args, past_key_values=None, **kwargs):
-        return forward(*args, past_key_values=hidden.cache, **kwargs)
+    def hidden(*args, **kwargs):
+        return forward(*args, **kwargs | {CACHE_NAME: hidden.cache})
 
     def keep(module, args, kwargs):
-        hidden.cache = kwargs["past_key_values"]
+        hidden.cache = kwargs[CACHE_NAME]
 
     def drop(module, args, kwargs):
-        return args, kwargs | {"past_key_values": None}
+        return args, kwargs | {CACHE_NAME: None}
 
     handles = [model.model.layers[3].register_forward_pre_hook(keep, with_kwargs=True)]
     handles.append(attention.register_forward_pre_hook(drop, with_kwargs=True, prepend=True))
