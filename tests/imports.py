@@ -22,7 +22,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("config", "backend", "files"),
     ("kernels",),
     ("attention", "store"),
-    ("layers", "placement"),
+    ("layers", "placement", "passing"),
     ("memory", "calibration", "model_rope"),
     ("layer_entries",),
     ("serialization",),

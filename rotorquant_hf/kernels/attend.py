@@ -317,8 +317,8 @@ def _packed_split(
     nothing = unknown_zero(packed_begin, PTX)
     k_table = load_table(p_ktable, p_kwords, o_ks, KS, K_BITS, PTX, DIRECT)
 
-    # The queries stay in registers through the whole walk, one tile per slot. Their padding is
-    # zero, so the padding of the centroids may be anything.
+    # One tile of the queries per slot, which the compiler keeps in shared memory through the whole
+    # walk. Their padding is zero, so the padding of the centroids may be anything.
     p_row = p_rotated + o_r[None, :] * D_K + o_ks[:, None]  # [KS, BLOCK_M]
     m_q = m_r[None, :] & (o_ks < KS)[:, None]
     b_q = ()  # KSLOTS of [KS, BLOCK_M]

@@ -22,6 +22,7 @@ from evals.requirements import install
 from evals.subjects.models import LoadedModel, ModelOptions
 from evals.verify.run import order
 from rotorquant_hf import PRESETS, RotorQuantCache
+from rotorquant_hf.passing import CACHE_NAME
 from tests.conftest import MODEL, ROOT
 from tests.evals.test_intervals import texts
 
@@ -253,8 +254,8 @@ def test_what_fails_is_neither_unsafe_nor_undecided(loaded) -> None:
         "k8v8", {}, [], [], None, Failure("failed", "OutOfMemoryError: no room")
     )
     absent = verify.Verdict("hqq", {}, [], [], None, Failure("not run", "hqq is not installed"))
-    assert str(failed) == "failed: OutOfMemoryError: no room"
-    assert str(absent) == "not measured: hqq is not installed"
+    assert (failed.outcome, failed.why) == ("failed", "OutOfMemoryError: no room")
+    assert (absent.outcome, absent.why) == ("not measured", "hqq is not installed")
     safe = verify.Verdict("k4v4", FIGURES, [], [])
     unsafe = [verify.Verdict(x, FIGURES, ["KL is over"], []) for x in verify.PRESETS[1:]]
     undecided = verify.Verdict("k3v3", FIGURES, [], ["one window"])
@@ -452,7 +453,7 @@ def test_verify_recommends_a_line_that_runs(capsys, model, sampled) -> None:
     namespace = {"model": model, "inputs": {"input_ids": sampled[:, :20], "max_new_tokens": 3}}
     for line in lines:
         exec(line, namespace)
-    assert "model.generate(**inputs, past_key_values=RotorQuantCache(" in lines[-1]
+    assert f"model.generate(**inputs, {CACHE_NAME}=RotorQuantCache(" in lines[-1]
 
 
 def test_verify_goes_on_behind_a_preset_that_fails(capsys, monkeypatch) -> None:
