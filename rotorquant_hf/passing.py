@@ -1,6 +1,7 @@
 """The name by which models take a cache: "cache" from Transformers 5.24 on.
 
-Before it is "past_key_values", which later versions take with a warning (5.40 not any more).
+Before that it was "past_key_values", which models take with a warning until 5.40, and `generate`
+until 6.0.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from tests.helpers.models import MODELS, build, prompt
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "falcon_h1", "bloom", "falcon"])
-def test_models_and_generate_take_it(name: str) -> None:
+def test_models_take_it(name: str) -> None:
     model, cache = build(name, MODELS[name].attention[0]), DynamicCache()
     given = cache_argument(model, cache)
     assert given == {CACHE_NAME: cache}
