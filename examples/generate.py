@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     cache = RotorQuantCache(args.preset, config=model.config)  # the one line that matters
     model.generate(
         **inputs,
-        **cache_argument(model, cache),  # cache=cache; before Transformers 5.24 past_key_values=cache
+        **cache_argument(model, cache),  # past_key_values=cache before Transformers 5.24
         max_new_tokens=args.max_new_tokens,
         do_sample=True,
         temperature=0.8,
