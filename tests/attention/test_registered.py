@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import sys
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -255,14 +256,21 @@ def test_towers_compute_as_in_eager(tower):
 # --- models that do not use the interface ---
 
 
-@pytest.mark.parametrize("name", ["bloom", "mpt"])
+@pytest.mark.parametrize("name", ["bloom", "mpt", "codegen"])
 def test_other_models_compute_as_in_eager_and_say_so(name):
     ids, chunks = prompt(3, 60), (40, 1, 7, 1)
     mask = attention_mask(ids)
     model, eager = build(name, "rotorquant"), build(name, "eager")
+    expected = feed(eager, RotorQuantCache(**SMALL), ids, chunks, mask)
+    if hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        assert name == "codegen"  # from Transformers 5.24 on
+        # Without padding, which every implementation fills with something else.
+        first, second = (feed(x, RotorQuantCache(**SMALL), ids, chunks) for x in (model, eager))
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+        return
     with pytest.warns(UserWarning, match=r"does not use transformers\.AttentionInterface"):
         logits = feed(model, RotorQuantCache(**SMALL), ids, chunks, mask)
-    assert torch.equal(logits, feed(eager, RotorQuantCache(**SMALL), ids, chunks, mask))
+    assert torch.equal(logits, expected)
 
 
 def test_falcon_stays_with_sdpa_which_reads_packed_codes_too(dequantised):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache
 
 from rotorquant_hf import RotorQuantCache, calibrate
@@ -85,19 +85,20 @@ def test_without_a_config(model, tmp_path) -> None:
 @pytest.mark.parametrize("model", ["mistral"], indirect=True)
 def test_a_window_that_is_recorded_can_be_cropped(model) -> None:
     """As assisted generation does."""
-    found: list[Any] = []
-    for kind in (RotorQuantCache, DynamicCache):
+    lengths = []
+    for kind in (DynamicCache, RotorQuantCache):
         cache = kind(config=model.config)
         for layer in cache.layers:
             layer.activate_past_recording()
         try:
             feed(model, cache, prompt(1, 60), (40, 5))
         except RuntimeError as error:  # Transformers 5.17 gives the mask another length
-            found.append(str(error))
-            continue
+            if kind is RotorQuantCache:
+                raise
+            pytest.skip(f"DynamicCache of transformers {transformers.__version__}: {error}")
         cache.crop(-3)
-        found.append((cache.get_seq_length(), cache.layers[0].keys.shape[2]))
-    assert found[0] == found[1]
+        lengths.append((cache.get_seq_length(), cache.layers[0].keys.shape[2]))
+    assert lengths[0] == lengths[1]
 
 
 @WARNED
