@@ -174,6 +174,8 @@ def attention_cost(
     model, decoded = ("bf16", "fp16") if half else ("fp32", "fp32")
     pointers = dict.fromkeys(["p_q", "p_sink_k", "p_sink_v", "p_recent_k", "p_recent_v"], model)
     pointers |= dict.fromkeys(["p_rotated", "p_projected", "p_ktable", "p_vtable"], decoded)
+    if tiling.integers:
+        pointers["p_rotated"] = "i8"
     pointers |= dict.fromkeys(["p_kcodes", "p_ksigns", "p_vcodes"], "u8")
     pointers |= dict.fromkeys(["p_kscale", "p_knorm", "p_vscale"], "fp16")
     pointers |= dict.fromkeys(["p_lengths", "p_kwords", "p_vwords"], "i32")
@@ -189,6 +191,7 @@ def attention_cost(
         "SIGNS": signs,
         "PTX": half,
         "DIRECT": tiling.direct,
+        "INTEGERS": tiling.integers,
         "PAIRS": tiling.pairs,
         "BLOCK_M": tiling.block_m,
         "BLOCK_N": tiling.block_n,
@@ -223,8 +226,9 @@ def other_costs(d: int, signs: int = 0, arch: int = 90) -> dict[str, Cost]:
     pointers |= dict.fromkeys(["p_k", "p_v", "p_ring_k", "p_ring_v"], "bf16")
     pointers |= {"p_rotated": "fp16", "p_projected": "fp16", "p_state": "i32"}
     found = {}
+    prepare = {"MEAN": True, "HALF": True, "BITS": 0}
     for name, kernel, constants in (
-        ("prepare", prepare_kernel, {"MEAN": True, "HALF": True} | prepare_options(d, signs)),
+        ("prepare", prepare_kernel, prepare | prepare_options(d, signs)),
         ("combine", combine_kernel, {"MEAN": True, "SINKS": True} | combine_options(d, 4)),
         ("push", push_kernel, push_options(d, d)),
     ):

@@ -56,11 +56,13 @@ def tilings(default: Tiling) -> list[Tiling]:
     ]
     found.append(dataclasses.replace(default, block_m=2 * default.block_m))
     found.append(dataclasses.replace(default, direct=not default.direct))
+    if default.integers:
+        found.append(dataclasses.replace(default, integers=False))
     found += [dataclasses.replace(default, registers=count) for count in (None, 96, 128, 168)]
     for registers, n in itertools.product((128, 168), (32, 64)):
-        alone = dataclasses.replace(default, warps=1, pairs=True, exact_stages=1)
+        alone = dataclasses.replace(default, warps=1, pairs=1, exact_stages=1)
         found.append(dataclasses.replace(alone, block_n=n, registers=registers))
-    found.append(dataclasses.replace(default, pairs=not default.pairs))
+    found.append(dataclasses.replace(default, pairs=0 if default.pairs else 1))
     for exact_n, (n, warps) in itertools.product((32, 64), ((64, 2), (64, 4), (128, 4))):
         found.append(dataclasses.replace(default, exact_n=exact_n, block_n=n, warps=warps))
 

@@ -16,7 +16,15 @@ from rotorquant_hf.backend import is_capturing, runs_ptx
 from rotorquant_hf.kernels.attend import ADDED_MASK, BOOL_MASK, NO_MASK, attend_kernel
 from rotorquant_hf.kernels.combine import MAX_EXACT_SPLITS, Combine
 from rotorquant_hf.kernels.launch import Launch
-from rotorquant_hf.kernels.lookup import centroid_table, pairs_of, ptx_words, table_unit
+from rotorquant_hf.kernels.lookup import (
+    centroid_table,
+    integer_unit,
+    integer_words,
+    integers_of,
+    pairs_of,
+    ptx_words,
+    table_unit,
+)
 from rotorquant_hf.kernels.queries import PrepareQueries
 from rotorquant_hf.kernels.sizes import padded, pieces, power_of_2
 
@@ -41,7 +49,9 @@ class Tiling:
         exact_splits: programs that share the tokens in full precision.
         direct: keys are looked up in the registers that the product takes; see `slot_centroids`.
         registers: limit of a thread's; None for none.
-        pairs: values of 2, 3 or 4 bits are too; see `load_pairs`.
+        pairs: values of 2, 3 or 4 bits are too, if not 0; see `load_pairs`. By so many parts of a
+            step's tokens, each of which has sums of its own.
+        integers: scores are products of integers; see `slot_integers`. With `direct`.
         exact_stages: of the loop over tokens in full precision; None for `stages`.
     """
 
@@ -54,16 +64,23 @@ class Tiling:
     direct: bool = False
     registers: int | None = None
     exact_splits: int = 1
-    pairs: bool = False
+    pairs: int = 0
+    integers: bool = False
     exact_stages: int | None = None
 
 
 @dataclass(frozen=True)
 class Device:
-    """What of a GPU the tiling depends on: processors, and bytes of shared memory of each."""
+    """What of a GPU the tiling depends on.
+
+    Attributes:
+        processors: their number. shared: bytes of shared memory of each.
+        integers: whether it multiplies integers of 8 bits faster than float16.
+    """
 
     processors: int
     shared: int
+    integers: bool = True
 
     @classmethod
     @functools.lru_cache(maxsize=16)
@@ -72,7 +89,9 @@ class Device:
         if device.type != "cuda":
             return cls(1, 1 << 17)
         found = torch.cuda.get_device_properties(device)
-        return cls(found.multi_processor_count, found.shared_memory_per_multiprocessor)
+        # B300 has a small fraction of these products; nobody has measured it, or B200.
+        integers = found.major != 10
+        return cls(found.multi_processor_count, found.shared_memory_per_multiprocessor, integers)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -122,10 +141,21 @@ def choose_tiling(
         # A processor takes a program's tokens in full precision one step after the other. Where
         # programs are few, all wait for it.
         exact_splits=MAX_EXACT_SPLITS if 8 * programs <= device.processors else 1,
-        # A product takes its rows, a pair of bytes each, by the sixteen. With fewer than sixteen
-        # for every warp, warps would do the same work.
-        pairs=half and block_m < 32 and padded(pairs_of(d[1], bits[1])) >= 16 * warps,
+        pairs=_pairs(pairs_of(d[1], bits[1]), warps, block_n) if half and block_m < 32 else 0,
+        # A product of integers takes 32 columns.
+        integers=narrow and device.integers and padded(integers_of(d[0], bits[0])) >= 32,
     )
+
+
+def _pairs(columns: int, warps: int, tokens: int) -> int:
+    """Parts of a step's tokens, if values are looked up in `columns` pairs of bytes; else 0.
+
+    A product takes its rows, a pair each, and its tokens by the sixteen. Where there are fewer rows
+    than sixteen for every warp, warps share the tokens. With eight or less, half the look-ups would
+    be in vain.
+    """
+    parts = max(1, 16 * warps // padded(columns))
+    return parts if columns > 8 and tokens >= 16 * parts else 0
 
 
 def _splits(programs: int, tokens: int, block_n: int, resident: int) -> int:
@@ -278,8 +308,14 @@ class _Plan:
         self._mask, self._total, self._rows, self._d_v = mask, total, rows, d_v
         self._tiles = pieces(rows, tiling.block_m)
         self._out = (batch, query_heads, n, d_v)
-        self._prepare = PrepareQueries(packed_keys, batch, query_heads, n, dtype)
         ptx = dtype == torch.float16 and runs_ptx(device)
+        integers = ptx and tiling.direct and tiling.integers
+        pairs = tiling.pairs if ptx and pairs_of(d_v, v_bits) > 0 else 0
+        self._prepare = PrepareQueries(packed_keys, batch, query_heads, n, dtype, integers)
+        # From the table's centroids to those of N(0, 1/d).
+        key_unit = (integer_unit if integers else table_unit)(k_bits) / math.sqrt(d_k)
+        k_words = integer_words(k_bits, 0, device) if integers else ptx_words(k_bits, device)
+        v_words = integer_words(v_bits, 128, device) if pairs else ptx_words(v_bits, device)
         sinks = options.sink_logits is not None
         self._combine = Combine(packed_values, batch, query_heads, n, sinks)
         self._attend = Launch(
@@ -309,17 +345,17 @@ class _Plan:
             stride_f=total * rows,
             scale=options.scale,
             softcap=options.softcap or 1.0,
-            # From the table's centroids to those of N(0, 1/d).
-            key_unit=table_unit(k_bits) / math.sqrt(d_k),
+            stride_digit=total * rows * d_k if integers else 0,
+            key_unit=key_unit,
             # Of the QJL estimate; see `RotorQuantProd`.
             sign_unit=math.sqrt(math.pi / 2) / max(signs, 1),
             heads=heads,
             group=group,
             rows=rows,
             p_ktable=centroid_table(k_bits, dtype, device),
-            p_kwords=ptx_words(k_bits, device),
+            p_kwords=k_words,
             p_vtable=centroid_table(v_bits, dtype, device),
-            p_vwords=ptx_words(v_bits, device),
+            p_vwords=v_words,
             D_K=d_k,
             D_V=d_v,
             K_BITS=k_bits,
@@ -330,7 +366,8 @@ class _Plan:
             SOFTCAP=options.softcap is not None,
             PTX=ptx,
             DIRECT=tiling.direct,
-            PAIRS=ptx and tiling.pairs and pairs_of(d_v, v_bits) > 0,
+            INTEGERS=integers,
+            PAIRS=pairs,
             BLOCK_M=tiling.block_m,
             BLOCK_N=tiling.block_n,
             EXACT_N=tiling.exact_n,

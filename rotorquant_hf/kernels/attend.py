@@ -28,6 +28,7 @@ from rotorquant_hf.kernels.lookup import (
     load_table,
     pair_centroids,
     slot_centroids,
+    slot_integers,
     slot_signs,
     slots,
     unknown_zero,
@@ -114,6 +115,7 @@ def attend_kernel(
     # lengths: sinks, first packed row, packed tokens, first slot and number of the recent tokens
     p_lengths,
     stride_f,
+    stride_digit,  # of the lower digits behind the upper ones, with INTEGERS
     scale,
     softcap,
     key_unit,
@@ -136,6 +138,7 @@ def attend_kernel(
     SOFTCAP: tl.constexpr,
     PTX: tl.constexpr,
     DIRECT: tl.constexpr,
+    INTEGERS: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -179,6 +182,7 @@ def attend_kernel(
             p_knorm + i_b * stride_knb + i_h * stride_knh,
             p_vcodes + i_b * stride_vcb + i_h * stride_vch,
             p_vscale + i_b * stride_vsb + i_h * stride_vsh,
+            stride_digit,
             packed_begin,
             i_split * share,
             tl.minimum((i_split + 1) * share, n_packed),
@@ -207,6 +211,7 @@ def attend_kernel(
             SOFTCAP,
             PTX,
             DIRECT,
+            INTEGERS,
             PAIRS,
             BLOCK_M,
             BLOCK_N,
@@ -264,6 +269,7 @@ def _packed_split(
     p_knorm,
     p_vcodes,
     p_vscale,
+    stride_digit,
     packed_begin,
     start,
     end,
@@ -292,6 +298,7 @@ def _packed_split(
     SOFTCAP: tl.constexpr,
     PTX: tl.constexpr,
     DIRECT: tl.constexpr,
+    INTEGERS: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -313,7 +320,7 @@ def _packed_split(
     o_ks = tl.arange(0, max(16, triton.next_power_of_2(KS)))  # [KS]
     o_vs = tl.arange(0, max(16, triton.next_power_of_2(VS)))  # [VS]
     o_sg = tl.arange(0, max(16, triton.next_power_of_2(SIGN_BYTES)))  # [SIGN_BYTES]
-    DTYPE: tl.constexpr = p_rotated.dtype.element_ty
+    DTYPE: tl.constexpr = p_vtable.dtype.element_ty
     nothing = unknown_zero(packed_begin, PTX)
     k_table = load_table(p_ktable, p_kwords, o_ks, KS, K_BITS, PTX, DIRECT)
 
@@ -321,9 +328,13 @@ def _packed_split(
     # walk. Their padding is zero, so the padding of the centroids may be anything.
     p_row = p_rotated + o_r[None, :] * D_K + o_ks[:, None]  # [KS, BLOCK_M]
     m_q = m_r[None, :] & (o_ks < KS)[:, None]
-    b_q = ()  # KSLOTS of [KS, BLOCK_M]
+    b_q = ()  # KSLOTS of [KS, BLOCK_M]; with INTEGERS the upper digits, and
+    b_low = ()  # the lower ones
     for k in tl.static_range(KSLOTS):
         b_q = b_q + (tl.load(p_row + k * KS, mask=m_q, other=0),)  # noqa: RUF005
+        if INTEGERS:
+            b_digit = tl.load(p_row + k * KS + stride_digit, mask=m_q, other=0)
+            b_low = b_low + (b_digit,)  # noqa: RUF005
     q_factor = tl.load(p_factor + o_r, mask=m_r, other=0) * key_unit  # [BLOCK_M]
     q_offset = tl.load(p_factor + 2 * stride_f + o_r, mask=m_r, other=0)  # [BLOCK_M], <q, mean>
     b_g = ()  # 8 of [SIGN_BYTES, BLOCK_M]: projected queries, by the bit that holds their sign
@@ -340,13 +351,16 @@ def _packed_split(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc = ()  # VSLOTS of [VS, BLOCK_M]; with PAIRS, two of half the rows in place of each
+    # Several PAIRS have sums of their own, [PAIRS, VS / 2, BLOCK_M].
     o_vc = tl.arange(0, max(16, triton.next_power_of_2(VS // 2)))
-    if PAIRS:
-        v_table = load_pair_table(p_vwords, o_vc, VS, V_BITS)
-        if V_BITS == K_BITS and DIRECT:  # the same words: one register for each
-            v_table = (k_table[0], k_table[1], k_table[2], k_table[3], v_table[4])
+    o_pair = o_vc[None, :, None] if PAIRS > 1 else o_vc[:, None]
+    if PAIRS > 0:
+        v_table = load_pair_table(p_vwords, o_pair, VS, V_BITS)
         for _ in tl.static_range(2 * VSLOTS):
-            acc = acc + (tl.zeros([o_vc.shape[0], BLOCK_M], tl.float32),)  # noqa: RUF005
+            if PAIRS > 1:
+                acc = acc + (tl.zeros([PAIRS, o_vc.shape[0], BLOCK_M], tl.float32),)  # noqa: RUF005
+            else:
+                acc = acc + (tl.zeros([o_vc.shape[0], BLOCK_M], tl.float32),)  # noqa: RUF005
     else:
         v_table = load_table(p_vtable, p_vwords, o_vs, VS, V_BITS, PTX)
         for _ in tl.static_range(VSLOTS):
@@ -369,11 +383,21 @@ def _packed_split(
         p_code = p_kcodes + o_row * K_ROW
         # [BLOCK_N, KS] each
         tiles = load_planes(p_code[:, None], o_ks, m_n[:, None], nothing, KS, K_BITS)
-        b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for k in tl.static_range(KSLOTS):
-            # [BLOCK_N, KS]
-            b_c = slot_centroids(tiles, o_ks, k_table, KS, K_BITS, k, PTX, DIRECT)
-            b_s = tl.dot(b_c, b_q[k], b_s, input_precision="tf32x3")
+        if INTEGERS:
+            b_high = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+            b_rest = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+            for k in tl.static_range(KSLOTS):
+                # [BLOCK_N, KS]
+                b_c = slot_integers(tiles, k_table, K_BITS, k // 2, k % 2)
+                b_high = tl.dot(b_c, b_q[k], b_high, out_dtype=tl.int32)
+                b_rest = tl.dot(b_c, b_low[k], b_rest, out_dtype=tl.int32)
+            b_s = (b_high * 256 + b_rest).to(tl.float32)
+        else:
+            b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            for k in tl.static_range(KSLOTS):
+                # [BLOCK_N, KS]
+                b_c = slot_centroids(tiles, o_ks, k_table, KS, K_BITS, k, PTX, DIRECT)
+                b_s = tl.dot(b_c, b_q[k], b_s, input_precision="tf32x3")
         # Scales multiply scores, not elements, of which there are D_K / BLOCK_M times more.
         b_s = b_s * q_factor[None, :] * k_scale[:, None] + q_offset[None, :]
         if SIGNS > 0:
@@ -414,9 +438,22 @@ def _packed_split(
 
         p_code = p_vcodes + o_row * V_ROW
         new = ()
-        if PAIRS:
+        if PAIRS > 1:
+            # Each warp has tokens of its own. Their indices are made anew: a reshape of those above
+            # would end in codes that are not copied in the background.
+            SHARE: tl.constexpr = BLOCK_N // PAIRS
+            o_m = t + tl.arange(0, PAIRS)[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
+            p_share = p_vcodes + (packed_begin + o_m).to(tl.int64)[:, None, :] * V_ROW
+            m_share = (o_m < end)[:, None, :]
+            # [PAIRS, VS / 2, SHARE] each
+            tiles = load_pairs(p_share, o_pair, m_share, nothing, VS, V_BITS)
+            b_w = tl.reshape(b_w, [PAIRS, SHARE, BLOCK_M])
+            for i in tl.static_range(2 * VSLOTS):
+                b_c = pair_centroids(tiles, v_table, V_BITS, i // 2, i % 2)
+                new = new + (tl.dot(b_c, b_w, acc[i] * keep[None, None, :]),)  # noqa: RUF005
+        elif PAIRS == 1:
             # [VS / 2, BLOCK_N] each
-            tiles = load_pairs(p_code[None, :], o_vc, m_n[None, :], nothing, VS, V_BITS)
+            tiles = load_pairs(p_code[None, :], o_pair, m_n[None, :], nothing, VS, V_BITS)
             for i in tl.static_range(2 * VSLOTS):
                 b_c = pair_centroids(tiles, v_table, V_BITS, i // 2, i % 2)
                 new = new + (tl.dot(b_c, b_w, acc[i] * keep[None, :]),)  # noqa: RUF005
@@ -429,10 +466,11 @@ def _packed_split(
                 new = new + (b_o,)  # noqa: RUF005
         acc = new
 
-    if PAIRS:
+    if PAIRS > 0:
         m_o = m_r[None, :] & (o_vc < VS // 2)[:, None]
         for i in tl.static_range(2 * VSLOTS):
-            tl.store(p_sum + i // 2 * VS + i % 2 + 2 * o_vc[:, None], acc[i], mask=m_o)
+            b_o = tl.sum(acc[i], axis=0) if PAIRS > 1 else acc[i]
+            tl.store(p_sum + i // 2 * VS + i % 2 + 2 * o_vc[:, None], b_o, mask=m_o)
     else:
         m_o = m_r[None, :] & (o_vs < VS)[:, None]
         for k in tl.static_range(VSLOTS):

@@ -6,15 +6,17 @@ narrower plane lies in another byte and slot; its byte is loaded at column j as 
 every slot k of a tile yields the codes of the contiguous elements [k S, (k + 1) S).
 
 Centroids are those of N(0, 1) divided by `table_unit`, the same for every d; the factor
-`table_unit` / sqrt(d) goes into the scores and the output.
+`table_unit` / sqrt(d) goes into the scores and the output. Up to 4 bits they are integers of 8 bits
+divided by 64, which float16 holds exactly.
 
 Two ways from code to centroid:
 
 - portable: shift, mask, and a load from a table in memory (any width; also the interpreter).
 - PTX, for 2, 3 and 4 bits: `prmt.b32` picks 4 bytes of an 8-byte table by the 4 nibbles of a
-  word, so two of them look up the upper and lower bytes of four float16 centroids. Codes of four
-  bytes are brought into nibble positions by shifts and masks of whole words: 1.6 instructions an
-  element at 3 bits, 2.8 at 4, in place of about ten.
+  word. Codes of four bytes are brought into nibble positions by shifts and masks of whole words.
+  One `prmt` then finds four integers (`ptx_integers`: 0.8 instructions an element at 3 bits, 1.3
+  at 4), or two find the upper and lower bytes of four float16 (`ptx_centroids`: 1.6 and 2.8), in
+  place of about ten.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ PER_THREAD = tl.constexpr(
     "{.reg .b32 t; mov.u32 t, %lanemask_eq; popc.b32 t, t; add.u32 t, t, $1; sub.u32 $0, t, 1;}"
 )
 _CENTROID_OPERANDS = tl.constexpr("=r,=r" + ",r" * 19)
+_INTEGER_OPERANDS = tl.constexpr("=r" + ",r" * 19)
 _PAIR_OPERANDS = tl.constexpr("=r" + ",r" * 11)
 
 
@@ -49,6 +52,21 @@ def slots(bits):
     return (8, 4, 4, 2, 2, 2, 2, 1)[int(bits) - 1]
 
 
+def integers_of(d: int, bits: int) -> int:
+    """Columns of a tile of codes, if their centroids can be looked up as integers; else 0."""
+    return d // int(slots(bits)) if bits in (2, 3, 4) and d % 16 == 0 else 0
+
+
+@triton.jit
+def integer_column(o_e, S: tl.constexpr, BITS: tl.constexpr):
+    """Where element `o_e` of a key is among all columns of `slot_integers`, slot by slot."""
+    byte, slot = o_e % S, o_e // S
+    # Which of the slots that are looked up together, and the first of them.
+    other, pair = (slot, slot * 0) if BITS == 4 else (slot // 2, slot % 2)
+    tile = 2 * pair + byte % 4 // 2
+    return tile * S + byte // 4 * 4 + 2 * (byte % 2) + other
+
+
 def pairs_of(d: int, bits: int) -> int:
     """Pairs of bytes of the widest plane of a row, where they can be looked up as such; else 0."""
     return d // (4 if bits == 4 else 8) if bits in (2, 3, 4) and d % 16 == 0 else 0
@@ -56,29 +74,22 @@ def pairs_of(d: int, bits: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def table_unit(bits: int) -> float:
-    """What centroids are divided by: the unit from 2 to 4 with the smallest float16 rounding.
-
-    Any unit will do for the elements; at 4 bits the best has a quarter of the rounding of 2.
-    """
-    centroids = LloydMaxCodebook.for_dimension(1, bits).centroids
-    units = torch.linspace(2, 4, 4097, dtype=torch.float64, device="cpu")[:-1]
-    scaled = centroids / units[:, None]
-    error = (_halves(scaled, bits).double() - scaled) * units[:, None]
-    return float(units[error.square().sum(dim=1).argmin()])
+    """What centroids are divided by: 64 of the codebook's units, for less than 2; or else 2."""
+    unit = LloydMaxCodebook.of_integers(1, bits).unit
+    return 2.0 if unit is None else 64 * unit
 
 
-def _halves(x: Tensor, bits: int) -> Tensor:
-    """x in float16, at 4 bits to the last but one bit: the last gets lost in `ptx_centroids`."""
-    if bits != 4:
-        return x.half()
-    return ((x.half().view(torch.int16) + 1) & -2).view(torch.float16)
+def integer_unit(bits: int) -> float:
+    """What centroids are divided by where they are integers, of 2, 3 or 4 bits."""
+    return table_unit(bits) / 64
 
 
 @functools.lru_cache(maxsize=64)
 def centroid_table(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(2**bits,) centroids in units of `table_unit`, float16 or float32."""
-    table = LloydMaxCodebook.for_dimension(1, bits).centroids / table_unit(bits)
-    return (_halves(table, bits) if dtype == torch.float16 else table.to(dtype)).to(device)
+    codebook = LloydMaxCodebook.of_integers(1, bits)
+    table = codebook.centroids / table_unit(bits)
+    return (table if codebook.unit is None else (64 * table).round() / 64).to(dtype).to(device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -92,7 +103,22 @@ def ptx_words(bits: int, device: torch.device) -> Tensor:
     if bits == 4:  # magnitudes, shifted so that bit 14 is free for the sign
         halves = halves[8:] >> 1
     high, low = halves >> 8, halves & 0xFF
-    words = [_word(part[i : i + 4]) for part in (high, low) for i in (0, 4)] + [0, 255]
+    return _table_words([_word(part[i : i + 4]) for part in (high, low) for i in (0, 4)], device)
+
+
+@functools.lru_cache(maxsize=64)
+def integer_words(bits: int, bias: int, device: torch.device) -> Tensor:
+    """(6,) int32: the table of integers plus a bias for `ptx_integers`, of 2, 3 or 4 bits.
+
+    The bias is 0 or 128. The last two words are those of `ptx_words`.
+    """
+    table = 64 * centroid_table(bits, torch.float64, torch.device("cpu"))
+    entries = (table.int() + bias) & 0xFF
+    return _table_words([_word(entries[i : i + 4]) for i in range(0, 16, 4)], device)
+
+
+def _table_words(words: list[int], device: torch.device) -> Tensor:
+    words = [*words, 0, 255]
     return torch.tensor(words, dtype=torch.int64, device="cpu").to(torch.int32).to(device)
 
 
@@ -251,37 +277,61 @@ def slot_centroids(
 
 
 @triton.jit
+def slot_integers(tiles, table, BITS: tl.constexpr, pair: tl.constexpr, SECOND: tl.constexpr):
+    """int8 centroids (N, columns) of slots `pair` and its other, each of half the columns.
+
+    The other is two slots on, at 4 bits the next. The columns 4 c to 4 c + 3 hold the elements of
+    bytes 4 c and 4 c + 1, with SECOND of 4 c + 2 and 4 c + 3: of each both slots' (see
+    `integer_column`). Pure, as with `DIRECT` in `slot_centroids`.
+    """
+    narrow, upper_half = tiles[0], tiles[0]
+    if BITS == 3:
+        narrow, upper_half = tiles[1], table[4]
+    return tl.inline_asm_elementwise(
+        ptx_integers(BITS, pair, SECOND),
+        _INTEGER_OPERANDS,
+        [tiles[0], narrow, upper_half, table[0], table[1], table[2], table[3]],
+        dtype=tl.int8,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
 def load_pairs(p_row, o_c, m_row, nothing, S: tl.constexpr, BITS: tl.constexpr):
     """The bytes of rows of codes by twos, a tile (columns, N) of uint16 per plane.
 
-    Two or three planes; what is said of copies in `load_planes` holds here too.
+    Two or three planes; what is said of copies in `load_planes` holds here too. The shapes are
+    those of parts of the tokens too: (parts, columns, N).
 
     Args:
-        p_row: (1, N) pointers to the rows. o_c: (columns,), S / 2 of them in use. m_row: (1, N).
+        p_row: (1, N) pointers to the rows. o_c: (columns, 1), S / 2 of them in use. m_row: (1, N).
         nothing: as in `load_planes`.
     """
     W0: tl.constexpr = plane_width(BITS, 0)
     W1: tl.constexpr = plane_width(BITS, 1)
     p_pairs = p_row.to(tl.pointer_type(tl.uint16), bitcast=True)
-    m = m_row & (o_c < S // 2)[:, None]
+    m = m_row & (o_c < S // 2)
     p_plane = p_pairs + 4 * nothing if S <= 16 else p_pairs
-    tiles = (tl.load(p_plane + o_c[:, None], mask=m, other=0),)  # [columns, N]
+    tiles = (tl.load(p_plane + o_c, mask=m, other=0),)  # [columns, N]
     if W1 > 0:
         S1: tl.constexpr = S * W1 // W0 // 2
         p_plane = p_pairs + 4 * nothing if S * 8 // W0 * BITS // 8 % 32 != 0 else p_pairs
-        narrow = tl.load(p_plane + S // 2 + (o_c % S1)[:, None], mask=m, other=0)
+        narrow = tl.load(p_plane + S // 2 + o_c % S1, mask=m, other=0)
         tiles = tiles + (narrow,)  # noqa: RUF005
     return tiles
 
 
 @triton.jit
 def load_pair_table(p_words, o_c, S: tl.constexpr, BITS: tl.constexpr):
-    """What `pair_centroids` looks up in: four words in registers, and the columns of a slot."""
-    o_w = tl.zeros([1, 1], tl.int32)
+    """What `pair_centroids` looks up in: four words in registers, and the columns of a slot.
+
+    o_c: as in `load_pairs`.
+    """
+    o_w = tl.zeros([1, 1, 1] if len(o_c.shape) == 3 else [1, 1], tl.int32)
     upper_half = p_words
     if BITS == 3:
-        upper_half = tl.load(p_words + 4 + o_c // (S // 4) % 2) * 0x101
-        upper_half = upper_half.to(tl.uint16)[:, None]
+        upper_half = (tl.load(p_words + 4 + o_c // (S // 4) % 2) * 0x101).to(tl.uint16)
     return (
         _per_thread(tl.load(p_words + o_w)),
         _per_thread(tl.load(p_words + o_w + 1)),
@@ -398,22 +448,78 @@ def ptx_centroids(bits, k):
 
 
 @triton.constexpr_function
+def ptx_integers(bits, pair, second):
+    """PTX from four bytes of codes to four integers: of two bytes, slots `pair` and its other.
+
+    Operands: $0 the result: its bytes are those of the first byte's two slots and of the second
+    byte's, or with `second` of the third and the fourth. $1 to $3 as $2 to $4 in `ptx_centroids`;
+    $4, $8, $12 and $16 the table's entries by fours.
+
+    The selectors `n` are eight, as there, of which `prmt` takes the lower four.
+    """
+    bits, pair = int(bits), int(pair)
+    down = "shr.b32 n, n, 16;" if second else ""
+    if bits == 4:
+        # Look up in both halves of the table, and choose by the code's top bit: `prmt` with the
+        # top bit of a selector set fills a byte with a byte's sign, and the signs of `t` (slot 0)
+        # and of the codes (slot 1) alternate. lop3 0xE4 is t ? b : a.
+        signs = "0xFBEA" if second else "0xD9C8"
+        return f"""{{
+            .reg .b32 n, t, a, b;
+            and.b32 n, $1, 0x77777777;
+            {down}
+            prmt.b32 a, $4, $8, n;
+            prmt.b32 b, $12, $16, n;
+            shl.b32 t, $1, 4;
+            prmt.b32 t, t, $1, {signs};
+            lop3.b32 $0, b, a, t, 0xE4;
+        }}"""
+    move = "shr.b32 n, $1, 2; and.b32 n, n, 0x33333333;"
+    select = move if pair else "and.b32 n, $1, 0x33333333;"
+    if bits == 3:
+        shift = "" if pair else "shl.b32 t, t, 2;"
+        select += f"""
+            shr.b32 t, $2, 1;
+            lop3.b32 t, $2, t, $3, 0xD8;
+            {shift}
+            lop3.b32 n, n, t, 0x44444444, 0xF8;"""
+    return f"""{{
+            .reg .b32 n, t;
+            {select}
+            {down}
+            prmt.b32 $0, $4, $8, n;
+        }}"""
+
+
+@triton.constexpr_function
 def ptx_pairs(bits, k, second):
     """PTX from two pairs of bytes to the two float16 centroids of their first or second bytes.
 
     Operands: $0 the result; $1 and $2 the pairs of the first and the second plane, $3 0xFFFF in the
-    columns of the upper half, $4, $6, $8 and $10 the table: otherwise as in `ptx_centroids`, which
-    gets the first bytes of both pairs below their second bytes, as `x` and `y`. The assembler drops
-    what is not asked for, and finds what several slots have in common.
+    columns of the upper half, $4, $6, $8 and $10 the table: otherwise as in `ptx_integers`, which
+    gets the first bytes of both pairs below their second bytes, as `x` and `y`. The table has a
+    bias of 128: 0x64 above a byte u is the float16 1024 + u, which times 1 / 64 and less 18 is the
+    centroid. The assembler drops what is not asked for, and finds what several slots have in
+    common.
     """
-    first, other = ("z", "#0") if second else ("#0", "z")
-    names = {"$17": "#10", "$13": "#8", "$9": "#6", "$5": "#4", "$4": "#3"}
-    names |= {"$3": "y", "$2": "x", "$1": other, "$0": first, "#": "$"}
-    look_up = ptx_centroids(bits, k)
-    for old, new in names.items():  # the longest first; `#` until all are replaced
+    bits, k = int(bits), int(k)
+    stride = 1 if bits == 4 else 2  # of the two slots that are looked up
+    look_up = ptx_integers(bits, k % stride, second)
+    names = {"$16": "#10", "$12": "#8", "$8": "#6", "$4": "#4", "$3": "#3", "$2": "y", "$1": "x"}
+    for old, new in (names | {"$0": "z", "#": "$"}).items():  # `#` until all are replaced
         look_up = look_up.replace(old, new)
-    y = "prmt.b32 y, $2, $2, 0x3120;" if int(bits) == 3 else ""
-    return "{.reg .b32 x, y, z; prmt.b32 x, $1, $1, 0x3120;" + y + look_up + "}"
+    narrow = "prmt.b32 y, $2, $2, 0x3120;" if bits == 3 else ""
+    order = "0x4341" if k // stride else "0x4240"
+    return f"""{{
+            .reg .b32 x, y, z;
+            prmt.b32 x, $1, $1, 0x3120;
+            {narrow}
+            {look_up}
+            prmt.b32 z, z, 0x64646464, {order};
+            mov.b32 x, 0x24002400;
+            mov.b32 y, 0xCC80CC80;
+            fma.rn.f16x2 $0, z, x, y;
+        }}"""
 
 
 @triton.constexpr_function

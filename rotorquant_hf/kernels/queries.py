@@ -9,7 +9,9 @@ on the query alone is done once, here:
 The first two are stored as float16 rows in units of the largest |q w| of the row, a float32
 factor, so inputs of any magnitude stay within the range of float16: in that unit |T(q w)| is at
 most sqrt(d), and |S T(q w)| a few times sqrt(d m). (Or as float32 with factor 1, for float32
-attention.)
+attention.) Where centroids are multiplied as integers, so is `rotated`: of 16 bits, in two digits
+of 8. Their unit is the length |q w|, which no element of T(q w) exceeds, over 32,639. Rounding to
+it moves a score by less than rounding to float16 does.
 
 Rows are those of all kv heads, one after the other: they share T and S.
 """
@@ -25,17 +27,23 @@ import triton.language as tl
 from torch import Tensor
 
 from rotorquant_hf.kernels.launch import Launch
+from rotorquant_hf.kernels.lookup import integer_column, slots
 from rotorquant_hf.kernels.sizes import padded, pieces
 from rotorquant_hf.quant.packed import PackedSpan
 from rotorquant_hf.quant.quantizer import Quantizer
+
+# The largest integer of two digits from -127 to 127.
+_LARGEST = tl.constexpr(127 * 256 + 127)
 
 
 class PreparedQueries(NamedTuple):
     """Queries (batch * kv heads, rows, ...); row i g + j is query i of the group's head j of g.
 
     Attributes:
-        rotated: (batch * kv heads, rows, d) float16 or float32. projected: the same with m, or
-            a placeholder where keys have no signs.
+        rotated: (batch * kv heads, rows, d) float16 or float32; or (2, batch * kv heads, rows, d)
+            int8, 256 times the first and the second being T(q w), each row in the order of
+            `integer_column`. projected: as the former with m, or a placeholder where keys have no
+            signs.
         factors: (3, batch * kv heads, rows) float32: of `rotated`, of `projected`, and the offset.
     """
 
@@ -50,11 +58,17 @@ class PrepareQueries:
     Args:
         keys: of which quantiser and statistics are read.
         batch, query_heads, n: of the queries.
-        dtype: of the results.
+        dtype: of the results. integers: whether those of `rotated` are.
     """
 
     def __init__(
-        self, keys: PackedSpan, batch: int, query_heads: int, n: int, dtype: torch.dtype
+        self,
+        keys: PackedSpan,
+        batch: int,
+        query_heads: int,
+        n: int,
+        dtype: torch.dtype,
+        integers: bool = False,
     ) -> None:
         scale, mean = keys.statistics.scale, keys.statistics.mean
         rotation = keys.quantizer.stage_one.rotation.matrix()
@@ -63,6 +77,7 @@ class PrepareQueries:
         rows = n * group
         total = batch * heads * rows
         self._shape, self._d, self._m, self._dtype = (batch * heads, rows), d, m, dtype
+        self._integers = integers
         options = prepare_options(d, m)
         columns = pieces(max(options["PAD_D"], options["PAD_M"]), options["COLUMNS"])
         self._grid = (pieces(total, options["ROWS"]) * columns, 1, 1)
@@ -81,13 +96,17 @@ class PrepareQueries:
             m=m,
             MEAN=mean is not None,
             HALF=dtype == torch.float16,
+            BITS=keys.quantizer.stage_one.bits if integers else 0,
             **options,
         )
 
     def __call__(self, query: Tensor) -> PreparedQueries:
         """Prepare queries (batch, query heads, n, d)."""
         shape, dtype = self._shape, self._dtype
-        rotated = query.new_empty(*shape, self._d, dtype=dtype)
+        if self._integers:
+            rotated = query.new_empty(2, *shape, self._d, dtype=torch.int8)
+        else:
+            rotated = query.new_empty(*shape, self._d, dtype=dtype)
         projected = query.new_empty(*shape, self._m, dtype=dtype) if self._m else rotated
         factors = query.new_empty(3, *shape, dtype=torch.float32)
         self._launch(self._grid, query, *query.stride(), rotated, projected, factors)
@@ -141,6 +160,7 @@ def prepare_kernel(
     MEAN: tl.constexpr,
     PROD: tl.constexpr,
     HALF: tl.constexpr,
+    BITS: tl.constexpr,  # of the keys, where `rotated` is of integers; else 0
     ROWS: tl.constexpr,
     PAD_D: tl.constexpr,
     PAD_M: tl.constexpr,
@@ -164,6 +184,7 @@ def prepare_kernel(
     p_w = p_channel_scale + o_bh * tl.where(stride_channel_scale == 1, d, 1)
     offset = tl.zeros([ROWS], tl.float32)  # <q, mean>
     peak = tl.zeros([ROWS], tl.float32)  # the largest |q w|
+    square = tl.zeros([ROWS], tl.float32)  # |q w|^2 in units of peak^2
     b_y = tl.zeros([ROWS, COLUMNS], tl.float32)  # T(q w)
     b_g = tl.zeros([ROWS, COLUMNS], tl.float32)  # S T(q w)
     for k in range(0, d, CHUNK):
@@ -176,7 +197,11 @@ def prepare_kernel(
             b_mean = tl.load(p_mean + o_bh[:, None] * d + o_k[None, :], mask=m_q, other=0)
             offset += tl.sum(b_q * b_mean, axis=1)
         b_q *= tl.load(p_w[:, None] + o_k[None, :] * stride_channel_scale, mask=m_q, other=0)
-        peak = tl.maximum(peak, tl.max(tl.abs(b_q), axis=1))
+        before, peak = peak, tl.maximum(peak, tl.max(tl.abs(b_q), axis=1))
+        if BITS > 0:
+            unit = tl.where(peak > 0, peak, 1.0)
+            b_x, kept = b_q / unit[:, None], before / unit
+            square = square * kept * kept + tl.sum(b_x * b_x, axis=1)
         # Row k of T^T is column k of T.
         p_t = p_rotation + o_c[None, :] * d + o_k[:, None]
         b_t = tl.load(p_t, mask=(o_c < d)[None, :] & m_k[:, None], other=0)  # [CHUNK, COLUMNS]
@@ -189,13 +214,24 @@ def prepare_kernel(
     factor = tl.full([ROWS], 1.0, tl.float32)
     if HALF:
         factor = tl.where(peak > 0, peak, 1.0)
+    root = tl.sqrt(square)  # NaN if the query has one, which integers do not know
     p_factor = p_factors + o_row
     m_first = o_row < tl.where(i_program % COUNT == 0, total, 0)  # one piece stores what all have
-    tl.store(p_factor, factor, mask=m_first)
+    tl.store(p_factor, factor * root / _LARGEST if BITS > 0 else factor, mask=m_first)
     tl.store(p_factor + 2 * total, offset, mask=m_first)
-    p_out = p_rotated + o_row.to(tl.int64)[:, None] * d + o_c[None, :]
-    b_y = (b_y / factor[:, None]).to(p_rotated.dtype.element_ty)
-    tl.store(p_out, b_y, mask=m_r[:, None] & (o_c < d)[None, :])
+    p_out = p_rotated + o_row.to(tl.int64)[:, None] * d
+    m_out = m_r[:, None] & (o_c < d)[None, :]
+    if BITS > 0:
+        # In two steps: for the smallest queries one factor would exceed float32.
+        b_y = b_y / factor[:, None] / tl.maximum(root, 1.0)[:, None] * _LARGEST
+        b_i = (b_y + 32768.5).to(tl.int32) - 32768  # to the nearest: what is cut off is positive
+        b_high = (b_i + 128) >> 8
+        p_out += integer_column(o_c, d // slots(BITS), BITS)[None, :]
+        tl.store(p_out, b_high.to(tl.int8), mask=m_out)
+        tl.store(p_out + total.to(tl.int64) * d, (b_i - (b_high << 8)).to(tl.int8), mask=m_out)
+    else:
+        b_y = (b_y / factor[:, None]).to(p_rotated.dtype.element_ty)
+        tl.store(p_out + o_c[None, :], b_y, mask=m_out)
     if PROD:
         tl.store(p_factor + total, factor, mask=m_first)
         p_out = p_projected + o_row.to(tl.int64)[:, None] * m + o_c[None, :]

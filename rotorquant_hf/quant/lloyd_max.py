@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 MIN_BITS, MAX_BITS = 1, 8
+# Up to so many bits, integers of a signed byte are close enough to the centroids.
+_MAX_INTEGER_BITS = 4
+_MAX_INTEGER = 127
 
 # Where comparing with every boundary is faster on a CPU than a binary search.
 _MAX_COMPARISONS = 15
@@ -29,12 +32,14 @@ class LloydMaxCodebook:
         centroids: (2**bits,) float64, ascending and symmetric about 0.
         boundaries: (2**bits - 1,) float64, the midpoints between neighbouring centroids.
         distortion: expected squared error over the variance.
+        unit: what the centroids are whole multiples of, -127 to 127 times, or None.
     """
 
     bits: int
     centroids: Tensor
     boundaries: Tensor
     distortion: float
+    unit: float | None = None
 
     @classmethod
     def for_dimension(cls, d: int, bits: int) -> LloydMaxCodebook:
@@ -45,9 +50,33 @@ class LloydMaxCodebook:
             )
         with torch.device("cpu"):  # whatever torch.set_default_device says
             centroids, distortion = _solve(bits)
+        return cls._scaled(d, bits, centroids, distortion)
+
+    @classmethod
+    def of_integers(cls, d: int, bits: int) -> LloydMaxCodebook:
+        """That codebook with its centroids rounded to multiples of a `unit`, up to 4 bits.
+
+        A GPU looks them up as integers of 8 bits and multiplies these, and any float holds them
+        exactly. The unit is the one of the smallest rounding. The distortion exceeds that of the
+        exact centroids by 6e-5% at 2 bits, 0.0025% at 3 and 0.06% at 4. With more bits the
+        centroids stay exact.
+        """
+        codebook = cls.for_dimension(d, bits)
+        if bits > _MAX_INTEGER_BITS:
+            return codebook
+        with torch.device("cpu"):
+            centroids, distortion, unit = _round_to_integers(bits)
+        return cls._scaled(d, bits, centroids, distortion, unit)
+
+    @classmethod
+    def _scaled(
+        cls, d: int, bits: int, centroids: Tensor, distortion: float, unit: float | None = None
+    ) -> LloydMaxCodebook:
+        """From centroids and unit for N(0, 1)."""
         centroids = centroids / math.sqrt(d)
         boundaries = (centroids[1:] + centroids[:-1]) / 2
-        return cls(bits, centroids, boundaries, distortion)
+        unit = None if unit is None else unit / math.sqrt(d)
+        return cls(bits, centroids, boundaries, distortion, unit)
 
 
 def _density(x: Tensor) -> Tensor:
@@ -92,9 +121,30 @@ def _solve(bits: int) -> tuple[Tensor, float]:
         diagonal[1:] += lower
         jacobian = torch.diag(diagonal) + torch.diag(upper, 1) + torch.diag(lower, -1)
         c = c - torch.linalg.solve(jacobian, c * mass - moment)
+    return torch.cat((-c.flip(0), c)), _distortion(c)
+
+
+def _distortion(c: Tensor) -> float:
+    """Of the positive centroids c for N(0, 1)."""
     _, _, _, mass, moment = _cells(c)
-    distortion = 1 + 2 * float((c.square() * mass - 2 * c * moment).sum())
-    return torch.cat((-c.flip(0), c)), distortion
+    return 1 + 2 * float((c.square() * mass - 2 * c * moment).sum())
+
+
+@functools.cache
+def _round_to_integers(bits: int) -> tuple[Tensor, float, float]:
+    """Centroids for N(0, 1) that are multiples of a unit, their distortion, and the unit.
+
+    Rounding c to c + e raises the distortion by P e^2 of each cell of mass P, as c is its mean,
+    and by terms of higher order for the borders that move.
+    """
+    c = _solve(bits)[0][2 ** (bits - 1) :]
+    _, _, _, mass, _ = _cells(c)
+    smallest = float(c[-1]) / _MAX_INTEGER
+    units = smallest * torch.linspace(1, 2, 1 << 16, dtype=torch.float64)[:, None]
+    rounded = (c / units).round() * units
+    best = ((rounded - c).square() * mass).sum(dim=1).argmin()
+    c = rounded[best]
+    return torch.cat((-c.flip(0), c)), _distortion(c), float(units[best])
 
 
 def nearest(x: Tensor, boundaries: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """RotorQuantMSE: rotate, scale, code with a Lloyd-Max codebook, pack.
 
 For a vector x of R^d: y = T(x), index_j = nearest centroid of N(0, 1/d) to y_j / |x|, and the
-reconstruction is T^-1(s c) with c = centroid[index] and one scale s per vector:
+reconstruction is T^-1(s c) with c = centroid[index] and one scale s per vector (centroids are those
+of `LloydMaxCodebook.of_integers`):
 
     norm            s = |x|                 the RotorQuant reference
     matched         s = |x| / |c|           the reconstruction has the norm of x
@@ -89,7 +90,7 @@ class RotorQuantMSE(Quantizer):
         elif rotation.d != d:
             raise ValueError(f"the rotation given is for vectors of {rotation.d} elements, not {d}")
         self.rotation = rotation
-        codebook = LloydMaxCodebook.for_dimension(d, self.bits)
+        codebook = LloydMaxCodebook.of_integers(d, self.bits)
         self.centroids: Tensor
         self.boundaries: Tensor
         self.register_buffer("centroids", codebook.centroids.float(), persistent=False)

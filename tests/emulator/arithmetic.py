@@ -108,6 +108,20 @@ def _float(statement: Statement, registers: Registers) -> Execute:
     return execute
 
 
+def _float_pairs(statement: Statement, registers: Registers) -> Execute:
+    """a b + c of two float16 each, rounded once."""
+    if statement.modifiers != ("rn", "f16x2"):
+        raise UnknownPtx(statement.text)
+    readers = [registers.reader(x, 32) for x in statement.operands[1:]]
+    write = registers.writer(statement.operands[0])
+
+    def execute(active: Array) -> None:
+        a, b, c = (read().view(np.float16).astype(np.float64) for read in readers)
+        write((a * b + c).astype(np.float16).view(np.uint32), active)
+
+    return execute
+
+
 # Integers
 
 
@@ -332,6 +346,12 @@ def _select(statement: Statement, registers: Registers) -> Execute:
     return lambda active: write(np.where(choose(), read_first(), read_second()), active)
 
 
+def _cut_off(words: Array) -> Array:
+    """Float32 to int32, towards zero: to the nearest there is, and of NaN 0."""
+    numbers = np.nan_to_num(words.view(np.float32).astype(np.float64), nan=0.0)
+    return numbers.clip(-(2**31), 2**31 - 1).astype(np.int32).view(np.uint32)
+
+
 def _convert(statement: Statement, registers: Registers) -> Execute:
     *how, to, source = statement.modifiers
     write = registers.writer(statement.operands[0])
@@ -339,6 +359,9 @@ def _convert(statement: Statement, registers: Registers) -> Execute:
     if to == "tf32" and how == ["rna"]:
         read = registers.reader(statement.operands[1], 32)
         return lambda active: write(tf32_bits(read()), active)
+    if (how, to, source) == (["rzi"], "s32", "f32"):
+        read = registers.reader(statement.operands[1], 32)
+        return lambda active: write(_cut_off(read()), active)
     if how not in ([], ["rn"]) or "ftz" in how:
         raise UnknownPtx(statement.text)
     if to in ("f16x2", "bf16x2"):
@@ -452,6 +475,8 @@ def build(statement: Statement, registers: Registers) -> Execute | None:
         return _predicate(statement, registers)
     if statement.type == "f32":
         return _float(statement, registers)
+    if statement.type == "f16x2" and opcode == "fma":
+        return _float_pairs(statement, registers)
     if opcode == "abs" and statement.type in _SIGNS:
         return _without_sign(statement, registers)
     if opcode not in _INTEGER or statement.type[0] == "f" or statement.type[:2] == "bf":

@@ -370,12 +370,12 @@ class Machine:
 
     def _multiply(self, statement: Statement) -> Execute:
         *how, to, kind, other, added = statement.modifiers
-        shape = {"f16": "m16n8k16", "bf16": "m16n8k16", "tf32": "m16n8k8"}.get(kind, "")
-        if how != ["sync", "aligned", shape, "row", "col"] or (to, other, added) != (
-            "f32",
-            kind,
-            "f32",
-        ):
+        integers = kind == "s8"
+        summed, dtype = ("s32", np.int32) if integers else ("f32", np.float32)
+        shape = f"m16n8k{8 * matrix.PIECES[kind]}" if kind in matrix.PIECES else ""
+        saturates = ["satfinite"] if integers else []
+        known = how == ["sync", "aligned", shape, "row", "col", *saturates]
+        if not known or (to, other, added) != (summed, kind, summed):
             raise UnknownPtx(statement.text)
         target, *sources = (_parts(x) for x in statement.operands)
         a, b, c = ([self._registers.reader(x, 32) for x in parts] for parts in sources)
@@ -384,8 +384,8 @@ class Machine:
         def execute(active: Array) -> None:
             first = matrix.left([read() for read in a], kind)
             second = matrix.right([read() for read in b], kind)
-            result = first @ second + matrix.sums([read() for read in c])
-            for write, value in zip(writers, matrix.sum_registers(result), strict=True):
+            result = first @ second + matrix.sums([read() for read in c], dtype)
+            for write, value in zip(writers, matrix.sum_registers(result, dtype), strict=True):
                 write(value, active)
 
         return execute
@@ -408,7 +408,7 @@ class Machine:
         *_, shape, to, kind, other = statement.modifiers
         target, source, descriptor, accumulate, *ones = statement.operands
         columns = 2 * len(_parts(target))
-        expected = f"m64n{columns}k{8 * matrix.pieces(kind)}"
+        expected = f"m64n{columns}k{8 * matrix.PIECES[kind]}"
         # Both signs, and for 16 bits whether k goes across the lines of A, if that is in shared
         # memory, and of B.
         signs, across = ones[:2], [x == Constant(1) for x in ones[2:]]
@@ -469,7 +469,7 @@ class Machine:
         self, words: Array, count: int, k_along: bool, kind: str, what: str
     ) -> Iterator[Array]:
         """An operand in shared memory of every group of four warps, (count, k) float64."""
-        lines, chunks = (count, 2) if k_along else (8 * matrix.pieces(kind), count // 8)
+        lines, chunks = (count, 2) if k_along else (8 * matrix.PIECES[kind], count // 8)
         for group in words.reshape(-1, 128):
             if (group != group[0]).any():
                 raise Fault("threads give wgmma different descriptors")

@@ -22,13 +22,14 @@ _LANE = np.arange(32)
 _GROUP, _PLACE = _LANE // 4, _LANE % 4
 
 
-def pieces(kind: str) -> int:
-    """Elements of an operand that a register holds."""
-    return {"f16": 2, "bf16": 2, "tf32": 1}[kind]
+# Elements of an operand that a register holds.
+PIECES = {"f16": 2, "bf16": 2, "tf32": 1, "s8": 4}
 
 
 def operand_floats(words: Array, kind: str) -> Array:
-    """Elements (..., pieces) of the words (...) of an operand."""
+    """Elements (..., pieces) of the words (...) of an operand, of integers too."""
+    if kind == "s8":
+        return np.ascontiguousarray(words)[..., None].view(np.int8).astype(np.float64)
     if kind == "tf32":
         return (words & np.uint32(0xFFFFE000)).view(np.float32)[..., None]
     halves = np.stack((words & np.uint32(0xFFFF), words >> np.uint32(16)), axis=-1)
@@ -37,7 +38,7 @@ def operand_floats(words: Array, kind: str) -> Array:
 
 def left(registers: list[Array], kind: str) -> Array:
     """A of every warp, (warps, 16, k), of four registers (threads,)."""
-    size = pieces(kind)
+    size = PIECES[kind]
     out = np.zeros((len(registers[0]) // 32, 16, 8 * size))
     for i, words in enumerate(registers):
         elements = operand_floats(words.reshape(-1, 32), kind)
@@ -49,7 +50,7 @@ def left(registers: list[Array], kind: str) -> Array:
 
 def right(registers: list[Array], kind: str) -> Array:
     """B of every warp, (warps, k, 8), of two registers (threads,)."""
-    size = pieces(kind)
+    size = PIECES[kind]
     out = np.zeros((len(registers[0]) // 32, 8 * size, 8))
     for i, words in enumerate(registers):
         elements = operand_floats(words.reshape(-1, 32), kind)
@@ -58,18 +59,20 @@ def right(registers: list[Array], kind: str) -> Array:
     return out
 
 
-def sums(registers: list[Array]) -> Array:
-    """Float32 sums of every warp, (warps, 16, n), of n / 2 registers (threads,)."""
+def sums(registers: list[Array], dtype: type = np.float32) -> Array:
+    """The float32 or int32 sums of every warp, (warps, 16, n), of n / 2 registers (threads,)."""
     out = np.zeros((len(registers[0]) // 32, 16, 2 * len(registers)))
     for i, words in enumerate(registers):
         rows, columns = _sum_place(i)
-        out[:, rows, columns] = words.view(np.float32).reshape(-1, 32)
+        out[:, rows, columns] = words.view(dtype).reshape(-1, 32)
     return out
 
 
-def sum_registers(matrix: Array) -> list[Array]:
-    """The registers (threads,) that hold sums (warps, 16, n) in float32."""
-    rounded = matrix.astype(np.float32)
+def sum_registers(matrix: Array, dtype: type = np.float32) -> list[Array]:
+    """The registers (threads,) that hold sums (warps, 16, n) in float32 or int32."""
+    if dtype == np.int32:  # they saturate
+        matrix = matrix.clip(-(2**31), 2**31 - 1)
+    rounded = matrix.astype(dtype)
     found = []
     for i in range(matrix.shape[2] // 2):
         rows, columns = _sum_place(i)

@@ -1,5 +1,6 @@
 """The attention kernels against a float64 reference, on the device there is or the interpreter."""
 
+import dataclasses
 import math
 
 import pytest
@@ -315,13 +316,25 @@ def test_default_tiling_covers_the_rows_and_fills_the_processors():
     def choose(rows, programs, tokens, dtype=torch.float16, **options):
         return choose_tiling(rows, programs, tokens, (128, 128), (3, 3), H100, dtype, **options)
 
-    def pairs(d, bits, rows=4):
-        return choose_tiling(rows, 8, 4096, (d, d), (bits, bits), H100, torch.float16).pairs
+    def tiling(d, bits, rows=4, device=H100):
+        return choose_tiling(rows, 8, 4096, (d, d), (bits, bits), device, torch.float16)
 
-    assert pairs(128, 4)
-    assert pairs(256, 4)
-    # Warps would do the same; many rows; not looked up so.
-    assert not any((pairs(64, 4), pairs(128, 3), pairs(256, 3), pairs(128, 4, 64), pairs(128, 8)))
+    def pairs(*args):
+        return tiling(*args).pairs
+
+    assert (pairs(128, 4), pairs(256, 4)) == (1, 1)
+    assert (pairs(128, 3), pairs(256, 3), pairs(64, 4)) == (2, 2, 2)  # warps share the tokens
+    # Half in vain; many rows; not looked up so.
+    assert (pairs(64, 3), pairs(128, 4, 64), pairs(128, 8)) == (0, 0, 0)
+    # A part of a step would have fewer tokens than a product takes.
+    mixed = choose_tiling(4, 8, 4096, (288, 128), (3, 3), H100, torch.float16)
+    assert (mixed.warps, mixed.block_n, mixed.pairs) == (4, 16, 0)
+
+    assert all(tiling(*x).integers for x in ((128, 2), (128, 4), (80, 3), (64, 4)))
+    # Too few columns, too many, not looked up so, many rows; and a GPU that has lost them.
+    assert not any(tiling(*x).integers for x in ((64, 3), (256, 3), (128, 8), (128, 3, 64)))
+    b200 = dataclasses.replace(H100, integers=False)
+    assert not tiling(128, 3, device=b200).integers
     small = choose(4, 8, 4096)
     assert small.block_m == 8
     assert small.splits == 4096 // 256

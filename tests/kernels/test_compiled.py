@@ -17,10 +17,12 @@ from tests.conftest import ROOT
 from tests.emulator.__main__ import run
 
 # Append, push, prepare, attend and combine, and the five of a first packing. Between them: look-ups
-# by PTX and by loads, signs, masks, products by `mma` and `wgmma`, the sweep, empty splits in a
-# graph that is replayed.
+# by PTX, of integers too, and by loads, signs, masks, products by `mma` and `wgmma`, warps that
+# share the tokens, the sweep, empty splits in a graph that is replayed.
 CASES = [
     "test_on_device.py::test_attend[k2v2-prod-d64]",
+    "test_on_device.py::test_attend[k4v3]",
+    "test_queries.py::test_digits_are_those_of_the_rotated_queries[128-3-outliers]",
     "test_on_device.py::test_attend[a-block-of-causal-tokens-boolean-mask]",
     "test_on_device.py::test_graph_against_eager[k3v3, query-aware]",
     "test_statistics_kernels.py::test_moment_before_rope[40-12-half]",

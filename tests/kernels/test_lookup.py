@@ -24,23 +24,26 @@ def test_plane_widths_are_those_of_the_packing():
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_tables_hold_the_codebook(bits):
     unit = lookup.table_unit(bits)
-    assert 2 <= unit < 4
-    exact = LloydMaxCodebook.for_dimension(1, bits).centroids
+    exact = LloydMaxCodebook.of_integers(1, bits).centroids
     table = lookup.centroid_table(bits, torch.float32, CPU)
     torch.testing.assert_close(table.double() * unit, exact, rtol=1e-7, atol=0)
     half = lookup.centroid_table(bits, torch.float16, CPU).double()
-    # Round to nearest: half a unit of the 11th bit, at 4 bits of the 10th.
-    torch.testing.assert_close(half * unit, exact, rtol=2.0 ** (-10 if bits == 4 else -11), atol=0)
+    # Up to 4 bits exact; then to nearest, half a unit of the 11th bit.
+    rounding = 1e-15 if bits <= 4 else 2.0**-11
+    torch.testing.assert_close(half * unit, exact, rtol=rounding, atol=0)
     assert torch.equal(half, -half.flip(0))
-    assert half.abs().max() < 2  # bit 14 is free for the sign at 4 bits
+    if bits <= 4:
+        assert half.abs().max() < 2  # bit 14 is free for the sign at 4 bits
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_unit_is_one_that_float16_likes(bits):
-    exact = LloydMaxCodebook.for_dimension(1, bits).centroids
-    half = lookup.centroid_table(bits, torch.float16, CPU).double() * lookup.table_unit(bits)
-    plain = (exact / 2).half().double() * 2
-    assert (half - exact).norm() < 0.5 * (plain - exact).norm()
+def test_integers_are_the_centroids(bits):
+    words = lookup.integer_words(bits, 0, CPU)
+    integers = words[:4].view(torch.int8)[: 2**bits].double()
+    exact = LloydMaxCodebook.of_integers(1, bits).centroids
+    torch.testing.assert_close(integers * lookup.integer_unit(bits), exact, rtol=1e-15, atol=0)
+    biased = lookup.integer_words(bits, 128, CPU)[:4].view(torch.uint8)[: 2**bits]
+    assert torch.equal(biased.double(), integers + 128)
 
 
 def _halves(words: list[int]) -> list[float]:
@@ -78,13 +81,53 @@ def test_ptx_finds_the_centroids_of_packed_codes(bits, d):
     assert len(seen) == slots * 2**bits
 
 
+@triton.jit
+def _columns_kernel(p_out, D: tl.constexpr, PAD: tl.constexpr, BITS: tl.constexpr):
+    o_e = tl.arange(0, PAD)
+    column = lookup.integer_column(o_e, D // lookup.slots(BITS), BITS)
+    tl.store(p_out + o_e, column, mask=o_e < D)
+
+
+@pytest.mark.parametrize("d", [32, 64, 96, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_ptx_finds_the_integers_of_packed_codes(bits, d):
+    """Each element's at the column where the queries have the element."""
+    generator = torch.Generator().manual_seed(bits * d)
+    words = lookup.integer_words(bits, 0, CPU)
+    integers = words[:4].view(torch.int8)
+    tables = [int(w) for w in words for _ in range(4)]
+    slots = 8 // planes(bits)[0]
+    size = d // slots
+    assert lookup.integers_of(d, bits) == size
+    place = torch.empty(d, dtype=torch.int32)
+    _columns_kernel[(1,)](place, d, triton.next_power_of_2(d), bits)
+    assert place.sort().values.tolist() == list(range(d))
+    for _ in range(8):
+        codes = torch.randint(0, 2**bits, (d,), generator=generator)
+        packed = pack(codes, bits).tolist()
+        found = torch.zeros(d, dtype=torch.int8)
+        for column in range(0, size, 4):
+            columns = range(column, column + 4)
+            first = sum(packed[j] << (8 * i) for i, j in enumerate(columns))
+            narrow = upper = first
+            if bits == 3:
+                bytes_ = [packed[size + j % (size // 2)] for j in columns]
+                narrow = sum(b << (8 * i) for i, b in enumerate(bytes_))
+                upper = sum((255 * (j >= size // 2)) << (8 * i) for i, j in enumerate(columns))
+            for k in range(slots):
+                assembly = str(lookup.ptx_integers(bits, k // 2, k % 2))
+                (word,) = inline.run(assembly, [first, narrow, upper, *tables], 1)
+                found[k * size + column :][:4] = torch.from_numpy(np.uint32([word]).view(np.int8))
+        assert torch.equal(found[place.long()], integers[codes])
+
+
 @pytest.mark.parametrize("d", [32, 64, 96, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_ptx_finds_the_centroids_of_pairs(bits, d):
     """Two tokens' codes of an element, wherever in a row it is."""
     generator = torch.Generator().manual_seed(bits * d)
     table = lookup.centroid_table(bits, torch.float16, CPU)
-    tables = [int(w) for w in lookup.ptx_words(bits, CPU) for _ in range(2)]
+    tables = [int(w) for w in lookup.integer_words(bits, 128, CPU) for _ in range(2)]
     slots = 8 // planes(bits)[0]
     size = d // slots
     codes = torch.randint(0, 2**bits, (2, d), generator=generator)

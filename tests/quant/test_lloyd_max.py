@@ -61,9 +61,10 @@ def test_every_centroid_is_the_mean_of_its_cell(bits):
         assert centroid == pytest.approx(moment / mass, abs=1e-6)
 
 
+@pytest.mark.parametrize("make", [LloydMaxCodebook.for_dimension, LloydMaxCodebook.of_integers])
 @pytest.mark.parametrize("bits", ALL_BITS)
-def test_distortion_is_the_integral_of_the_squared_error(bits):
-    codebook = unit(bits)
+def test_distortion_is_the_integral_of_the_squared_error(bits, make):
+    codebook = make(1, bits)
     total = sum(
         integral(lambda x, c=c: (x - c) ** 2 * density(x), low, high)
         for low, high, c in cells(codebook)
@@ -71,9 +72,31 @@ def test_distortion_is_the_integral_of_the_squared_error(bits):
     assert codebook.distortion == pytest.approx(total, rel=1e-8)
 
 
+@pytest.mark.parametrize(("bits", "excess"), [(1, 1e-12), (2, 6e-7), (3, 2.5e-5), (4, 6e-4)])
+def test_centroids_of_integers_cost_next_to_nothing(bits, excess):
+    """Of an 8-bit integer each, in steps of which the distortion is the least."""
+    exact, rounded = unit(bits), LloydMaxCodebook.of_integers(1, bits)
+    integers = rounded.centroids / rounded.unit
+    torch.testing.assert_close(integers, integers.round(), rtol=1e-14, atol=0)
+    assert 64 <= integers.max() < 127.5
+    assert (rounded.centroids - exact.centroids).abs().max() <= rounded.unit / 2
+    assert exact.distortion <= rounded.distortion + 1e-15 < exact.distortion * (1 + excess)
+    many = LloydMaxCodebook.of_integers(128, bits)
+    torch.testing.assert_close(many.centroids * math.sqrt(128), rounded.centroids)
+    assert many.unit == pytest.approx(rounded.unit / math.sqrt(128))
+
+
+@pytest.mark.parametrize("bits", [5, 8])
+def test_many_centroids_stay_exact(bits):
+    rounded = LloydMaxCodebook.of_integers(64, bits)
+    assert rounded.unit is None
+    assert torch.equal(rounded.centroids, LloydMaxCodebook.for_dimension(64, bits).centroids)
+
+
+@pytest.mark.parametrize("make", [LloydMaxCodebook.for_dimension, LloydMaxCodebook.of_integers])
 @pytest.mark.parametrize("bits", ALL_BITS)
-def test_centroids_ascend_and_are_symmetric_and_borders_lie_halfway(bits):
-    codebook = unit(bits)
+def test_centroids_ascend_and_are_symmetric_and_borders_lie_halfway(bits, make):
+    codebook = make(1, bits)
     assert codebook.bits == bits
     assert codebook.centroids.dtype == torch.float64
     assert codebook.centroids.shape == (2**bits,)

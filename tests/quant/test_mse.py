@@ -198,7 +198,7 @@ def test_what_quantize_returns_has_the_rounding_of_the_stored_scale(scale_dtype)
 def test_codes_are_the_nearest_centroids_of_a_slow_reference(name, bits, kind):
     d = 31
     q, x = quantizer(d, bits, rotation=make_rotation_once(d, kind)), DISTRIBUTIONS[name](50, d)
-    codebook = LloydMaxCodebook.for_dimension(d, bits)
+    codebook = LloydMaxCodebook.of_integers(d, bits)
     x = x.double()
     unit = x / x.square().sum(dim=-1, keepdim=True).sqrt()
     y = torch.einsum("ij,nj->ni", q.rotation.matrix().double(), unit)

@@ -32,7 +32,7 @@ def feedback(h: Tensor) -> Feedback:
 
 
 def tables(d: int, bits: int) -> tuple[Tensor, Tensor]:
-    book = LloydMaxCodebook.for_dimension(d, bits)
+    book = LloydMaxCodebook.of_integers(d, bits)
     return book.centroids.float(), book.boundaries.float()
 
 
