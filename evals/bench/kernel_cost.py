@@ -37,6 +37,8 @@ _ALU = {
     *("PRMT", "LOP3", "PLOP3", "SHF", "LEA", "SEL", "SGXT", "IADD3", "ISETP", "VIADD", "VIMNMX"),
     *("FMNMX", "FSEL", "FSETP", "F2FP", "I2FP", "P2R"),
 }
+# Operands of `prmt` that put together what was looked up, or widen it (`kernels/lookup.py`).
+_LOOK_UP = re.compile("0x6240|0x64646464")
 _FLOATS = {"scale", "softcap", "key_unit", "sign_unit", "centroid_unit"}
 
 
@@ -106,8 +108,8 @@ def compile_kernel(
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         code = _run("nvdisasm", "-c", file.name)
     instructions, loops = _parse(code)
-    # The loop over packed tokens is the one that reads the tables: `prmt`, or else the longest.
-    packed = [x for x in loops if any(y.startswith("PRMT") and "0x6240" in y for y in x)]
+    # The loop over packed tokens is the one that looks up by `prmt`, or else the longest.
+    packed = [x for x in loops if any(y.startswith("PRMT") and _LOOK_UP.search(y) for y in x)]
     loop = max(packed or loops or [[]], key=len)
     registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
     return Cost(
