@@ -448,15 +448,15 @@ def _packed_split(
             # [PAIRS, VS / 2, SHARE] each
             tiles = load_pairs(p_share, o_pair, m_share, nothing, VS, V_BITS)
             b_w = tl.reshape(b_w, [PAIRS, SHARE, BLOCK_M])
-            for i in tl.static_range(2 * VSLOTS):
-                b_c = pair_centroids(tiles, v_table, V_BITS, i // 2, i % 2)
-                new = new + (tl.dot(b_c, b_w, acc[i] * keep[None, None, :]),)  # noqa: RUF005
+            b_keep = keep[None, None, :]
         elif PAIRS == 1:
             # [VS / 2, BLOCK_N] each
             tiles = load_pairs(p_code[None, :], o_pair, m_n[None, :], nothing, VS, V_BITS)
+            b_keep = keep[None, :]
+        if PAIRS > 0:
             for i in tl.static_range(2 * VSLOTS):
                 b_c = pair_centroids(tiles, v_table, V_BITS, i // 2, i % 2)
-                new = new + (tl.dot(b_c, b_w, acc[i] * keep[None, :]),)  # noqa: RUF005
+                new = new + (tl.dot(b_c, b_w, acc[i] * b_keep),)  # noqa: RUF005
         else:
             # [BLOCK_N, VS] each
             tiles = load_planes(p_code[:, None], o_vs, m_n[:, None], nothing, VS, V_BITS)

@@ -239,6 +239,15 @@ def load_table(
 
 
 @triton.jit
+def _looked_up(tiles, table, BITS: tl.constexpr):
+    """The operands of a look-up by PTX: bytes of both planes, `upper_half`, and four words."""
+    if BITS == 3:
+        return tiles[0], tiles[1], table[4], table[0], table[1], table[2], table[3]
+    else:  # one plane: the second and `upper_half` are not read
+        return tiles[0], tiles[0], tiles[0], table[0], table[1], table[2], table[3]
+
+
+@triton.jit
 def slot_centroids(
     tiles,
     o_s,
@@ -261,13 +270,10 @@ def slot_centroids(
     behind the product's other operand are bytes, and it would order that operand for these.
     """
     if PTX and (BITS == 2 or BITS == 3 or BITS == 4):
-        second, upper_half = tiles[0], tiles[0]
-        if BITS == 3:
-            second, upper_half = tiles[1], table[4]
         return tl.inline_asm_elementwise(
             ptx_centroids(BITS, k),
             _CENTROID_OPERANDS,
-            [tiles[0], second, upper_half, table[0], table[1], table[2], table[3]],
+            _looked_up(tiles, table, BITS),
             dtype=tl.float16,
             is_pure=DIRECT,
             pack=4,
@@ -284,13 +290,10 @@ def slot_integers(tiles, table, BITS: tl.constexpr, pair: tl.constexpr, SECOND: 
     bytes 4 c and 4 c + 1, with SECOND of 4 c + 2 and 4 c + 3: of each both slots' (see
     `integer_column`). Pure, as with `DIRECT` in `slot_centroids`.
     """
-    narrow, upper_half = tiles[0], tiles[0]
-    if BITS == 3:
-        narrow, upper_half = tiles[1], table[4]
     return tl.inline_asm_elementwise(
         ptx_integers(BITS, pair, SECOND),
         _INTEGER_OPERANDS,
-        [tiles[0], narrow, upper_half, table[0], table[1], table[2], table[3]],
+        _looked_up(tiles, table, BITS),
         dtype=tl.int8,
         is_pure=True,
         pack=4,
@@ -348,13 +351,10 @@ def pair_centroids(tiles, table, BITS: tl.constexpr, k: tl.constexpr, SECOND: tl
     Of 2, 3 and 4 bits, by PTX. (columns, N) float16: column c holds element 2 c + SECOND of the
     slot. Pure, as with `DIRECT` in `slot_centroids`.
     """
-    narrow, upper_half = tiles[0], tiles[0]
-    if BITS == 3:
-        narrow, upper_half = tiles[1], table[4]
     return tl.inline_asm_elementwise(
         ptx_pairs(BITS, k, SECOND),
         _PAIR_OPERANDS,
-        [tiles[0], narrow, upper_half, table[0], table[1], table[2], table[3]],
+        _looked_up(tiles, table, BITS),
         dtype=tl.float16,
         is_pure=True,
         pack=2,
@@ -416,20 +416,9 @@ def ptx_centroids(bits, k):
         sign = "prmt.b32 t, 0x80808080, 0x80808080, c; lop3.b32 a, a, t, 0x40404040, 0xF2;"
         first, last = "mov.b32 c, $2;", "shl.b32 OUT, OUT, 1;"
     else:
-        # Slots k and k + 2 of the plane of 2 bits are nibbles 0 and 1 after a shift by 2 (k % 2).
-        h, odd = k // 2, k % 2
+        h = k // 2
+        select = _select_with_two_bits(bits, k % 2, "$2", "$3", "$4")
         upper_code, sign, first, last = "", "", "", ""
-        move = "shr.b32 n, $2, 2; and.b32 n, n, 0x33333333;"
-        select = move if odd else "and.b32 n, $2, 0x33333333;"
-        if bits == 3:
-            # The plane of 1 bit: columns from S / 2 on are one bit further up in their byte.
-            # lop3 0xD8 is $4 ? t : $3, and 0xF8 is n | (t & 4): bit 2 of each selector.
-            shift = "" if odd else "shl.b32 t, t, 2;"
-            select += f"""
-            shr.b32 t, $3, 1;
-            lop3.b32 t, $3, t, $4, 0xD8;
-            {shift}
-            lop3.b32 n, n, t, 0x44444444, 0xF8;"""
     # b has the lower bytes of four numbers and a (bytes 4 to 7 for `prmt`) their upper ones; the
     # wanted two are numbers 0 and 2 (h = 0), or 1 and 3.
     order = "0x7351" if h else "0x6240"
@@ -445,6 +434,26 @@ def ptx_centroids(bits, k):
             shr.b32 n, n, 16;
             {upper_code}{look_up.replace("OUT", "$1")}
         }}"""
+
+
+@triton.constexpr_function
+def _select_with_two_bits(bits, odd, wide, narrow, upper_half):
+    """PTX from the bytes of codes of 2 or 3 bits to `n`, the selectors of slots `odd` and two on.
+
+    Slots k and k + 2 of the plane of 2 bits are nibbles 0 and 1 after a shift by 2 (k % 2).
+    """
+    move = f"shr.b32 n, {wide}, 2; and.b32 n, n, 0x33333333;"
+    select = move if odd else f"and.b32 n, {wide}, 0x33333333;"
+    if bits == 2:
+        return select
+    # The plane of 1 bit: columns from S / 2 on are one bit further up in their byte. lop3 0xD8 is
+    # upper_half ? t : narrow, and 0xF8 is n | (t & 4): bit 2 of each selector.
+    shift = "" if odd else "shl.b32 t, t, 2;"
+    return f"""{select}
+            shr.b32 t, {narrow}, 1;
+            lop3.b32 t, {narrow}, t, {upper_half}, 0xD8;
+            {shift}
+            lop3.b32 n, n, t, 0x44444444, 0xF8;"""
 
 
 @triton.constexpr_function
@@ -474,15 +483,7 @@ def ptx_integers(bits, pair, second):
             prmt.b32 t, t, $1, {signs};
             lop3.b32 $0, b, a, t, 0xE4;
         }}"""
-    move = "shr.b32 n, $1, 2; and.b32 n, n, 0x33333333;"
-    select = move if pair else "and.b32 n, $1, 0x33333333;"
-    if bits == 3:
-        shift = "" if pair else "shl.b32 t, t, 2;"
-        select += f"""
-            shr.b32 t, $2, 1;
-            lop3.b32 t, $2, t, $3, 0xD8;
-            {shift}
-            lop3.b32 n, n, t, 0x44444444, 0xF8;"""
+    select = _select_with_two_bits(bits, pair, "$1", "$2", "$3")
     return f"""{{
             .reg .b32 n, t;
             {select}

@@ -10,6 +10,7 @@ from rotorquant_hf.kernels import lookup
 from rotorquant_hf.quant import LloydMaxCodebook
 from rotorquant_hf.quant.packing import pack, packed_bytes, planes
 from tests.emulator import inline
+from tests.helpers.integer_columns import integer_columns
 
 CPU = torch.device("cpu")
 
@@ -50,6 +51,18 @@ def _halves(words: list[int]) -> list[float]:
     return np.array(words, dtype=np.uint32).view(np.float16).tolist()
 
 
+def _four_bytes(packed: list[int], column: int, size: int, bits: int) -> tuple[int, int, int]:
+    """Words of four columns: of the first plane, of the second, and of its upper half."""
+    columns = range(column, column + 4)
+    first = sum(packed[j] << (8 * i) for i, j in enumerate(columns))
+    if bits != 3:
+        return first, first, first
+    narrow = [packed[size + j % (size // 2)] for j in columns]
+    second = sum(b << (8 * i) for i, b in enumerate(narrow))
+    upper = sum((255 * (j >= size // 2)) << (8 * i) for i, j in enumerate(columns))
+    return first, second, upper
+
+
 @pytest.mark.parametrize("d", [32, 64, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_ptx_finds_the_centroids_of_packed_codes(bits, d):
@@ -65,27 +78,14 @@ def test_ptx_finds_the_centroids_of_packed_codes(bits, d):
         codes = torch.randint(0, 2**bits, (d,), generator=generator)
         packed = pack(codes, bits).tolist()
         for column in range(0, size, 4):
-            columns = range(column, column + 4)
-            first = sum(packed[j] << (8 * i) for i, j in enumerate(columns))
-            second = upper = first
-            if bits == 3:
-                bytes_ = [packed[size + j % (size // 2)] for j in columns]
-                second = sum(b << (8 * i) for i, b in enumerate(bytes_))
-                upper = sum((255 * (j >= size // 2)) << (8 * i) for i, j in enumerate(columns))
+            operands = [*_four_bytes(packed, column, size, bits), *tables]
             for k in range(slots):
                 assembly = str(lookup.ptx_centroids(bits, k))
-                found = _halves(inline.run(assembly, [first, second, upper, *tables], 2))
-                wanted = codes[[j + k * size for j in columns]]
+                found = _halves(inline.run(assembly, operands, 2))
+                wanted = codes[k * size + column :][:4]
                 assert found == table[wanted].tolist()
                 seen.update((k, int(code)) for code in wanted)
     assert len(seen) == slots * 2**bits
-
-
-@triton.jit
-def _columns_kernel(p_out, D: tl.constexpr, PAD: tl.constexpr, BITS: tl.constexpr):
-    o_e = tl.arange(0, PAD)
-    column = lookup.integer_column(o_e, D // lookup.slots(BITS), BITS)
-    tl.store(p_out + o_e, column, mask=o_e < D)
 
 
 @pytest.mark.parametrize("d", [32, 64, 96, 128])
@@ -99,26 +99,19 @@ def test_ptx_finds_the_integers_of_packed_codes(bits, d):
     slots = 8 // planes(bits)[0]
     size = d // slots
     assert lookup.integers_of(d, bits) == size
-    place = torch.empty(d, dtype=torch.int32)
-    _columns_kernel[(1,)](place, d, triton.next_power_of_2(d), bits)
+    place = integer_columns(d, bits)
     assert place.sort().values.tolist() == list(range(d))
     for _ in range(8):
         codes = torch.randint(0, 2**bits, (d,), generator=generator)
         packed = pack(codes, bits).tolist()
         found = torch.zeros(d, dtype=torch.int8)
         for column in range(0, size, 4):
-            columns = range(column, column + 4)
-            first = sum(packed[j] << (8 * i) for i, j in enumerate(columns))
-            narrow = upper = first
-            if bits == 3:
-                bytes_ = [packed[size + j % (size // 2)] for j in columns]
-                narrow = sum(b << (8 * i) for i, b in enumerate(bytes_))
-                upper = sum((255 * (j >= size // 2)) << (8 * i) for i, j in enumerate(columns))
+            operands = [*_four_bytes(packed, column, size, bits), *tables]
             for k in range(slots):
                 assembly = str(lookup.ptx_integers(bits, k // 2, k % 2))
-                (word,) = inline.run(assembly, [first, narrow, upper, *tables], 1)
+                (word,) = inline.run(assembly, operands, 1)
                 found[k * size + column :][:4] = torch.from_numpy(np.uint32([word]).view(np.int8))
-        assert torch.equal(found[place.long()], integers[codes])
+        assert torch.equal(found[place], integers[codes])
 
 
 @pytest.mark.parametrize("d", [32, 64, 96, 128])

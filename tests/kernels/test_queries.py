@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from rotorquant_hf import RotorQuantConfig
-from rotorquant_hf.kernels.lookup import integer_column, slots
 from rotorquant_hf.kernels.queries import PrepareQueries
 from rotorquant_hf.quant.packed import PackedSpan
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
+from tests.helpers.integer_columns import integer_columns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, HEADS, GROUP, N = 2, 3, 4, 2
@@ -23,12 +21,6 @@ def packed_keys(d: int, bits: int, **options: object) -> PackedSpan:
     return store.keys.span()
 
 
-@triton.jit
-def _columns_kernel(p_out, D: tl.constexpr, PAD: tl.constexpr, BITS: tl.constexpr):
-    o_e = tl.arange(0, PAD)
-    tl.store(p_out + o_e, integer_column(o_e, D // slots(BITS), BITS), mask=o_e < D)
-
-
 def prepared(keys: PackedSpan, bits: int, queries: torch.Tensor) -> torch.Tensor:
     """What the digits say of T(q w), (batch, heads, n, group, d) float64."""
     prepare = PrepareQueries(keys, BATCH, HEADS * GROUP, N, torch.float16, integers=True)
@@ -37,9 +29,8 @@ def prepared(keys: PackedSpan, bits: int, queries: torch.Tensor) -> torch.Tensor
     assert rotated.dtype == torch.int8
     assert rotated.shape == (2, BATCH * HEADS, N * GROUP, d)
     high, low = rotated.double()
-    place = torch.empty(d, dtype=torch.int32, device=DEVICE)
-    _columns_kernel[(1,)](place, d, triton.next_power_of_2(d), bits)
-    found = (256 * high + low)[..., place.long()] * factors[0].double().unsqueeze(-1)
+    columns = integer_columns(d, bits, DEVICE)
+    found = (256 * high + low)[..., columns] * factors[0].double().unsqueeze(-1)
     return found.view(BATCH, HEADS, N, GROUP, d)
 
 
