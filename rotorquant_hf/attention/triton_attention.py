@@ -123,6 +123,8 @@ def choose_tiling(
     block_n = (64 if half else 32) if larger <= 128 or (half and larger <= 256) else 16
     warps = 2 if narrow else 4
     registers = _REGISTERS if narrow and not signs else None
+    if registers and power_of_2(larger) * code_bits <= 512:
+        block_n = 128  # what a step costs beside its look-ups is then shared by as many codes
     resident = _REGISTERS_PER_PROCESSOR // (32 * warps * (registers or 255))
     # Centroids on their way to the operands, and codes of a step ahead. Of a processor's shared
     # memory a program takes 1 KiB more than its own.
@@ -151,11 +153,11 @@ def _pairs(columns: int, warps: int, tokens: int) -> int:
     """Parts of a step's tokens, if values are looked up in `columns` pairs of bytes; else 0.
 
     A product takes its rows, a pair each, and its tokens by the sixteen. Where there are fewer rows
-    than sixteen for every warp, warps share the tokens. With eight or less, half the look-ups would
-    be in vain.
+    than sixteen for every warp, warps share the tokens. Up to eight pairs are columns instead; with
+    four or less, half the look-ups would be in vain.
     """
-    parts = max(1, 16 * warps // padded(columns))
-    return parts if columns > 8 and tokens >= 16 * parts else 0
+    parts = warps if columns <= 8 else max(1, 16 * warps // padded(columns))
+    return parts if columns > 4 and tokens >= 16 * parts else 0
 
 
 def _splits(programs: int, tokens: int, block_n: int, resident: int) -> int:

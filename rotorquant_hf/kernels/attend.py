@@ -351,13 +351,22 @@ def _packed_split(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc = ()  # VSLOTS of [VS, BLOCK_M]; with PAIRS, two of half the rows in place of each
-    # Several PAIRS have sums of their own, [PAIRS, VS / 2, BLOCK_M].
-    o_vc = tl.arange(0, max(16, triton.next_power_of_2(VS // 2)))
-    o_pair = o_vc[None, :, None] if PAIRS > 1 else o_vc[:, None]
+    # Several PAIRS have sums of their own, [PAIRS, VS / 2, BLOCK_M]. Where VS / 2 is eight or less,
+    # too few for the rows of a product, the values are its RIGHT operand: [PAIRS, M_ROWS, 8].
+    RIGHT: tl.constexpr = VS // 2 <= 8
+    M_ROWS: tl.constexpr = max(16, BLOCK_M)
+    o_vc = tl.arange(0, 8 if RIGHT else max(16, triton.next_power_of_2(VS // 2)))
+    o_pair = o_vc[:, None]
+    if RIGHT:
+        o_pair = o_vc[None, None, :]
+    elif PAIRS > 1:
+        o_pair = o_vc[None, :, None]
     if PAIRS > 0:
         v_table = load_pair_table(p_vwords, o_pair, VS, V_BITS)
         for _ in tl.static_range(2 * VSLOTS):
-            if PAIRS > 1:
+            if RIGHT:
+                acc = acc + (tl.zeros([PAIRS, M_ROWS, 8], tl.float32),)  # noqa: RUF005
+            elif PAIRS > 1:
                 acc = acc + (tl.zeros([PAIRS, o_vc.shape[0], BLOCK_M], tl.float32),)  # noqa: RUF005
             else:
                 acc = acc + (tl.zeros([o_vc.shape[0], BLOCK_M], tl.float32),)  # noqa: RUF005
@@ -438,17 +447,19 @@ def _packed_split(
 
         p_code = p_vcodes + o_row * V_ROW
         new = ()
-        if PAIRS > 1:
+        if PAIRS > 1 or (PAIRS == 1 and RIGHT):
             # Each warp has tokens of its own. Their indices are made anew: a reshape of those above
             # would end in codes that are not copied in the background.
             SHARE: tl.constexpr = BLOCK_N // PAIRS
             o_m = t + tl.arange(0, PAIRS)[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
-            p_share = p_vcodes + (packed_begin + o_m).to(tl.int64)[:, None, :] * V_ROW
-            m_share = (o_m < end)[:, None, :]
-            # [PAIRS, VS / 2, SHARE] each
-            tiles = load_pairs(p_share, o_pair, m_share, nothing, VS, V_BITS)
+            o_m = o_m[:, :, None] if RIGHT else o_m[:, None, :]
+            p_share = p_vcodes + (packed_begin + o_m).to(tl.int64) * V_ROW
+            # [PAIRS, VS / 2, SHARE] each; with RIGHT [PAIRS, SHARE, VS / 2]
+            tiles = load_pairs(p_share, o_pair, o_m < end, nothing, VS, V_BITS)
             b_w = tl.reshape(b_w, [PAIRS, SHARE, BLOCK_M])
             b_keep = keep[None, None, :]
+            if RIGHT:
+                b_w, b_keep = _as_rows(b_w), _as_rows(b_keep)
         elif PAIRS == 1:
             # [VS / 2, BLOCK_N] each
             tiles = load_pairs(p_code[None, :], o_pair, m_n[None, :], nothing, VS, V_BITS)
@@ -456,7 +467,8 @@ def _packed_split(
         if PAIRS > 0:
             for i in tl.static_range(2 * VSLOTS):
                 b_c = pair_centroids(tiles, v_table, V_BITS, i // 2, i % 2)
-                new = new + (tl.dot(b_c, b_w, acc[i] * b_keep),)  # noqa: RUF005
+                left, right = (b_w, b_c) if RIGHT else (b_c, b_w)
+                new = new + (tl.dot(left, right, acc[i] * b_keep),)  # noqa: RUF005
         else:
             # [BLOCK_N, VS] each
             tiles = load_planes(p_code[:, None], o_vs, m_n[:, None], nothing, VS, V_BITS)
@@ -469,13 +481,32 @@ def _packed_split(
     if PAIRS > 0:
         m_o = m_r[None, :] & (o_vc < VS // 2)[:, None]
         for i in tl.static_range(2 * VSLOTS):
-            b_o = tl.sum(acc[i], axis=0) if PAIRS > 1 else acc[i]
+            b_o = acc[i]
+            if RIGHT:
+                b_o = tl.sum(tl.reshape(b_o, [PAIRS, M_ROWS // BLOCK_M, BLOCK_M, 8]), axis=1)
+                b_o = tl.permute(b_o, [0, 2, 1])
+            if PAIRS > 1 or RIGHT:
+                b_o = tl.sum(b_o, axis=0)
             tl.store(p_sum + i // 2 * VS + i % 2 + 2 * o_vc[:, None], b_o, mask=m_o)
     else:
         m_o = m_r[None, :] & (o_vs < VS)[:, None]
         for k in tl.static_range(VSLOTS):
             tl.store(p_sum + k * VS + o_vs[:, None], acc[k], mask=m_o)
     return top, tl.sum(mass, axis=0)
+
+
+@triton.jit
+def _as_rows(b_x):
+    """(A, N, M), M query rows, as (A, M, N); 8 of them with eight rows of zeros behind.
+
+    A product takes its rows by the sixteen. Were that left to the compiler, it would copy the 8 in
+    front of every product.
+    """
+    if b_x.shape[2] == 8:
+        b_x = tl.permute(tl.join(b_x, tl.zeros_like(b_x)), [0, 3, 2, 1])
+        return tl.reshape(b_x, [b_x.shape[0], 2 * b_x.shape[2], b_x.shape[3]])
+    else:
+        return tl.permute(b_x, [0, 2, 1])
 
 
 @triton.jit

@@ -36,7 +36,7 @@ PER_THREAD = tl.constexpr(
 )
 _CENTROID_OPERANDS = tl.constexpr("=r,=r" + ",r" * 19)
 _INTEGER_OPERANDS = tl.constexpr("=r" + ",r" * 19)
-_PAIR_OPERANDS = tl.constexpr("=r" + ",r" * 11)
+_PAIR_OPERANDS = tl.constexpr("=r" + ",r" * 13)
 
 
 @triton.constexpr_function
@@ -94,9 +94,10 @@ def centroid_table(bits: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
 @functools.lru_cache(maxsize=64)
 def ptx_words(bits: int, device: torch.device) -> Tensor:
-    """(6,) int32: the bytes of the float16 table as `prmt.b32` wants them; see `ptx_centroids`.
+    """(7,) int32: the bytes of the float16 table as `prmt.b32` wants them; see `ptx_centroids`.
 
-    The last two, 0 and 255, are `upper_half` of a slot's first and second half, for `DIRECT`.
+    Then come 0 and 255, which are `upper_half` of a slot's first and second half, for `DIRECT`, and
+    the upper bytes that `ptx_pairs` sets.
     """
     table = centroid_table(bits, torch.float16, torch.device("cpu"))
     halves = table.view(torch.int16).int() & 0xFFFF
@@ -108,9 +109,9 @@ def ptx_words(bits: int, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def integer_words(bits: int, bias: int, device: torch.device) -> Tensor:
-    """(6,) int32: the table of integers plus a bias for `ptx_integers`, of 2, 3 or 4 bits.
+    """(7,) int32: the table of integers plus a bias for `ptx_integers`, of 2, 3 or 4 bits.
 
-    The bias is 0 or 128. The last two words are those of `ptx_words`.
+    The bias is 0 or 128. The last three words are those of `ptx_words`.
     """
     table = 64 * centroid_table(bits, torch.float64, torch.device("cpu"))
     entries = (table.int() + bias) & 0xFF
@@ -118,7 +119,7 @@ def integer_words(bits: int, bias: int, device: torch.device) -> Tensor:
 
 
 def _table_words(words: list[int], device: torch.device) -> Tensor:
-    words = [*words, 0, 255]
+    words = [*words, 0, 255, 0x64646464]
     return torch.tensor(words, dtype=torch.int64, device="cpu").to(torch.int32).to(device)
 
 
@@ -304,8 +305,9 @@ def slot_integers(tiles, table, BITS: tl.constexpr, pair: tl.constexpr, SECOND: 
 def load_pairs(p_row, o_c, m_row, nothing, S: tl.constexpr, BITS: tl.constexpr):
     """The bytes of rows of codes by twos, a tile (columns, N) of uint16 per plane.
 
-    Two or three planes; what is said of copies in `load_planes` holds here too. The shapes are
-    those of parts of the tokens too: (parts, columns, N).
+    Two or three planes; what is said of copies in `load_planes` holds here too. The shapes may
+    be others that broadcast: those of parts of the tokens, (parts, columns, N), also turned,
+    (parts, N, columns).
 
     Args:
         p_row: (1, N) pointers to the rows. o_c: (columns, 1), S / 2 of them in use. m_row: (1, N).
@@ -327,7 +329,7 @@ def load_pairs(p_row, o_c, m_row, nothing, S: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def load_pair_table(p_words, o_c, S: tl.constexpr, BITS: tl.constexpr):
-    """What `pair_centroids` looks up in: four words in registers, and the columns of a slot.
+    """What `pair_centroids` looks up in: words in registers, and the columns of a slot.
 
     o_c: as in `load_pairs`.
     """
@@ -341,6 +343,7 @@ def load_pair_table(p_words, o_c, S: tl.constexpr, BITS: tl.constexpr):
         _per_thread(tl.load(p_words + o_w + 2)),
         _per_thread(tl.load(p_words + o_w + 3)),
         upper_half,
+        _per_thread(tl.load(p_words + o_w + 6)),
     )
 
 
@@ -348,13 +351,13 @@ def load_pair_table(p_words, o_c, S: tl.constexpr, BITS: tl.constexpr):
 def pair_centroids(tiles, table, BITS: tl.constexpr, k: tl.constexpr, SECOND: tl.constexpr):
     """Centroids of the codes of slot `k` in the first bytes of pairs, or in the second.
 
-    Of 2, 3 and 4 bits, by PTX. (columns, N) float16: column c holds element 2 c + SECOND of the
-    slot. Pure, as with `DIRECT` in `slot_centroids`.
+    Of 2, 3 and 4 bits, by PTX. float16 in the shape of the tiles: column c holds element
+    2 c + SECOND of the slot. Pure, as with `DIRECT` in `slot_centroids`.
     """
     return tl.inline_asm_elementwise(
         ptx_pairs(BITS, k, SECOND),
         _PAIR_OPERANDS,
-        _looked_up(tiles, table, BITS),
+        _looked_up(tiles, table, BITS) + (table[5],),  # noqa: RUF005
         dtype=tl.float16,
         is_pure=True,
         pack=2,
@@ -500,8 +503,9 @@ def ptx_pairs(bits, k, second):
     columns of the upper half, $4, $6, $8 and $10 the table: otherwise as in `ptx_integers`, which
     gets the first bytes of both pairs below their second bytes, as `x` and `y`. The table has a
     bias of 128: 0x64 above a byte u is the float16 1024 + u, which times 1 / 64 and less 18 is the
-    centroid. The assembler drops what is not asked for, and finds what several slots have in
-    common.
+    centroid. $12 is 0x64646464, from memory: with two constants in an instruction the assembler
+    copies one into a register every time. The assembler drops what is not asked for, and finds what
+    several slots have in common.
     """
     bits, k = int(bits), int(k)
     stride = 1 if bits == 4 else 2  # of the two slots that are looked up
@@ -516,7 +520,7 @@ def ptx_pairs(bits, k, second):
             prmt.b32 x, $1, $1, 0x3120;
             {narrow}
             {look_up}
-            prmt.b32 z, z, 0x64646464, {order};
+            prmt.b32 z, z, $12, {order};
             mov.b32 x, 0x24002400;
             mov.b32 y, 0xCC80CC80;
             fma.rn.f16x2 $0, z, x, y;

@@ -229,10 +229,10 @@ def test_parts_may_be_empty(parts, dtype):
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 @pytest.mark.parametrize("blocks", [(16, 16, 16), (16, 64, 32), (32, 32, 16)])
 def test_tilings_agree(splits, exact_splits, blocks):
-    keys, values = states(tokens=150, tail=33)
+    keys, values = states(tokens=150, tail=33, batch=1)
     tiling = Tiling(*blocks, splits, warps=4, stages=2, exact_splits=exact_splits)
     options = AttentionOptions(scale=0.125, causal=True)
-    assert error(query(n=5), keys, values, options, tiling) < 1e-5
+    assert error(query(n=5, batch=1), keys, values, options, tiling) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -324,11 +324,15 @@ def test_default_tiling_covers_the_rows_and_fills_the_processors():
 
     assert (pairs(128, 4), pairs(256, 4)) == (1, 1)
     assert (pairs(128, 3), pairs(256, 3), pairs(64, 4)) == (2, 2, 2)  # warps share the tokens
+    assert (pairs(64, 3), pairs(64, 2), pairs(32, 4)) == (2, 2, 2)  # as columns of a product
     # Half in vain; many rows; not looked up so.
-    assert (pairs(64, 3), pairs(128, 4, 64), pairs(128, 8)) == (0, 0, 0)
+    assert (pairs(32, 3), pairs(128, 4, 64), pairs(128, 8)) == (0, 0, 0)
     # A part of a step would have fewer tokens than a product takes.
     mixed = choose_tiling(4, 8, 4096, (288, 128), (3, 3), H100, torch.float16)
     assert (mixed.warps, mixed.block_n, mixed.pairs) == (4, 16, 0)
+
+    assert all(tiling(*x).block_n == 128 for x in ((64, 2), (64, 4), (128, 2)))
+    assert all(tiling(*x).block_n == 64 for x in ((64, 8), (80, 4), (128, 3), (64, 3, 64)))
 
     assert all(tiling(*x).integers for x in ((128, 2), (128, 4), (80, 3), (64, 4)))
     # Too few columns, too many, not looked up so, many rows; and a GPU that has lost them.

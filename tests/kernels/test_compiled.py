@@ -75,9 +75,10 @@ def test_what_tokens_cost() -> None:
     row = [float(x) for x in re.findall(r"[\d.]+", found.stdout.splitlines()[-1])]
     d, bits, instructions, issue, wavefronts, conflicts, barriers, fetched, ceiling = row
     assert (d, bits, conflicts) == (64, 3, 0)
-    assert 200 < wavefronts <= 361
-    assert barriers <= 22
+    assert 100 < wavefronts <= 144
+    assert barriers <= 6
     assert 0.99 < fetched < 1.1
-    # Four instructions of a warp a cycle; the table rounds.
-    assert issue == pytest.approx(instructions * 64 * 2 * 64 / 32 / 4, rel=0.01)
+    # Four instructions of a warp a cycle, or two of the integer pipe: somewhat more than half are.
+    least = instructions * 64 * 2 * 64 / 32 / 4
+    assert 0.99 * least < issue < 1.1 * least
     assert 20 < ceiling < 100

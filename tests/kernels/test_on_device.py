@@ -183,7 +183,7 @@ ATTEND |= {
 
 # Values read in pairs of bytes, by one warp and by warps that do the same.
 alone = {"pairs": 1, "warps": 1, "block_n": 32, "exact_stages": 1}
-for b, d in ((2, 128), (3, 128), (4, 128), (3, 96), (4, 64), (3, 80)):
+for b, d in ((2, 128), (3, 128), (4, 128), (3, 96), (4, 64), (3, 80), (2, 64), (3, 64)):
     ATTEND[f"pairs-k{b}v{b}-d{d}"] = Attend(bits(b), d, tiling=alone)
 ATTEND["pairs-k4v3"] = Attend({"key_bits": 4, "value_bits": 3}, tiling={"pairs": 1})
 ATTEND["pairs-k3v4-group-of-16"] = Attend(
