@@ -258,7 +258,7 @@ def test_tuning_compares_tilings_and_reports_those_that_fail(tmp_path, monkeypat
         if tiling is not None and tiling.exact_n == 32:
             raise RuntimeError("out of resource: shared memory")
         out = attend(self, tiling)
-        return out * 1.1 if tiling is not None and tiling.block_n == 32 else out
+        return out * 1.1 if tiling is not None and tiling.stages == 1 else out
 
     monkeypatch.setattr(decode_step.Step, "attend", broken)
     path = tmp_path / "rows.jsonl"
@@ -267,7 +267,7 @@ def test_tuning_compares_tilings_and_reports_those_that_fail(tmp_path, monkeypat
     assert bench_tune.main([*argv, "--out", str(path)]) == 1
     rows = rows_of(path, "tune")
     failed = [row for row in rows if row["status"] != "ok"]
-    assert [row["tiling"]["block_n"] for row in failed if row["status"] == "wrong"] == [32]
+    assert [row["tiling"]["stages"] for row in failed if row["status"] == "wrong"] == [1]
     assert "shared memory" in failed[-1]["reason"]
     final = [row for row in rows if row.get("final")]
     assert sum(row["default"] for row in final) == 1

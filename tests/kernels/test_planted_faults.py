@@ -107,7 +107,7 @@ PLANTED: dict[str, tuple[str, Edit, str]] = {
     ),
     "tokens-beyond-the-last": (
         "attend_kernel",
-        nth(r"@%p\d+ (ld\.global\.b16)", r"\1", 2),
+        nth(r"@%p\d+ (ld\.global\.b16)", r"\1", -1),
         "uninitialised read, global|out of bounds",
     ),
     "half-a-program-leaves": (
