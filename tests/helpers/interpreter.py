@@ -15,7 +15,7 @@ from triton.runtime import interpreter
 
 
 def hasten() -> None:
-    """Leave out what changes nothing: three quarters of a small kernel's time.
+    """Leave out what changes nothing: two thirds of a small kernel's time.
 
     - At a launch the interpreter puts its own functions in the place of Triton's language, and does
       so again at every call of another function within.
