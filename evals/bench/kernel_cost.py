@@ -37,8 +37,8 @@ _ALU = {
     *("PRMT", "LOP3", "PLOP3", "SHF", "LEA", "SEL", "SGXT", "IADD3", "ISETP", "VIADD", "VIMNMX"),
     *("FMNMX", "FSEL", "FSETP", "F2FP", "I2FP", "P2R"),
 }
-# Operands of `prmt` that put together what was looked up, or widen it (`kernels/lookup.py`).
-_LOOK_UP = re.compile("0x6240|0x64646464")
+# Selectors of `prmt` that put together what was looked up, or widen it (`kernels/lookup.py`).
+_LOOK_UP = re.compile("0x6240|0x4240")
 _FLOATS = {"scale", "softcap", "key_unit", "sign_unit", "centroid_unit"}
 
 

@@ -353,20 +353,21 @@ def _packed_split(
     acc = ()  # VSLOTS of [VS, BLOCK_M]; with PAIRS, two of half the rows in place of each
     # Several PAIRS have sums of their own, [PAIRS, VS / 2, BLOCK_M]. Where VS / 2 is eight or less,
     # too few for the rows of a product, the values are its RIGHT operand: [PAIRS, M_ROWS, 8].
-    RIGHT: tl.constexpr = VS // 2 <= 8
+    RIGHT: tl.constexpr = PAIRS > 0 and VS // 2 <= 8
+    IN_PARTS: tl.constexpr = PAIRS > 1 or RIGHT
     M_ROWS: tl.constexpr = max(16, BLOCK_M)
     o_vc = tl.arange(0, 8 if RIGHT else max(16, triton.next_power_of_2(VS // 2)))
     o_pair = o_vc[:, None]
     if RIGHT:
         o_pair = o_vc[None, None, :]
-    elif PAIRS > 1:
+    elif IN_PARTS:
         o_pair = o_vc[None, :, None]
     if PAIRS > 0:
         v_table = load_pair_table(p_vwords, o_pair, VS, V_BITS)
         for _ in tl.static_range(2 * VSLOTS):
             if RIGHT:
                 acc = acc + (tl.zeros([PAIRS, M_ROWS, 8], tl.float32),)  # noqa: RUF005
-            elif PAIRS > 1:
+            elif IN_PARTS:
                 acc = acc + (tl.zeros([PAIRS, o_vc.shape[0], BLOCK_M], tl.float32),)  # noqa: RUF005
             else:
                 acc = acc + (tl.zeros([o_vc.shape[0], BLOCK_M], tl.float32),)  # noqa: RUF005
@@ -447,7 +448,7 @@ def _packed_split(
 
         p_code = p_vcodes + o_row * V_ROW
         new = ()
-        if PAIRS > 1 or (PAIRS == 1 and RIGHT):
+        if IN_PARTS:
             # Each warp has tokens of its own. Their indices are made anew: a reshape of those above
             # would end in codes that are not copied in the background.
             SHARE: tl.constexpr = BLOCK_N // PAIRS
@@ -485,7 +486,7 @@ def _packed_split(
             if RIGHT:
                 b_o = tl.sum(tl.reshape(b_o, [PAIRS, M_ROWS // BLOCK_M, BLOCK_M, 8]), axis=1)
                 b_o = tl.permute(b_o, [0, 2, 1])
-            if PAIRS > 1 or RIGHT:
+            if IN_PARTS:
                 b_o = tl.sum(b_o, axis=0)
             tl.store(p_sum + i // 2 * VS + i % 2 + 2 * o_vc[:, None], b_o, mask=m_o)
     else:

@@ -97,7 +97,6 @@ def _remember_dtypes() -> None:
 
 def _pass_operands_of_one_type() -> None:
     check = TritonSemantic.binary_op_type_checking_impl
-    broadcast = TritonSemantic.broadcast_impl_value
 
     def checked(self: Any, lhs: Any, rhs: Any, *args: Any, **options: Any) -> Any:
         divides = len(args) > 3 or options  # which has rules of its own
@@ -107,12 +106,4 @@ def _pass_operands_of_one_type() -> None:
             return check(self, lhs, rhs, *args, **options)
         return lhs, rhs
 
-    def broadcasted(self: Any, lhs: Any, rhs: Any) -> Any:
-        if not (lhs.type.is_block() and rhs.type.is_block()):
-            return broadcast(self, lhs, rhs)
-        if tuple(lhs.type.shape) != tuple(rhs.type.shape):
-            return broadcast(self, lhs, rhs)
-        return lhs, rhs
-
     TritonSemantic.binary_op_type_checking_impl = checked
-    TritonSemantic.broadcast_impl_value = broadcasted
