@@ -10,13 +10,14 @@ Approximations of the hardware (`ex2.approx`, `div.full`) are the exact function
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from tests.emulator.parse import Statement, UnknownPtx, Vector, register
-from tests.emulator.registers import SIGNED, UNSIGNED, Array, Registers
+from tests.emulator.registers import NOT_A_NUMBER, POISON, SIGNED, UNSIGNED, Array, Registers
 
 Execute = Callable[[Array], None]
 
@@ -24,11 +25,13 @@ _TINY = np.float32(2.0**-126)  # the smallest normal float32
 
 
 def width(kind: str) -> int:
-    """Bits of a PTX type: 32 of "f16x2", 1 of "pred"."""
+    """Bits of a PTX type: 32 of "f16x2", 64 of "f32x2", 1 of "pred"."""
     if kind == "pred":
         return 1
     if kind in ("f16x2", "bf16x2", "tf32"):
         return 32
+    if kind == "f32x2":
+        return 64
     return int(kind.lstrip("bfsu"))
 
 
@@ -78,31 +81,67 @@ def _fused(a: Array, b: Array, c: Array) -> Array:
     return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
+def _min(*values: Array) -> Array:
+    """Of two, or from sm_100 on of three; of a NaN and a number, the number."""
+    return functools.reduce(np.fmin, values)
+
+
+def _max(*values: Array) -> Array:
+    return functools.reduce(np.fmax, values)
+
+
 _FLOAT: dict[str, Callable[..., Array]] = {
     "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
     "div": np.divide,
-    "min": np.fmin,  # of a NaN and a number, the number
-    "max": np.fmax,
+    "min": _min,
+    "max": _max,
     "neg": np.negative,
     "abs": np.abs,
     "fma": _fused,
     "ex2": _exp2,
     "sqrt": np.sqrt,
 }
-_FLOAT_MODIFIERS = {"rn", "approx", "ftz", "full", "f32"}
+_FLOAT_MODIFIERS = {"rn", "approx", "ftz", "full", "f32", "f32x2"}
+
+
+def _check_count(function: Callable[..., Array], values: list[Any], statement: Statement) -> None:
+    """Refuse more operands than a function of numpy takes: the next is where it writes."""
+    if getattr(function, "nin", len(values)) != len(values):
+        raise UnknownPtx(statement.text)
 
 
 def _float(statement: Statement, registers: Registers) -> Execute:
+    """Of one float32, or, from sm_100 on, of the two that a word of 64 bits holds."""
     function = _FLOAT.get(statement.opcode)
     if function is None or not set(statement.modifiers) <= _FLOAT_MODIFIERS:
         raise UnknownPtx(statement.text)
-    readers = [registers.reader(x, 32) for x in statement.operands[1:]]
+    if statement.type == "f32x2" and statement.opcode not in ("add", "sub", "mul", "fma"):
+        raise UnknownPtx(statement.text)
+    bits = width(statement.type)
+    readers = [registers.reader(x, bits) for x in statement.operands[1:]]
+    _check_count(function, readers, statement)
     write = registers.writer(statement.operands[0])
 
     def execute(active: Array) -> None:
-        values = (read().view(np.float32) for read in readers)
+        values = (np.ascontiguousarray(read()).view(np.float32) for read in readers)
+        write(function(*values).view(UNSIGNED[bits]), active)
+
+    return execute
+
+
+def _float_mixed(statement: Statement, registers: Registers) -> Execute:
+    """float32, but for the first operand, or the two factors of `fma`: from sm_100 on."""
+    kind, sources = statement.type, statement.operands[1:]
+    if statement.modifiers[:-1] != ("rn", "f32") or statement.opcode not in ("add", "sub", "fma"):
+        raise UnknownPtx(statement.text)
+    function, kinds = _FLOAT[statement.opcode], [*(kind for _ in sources[1:]), "f32"]
+    readers = [registers.reader(x, width(k)) for x, k in zip(sources, kinds, strict=True)]
+    write = registers.writer(statement.operands[0])
+
+    def execute(active: Array) -> None:
+        values = (floats(read(), k) for read, k in zip(readers, kinds, strict=True))
         write(function(*values).view(np.uint32), active)
 
     return execute
@@ -243,8 +282,9 @@ def _integer(statement: Statement, registers: Registers) -> Execute:
     counts = len(sources) - _COUNTS.get(statement.opcode, 0)
     # Triton 3.6 lays single bytes side by side with bytes that nobody reads, of registers that it
     # never writes. Results are compared, so that a read one does not go unnoticed.
-    poison = statement.opcode == "prmt"
-    readers = [registers.reader(x, w, poison) for x, w in zip(sources, widths, strict=True)]
+    undefined = POISON if statement.opcode == "prmt" else None
+    readers = [registers.reader(x, w, undefined) for x, w in zip(sources, widths, strict=True)]
+    _check_count(function, readers, statement)
     write = registers.writer(statement.operands[0])
 
     def execute(active: Array) -> None:
@@ -325,7 +365,9 @@ def _move(statement: Statement, registers: Registers) -> Execute:
     write = registers.writer(target)
     if isinstance(source, Vector):
         part, dtype = bits // len(source.parts), UNSIGNED[bits]
-        readers = [registers.reader(x, part) for x in source.parts]
+        # An odd float has a neighbour that nobody reads where they are computed by twos.
+        undefined = NOT_A_NUMBER if part == 32 else None
+        readers = [registers.reader(x, part, undefined) for x in source.parts]
 
         def join(active: Array) -> None:
             value = np.zeros(registers.threads, dtype)
@@ -457,6 +499,26 @@ def _shuffle(statement: Statement, registers: Registers) -> Execute:
     return execute
 
 
+def _reduce(statement: Statement, registers: Registers) -> Execute:
+    """`redux.sync`: in every thread the min or max of the warp's float32; from sm_100 on."""
+    mode = statement.modifiers[1]
+    if statement.modifiers != ("sync", mode, "f32") or mode not in ("min", "max"):
+        raise UnknownPtx(statement.text)
+    target, source, members = statement.operands
+    read, write = registers.reader(source, 32), registers.writer(target)
+    member = registers.reader(members, 32)
+    function = np.fmin if mode == "min" else np.fmax
+
+    def execute(active: Array) -> None:
+        warps = active.reshape(-1, 32)
+        if (member() != 0xFFFFFFFF).any() or (warps.any(axis=1) != warps.all(axis=1)).any():
+            raise UnknownPtx(f"a reduction of part of a warp: {statement.text}")
+        values = np.ascontiguousarray(read()).view(np.float32).reshape(-1, 32)
+        write(function.reduce(values, axis=1).repeat(32).view(np.uint32), active)
+
+    return execute
+
+
 def build(statement: Statement, registers: Registers) -> Execute | None:
     """What executes a statement on registers alone; None for other statements."""
     opcode = statement.opcode
@@ -466,6 +528,7 @@ def build(statement: Statement, registers: Registers) -> Execute | None:
         "cvt": _convert,
         "setp": _compare,
         "shfl": _shuffle,
+        "redux": _reduce,
     }
     if opcode in special:
         return special[opcode](statement, registers)
@@ -473,8 +536,10 @@ def build(statement: Statement, registers: Registers) -> Execute | None:
         return None
     if statement.type == "pred":
         return _predicate(statement, registers)
-    if statement.type == "f32":
+    if statement.type in ("f32", "f32x2"):
         return _float(statement, registers)
+    if statement.type in ("f16", "bf16") and "f32" in statement.modifiers:
+        return _float_mixed(statement, registers)
     if statement.type == "f16x2" and opcode == "fma":
         return _float_pairs(statement, registers)
     if opcode == "abs" and statement.type in _SIGNS:

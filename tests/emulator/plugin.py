@@ -22,7 +22,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The options of this plugin."""
     add = parser.addoption
-    add("--emulate", type=int, metavar="ARCH", help="run kernels as PTX for a GPU: 80 or 90")
+    add("--emulate", type=int, metavar="ARCH", help="run kernels as PTX: 80, 89, 90, 100, 120")
     add("--seconds", type=float, metavar="N", help="tests by chance, and none after so much time")
     add("--seed", type=int, default=0, help="of the order of tests, and of programs of a grid")
 

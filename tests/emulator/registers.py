@@ -26,8 +26,10 @@ Writer = Callable[[Array, Array], None]
 
 UNSIGNED: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED: dict[int, Any] = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
-POISON = 0xA5
-"""A byte of what the compiler has left undefined."""
+POISON = 0xA5A5A5A5
+"""A word of what the compiler has left undefined."""
+NOT_A_NUMBER = 0xFFFFFFFF
+"""The same, of floats: sums do not hide it."""
 
 
 class Fault(Exception):
@@ -78,10 +80,10 @@ class Registers:
                 del held[index]
         return ended
 
-    def reader(self, operand: Operand, bits: int, or_poison: bool = False) -> Reader:
+    def reader(self, operand: Operand, bits: int, undefined: int | None = None) -> Reader:
         """What reads an operand as unsigned integers of `bits`, or as a predicate (1).
 
-        With `or_poison` a register that was never written is no fault, but has POISON in all bytes.
+        With `undefined` a register that was never written is no fault, but has that value.
         """
         if isinstance(operand, Constant):
             constant = _constant(operand.value & ((1 << bits) - 1), bits, self.threads)
@@ -94,20 +96,20 @@ class Registers:
             return lambda: ~positive()
         if not isinstance(operand, Register):
             raise UnknownPtx(f"{operand} as a value")
-        return self._register(operand, bits, or_poison)
+        return self._register(operand, bits, undefined)
 
-    def _register(self, register: Register, bits: int, or_poison: bool) -> Reader:
+    def _register(self, register: Register, bits: int, undefined: int | None) -> Reader:
         index = register.index
         dtype = np.bool_ if bits == 1 else UNSIGNED[bits]
         if (bits == 1) != (register.bits == 1):
             raise UnknownPtx(f"{register.name} has {register.bits} bits and is read as {bits}")
 
-        poison = _constant(POISON * 0x01010101, bits, self.threads) if or_poison else None
+        instead = None if undefined is None else _constant(undefined, bits, self.threads)
 
         def read() -> Array:
             value = self.values[index]
-            if value is None and poison is not None:
-                return poison
+            if value is None and instead is not None:
+                return instead
             if value is None:
                 raise Fault(f"{register.name} is read and was never written")
             return value if value.dtype == dtype else value.astype(dtype)

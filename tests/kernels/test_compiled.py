@@ -50,9 +50,9 @@ def check(arch: int, expected: int, *cases: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the cases run on the GPU")
-@pytest.mark.parametrize("arch", [80, 90])
-def test_small_cases(arch: int) -> None:
-    check(arch, len(CASES), *CASES)
+@pytest.mark.parametrize(("arch", "cases"), [(80, CASES), (90, CASES), (120, CASES[:2])])
+def test_small_cases(arch: int, cases: list[str]) -> None:
+    check(arch, len(cases), *cases)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")

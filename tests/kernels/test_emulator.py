@@ -14,8 +14,8 @@ from tests.emulator.counts import Counts
 from tests.emulator.inline import run
 from tests.emulator.matrix import Descriptor
 from tests.emulator.memory import Buffer, Clock, GlobalMemory, SharedMemory
-from tests.emulator.parse import UnknownPtx
-from tests.emulator.registers import POISON, Array, Fault
+from tests.emulator.parse import UnknownPtx, parse_assembly
+from tests.emulator.registers import POISON, Array, Fault, Registers
 
 LANES = np.arange(32)
 ALL = np.ones(32, dtype=bool)
@@ -60,7 +60,60 @@ def test_what_is_not_known_is_refused_by_name() -> None:
 
 def test_bytes_of_a_register_that_nobody_writes_are_poison() -> None:
     found = run("{.reg .b32 t; prmt.b32 $0, $1, t, 0x3340;}", [0x11223344], 1)
-    assert found == [0x11110044 | POISON << 8]
+    assert found == [0x11110044 | POISON & 0xFF00]
+
+
+def words(*values: float) -> list[int]:
+    """The bits of float32."""
+    return [int(x) for x in np.float32(values).view(np.uint32)]
+
+
+PAIRS = """{{.reg .b64 a, b, c;
+mov.b64 a, {{$2, $3}}; mov.b64 b, {{$4, $5}}; {} c, a, b; mov.b64 {{$0, $1}}, c;}}"""
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("add", (5, -3)), ("sub", (-3, 7)), ("mul", (4, -10))]
+)
+def test_floats_by_twos(name: str, wanted: tuple[float, float]) -> None:
+    assert run(PAIRS.format(f"{name}.rn.f32x2"), words(1, 2, 4, -5), 2) == words(*wanted)
+    with pytest.raises(UnknownPtx, match="max"):
+        run(PAIRS.format("max.f32x2"), words(1, 2, 4, -5), 2)
+
+
+def test_the_neighbour_of_an_odd_float_spoils_what_reads_it() -> None:
+    text = PAIRS.replace("$3", "t").replace("c;\n", "c; .reg .b32 t;\n")
+    found = run(text.format("add.f32x2"), words(1, 0, 4, 5), 2)
+    assert found[0] == words(5)[0]
+    assert np.isnan(np.uint32(found[1]).view(np.float32))
+
+
+@pytest.mark.parametrize("third", [-3.0, 2.0, 9.0])
+def test_min_and_max_of_three(third: float) -> None:
+    found = run("min.f32 $0, $2, $3, $4; max.f32 $1, $2, $3, $4;", words(1, 4, third), 2)
+    assert found == words(min(1, third), max(4, third))
+    with pytest.raises(UnknownPtx):
+        run("add.f32 $0, $1, $2, $3;", words(1, 4, third), 1)
+
+
+def test_floats_of_two_widths() -> None:
+    text = "{.reg .b16 h; cvt.u16.u32 h, $3; add.rn.f32.f16 $0, h, $4; "
+    text += "sub.rn.f32.f16 $1, h, $4; fma.rn.f32.f16 $2, h, h, $4;}"
+    assert run(text, [0x3E00, *words(4)], 3) == words(5.5, -2.5, 6.25)
+
+
+def test_reductions_of_a_warp() -> None:
+    kernel, known = parse_assembly("redux.sync.max.f32 $0, $1, -1;", {"$0": 32, "$1": 32})
+    registers = Registers(kernel, threads=64)
+    x = np.random.default_rng(0).normal(size=64).astype(np.float32)
+    registers.writer(known["$1"])(x.view(np.uint32), registers.everyone)
+    execute = arithmetic.build(kernel.statements[0], registers)
+    assert execute is not None
+    execute(registers.everyone)
+    found = registers.reader(known["$0"], 32)().view(np.float32)
+    assert np.array_equal(found, x.reshape(2, 32).max(axis=1).repeat(32))
+    with pytest.raises(UnknownPtx, match="part of a warp"):
+        execute(np.arange(64) < 48)
 
 
 @pytest.mark.parametrize(
