@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.cache_utils import get_layer_types_and_kwargs
+
 from rotorquant_hf.attention.registered import NAME
 from rotorquant_hf.cache import RotorQuantCache
 from rotorquant_hf.layers.full import RotorQuantLayer
@@ -68,13 +70,17 @@ def _devices(model: Any) -> set[str]:
     return {str(x.device) for x in model.parameters()}
 
 
-def check_cache(model: Any, cache: RotorQuantCache) -> None:
+def check_cache(model: Any, cache: RotorQuantCache, padded: bool) -> None:
     """Refuse a cache of which no step can be captured. One that is empty tells less.
 
+    Args:
+        padded: whether rows of its text have padding.
+
     Raises:
-        ValueError: if it looks for NaN (`check_finite`) or is offloaded; or if a layer is not
-            compressed, has recurrent states, has a sliding window that may hold no quantised token,
-            is on another device than the model, or is not decoded by the kernels.
+        ValueError: if it looks for NaN (`check_finite`) or is offloaded; if it was made without
+            the config of a model with sliding windows; or if a layer is not compressed, has
+            recurrent states, has a sliding window that may hold no quantised token or over padded
+            rows, is on another device than the model, or is not decoded by the kernels.
     """
     settings = cache.settings
     if settings.check_finite:
@@ -91,10 +97,17 @@ def check_cache(model: Any, cache: RotorQuantCache) -> None:
             f"exact_layers is {settings.exact_layers}, and layers that are not compressed cannot "
             "be captured; leave it empty, or decode without a graph"
         )
-    device = next(model.parameters()).device
     layers: list[Any] = cache.layers
+    kinds, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+    if any("sliding" in x for x in kinds) and not any(x.is_sliding for x in layers):
+        raise ValueError(
+            "the model has sliding windows, and the cache no sliding layers, so that a graph would "
+            "see tokens that have left the window; make it with "
+            "RotorQuantCache(config=model.config)"
+        )
+    device = next(model.parameters()).device
     for index, layer in enumerate(layers):
-        _check_kind(index, layer, settings.residual_length + 2 * settings.block_length)
+        _check_kind(index, layer, settings.residual_length + 2 * settings.block_length, padded)
         if not layer.is_initialized:
             continue
         if layer.device != device:
@@ -110,7 +123,7 @@ def check_cache(model: Any, cache: RotorQuantCache) -> None:
             )
 
 
-def _check_kind(index: int, layer: Any, max_recent: int) -> None:
+def _check_kind(index: int, layer: Any, max_recent: int, padded: bool) -> None:
     if not isinstance(layer, RotorQuantLayer):
         raise ValueError(
             f"layer {index} of the cache is a {type(layer).__name__}, which cannot be "
@@ -121,6 +134,11 @@ def _check_kind(index: int, layer: Any, max_recent: int) -> None:
         raise ValueError(
             f"layer {index} of the cache has recurrent states beside its attention, which cannot "
             "be captured; decode without a graph"
+        )
+    if isinstance(layer, RotorQuantSlidingLayer) and padded:
+        raise ValueError(
+            f"attention_mask has zeros, and layer {index} has a sliding window, which moves over "
+            "the padding: decode rows of one length, or decode without a graph"
         )
     if isinstance(layer, RotorQuantSlidingLayer) and layer.sliding_window <= max_recent:
         raise ValueError(

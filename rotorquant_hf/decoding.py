@@ -66,8 +66,8 @@ def decode_with_graph(
     Raises:
         ValueError: for a model or cache that `DecodeGraph` refuses; for another cache than a
             `RotorQuantCache`, or none; for beams, assisted decoding and other modes than greedy
-            and sampling; for rows with padding, whose masks a graph would freeze; and for what
-            the model gets besides tokens, or gives besides logits. The cache is then as it was.
+            and sampling; for padded rows where layers have sliding windows; and for what the model
+            gets besides tokens, or gives besides logits. The cache is then as it was.
     """
     called = _arguments_of_generate()
     streamer = called.get("streamer") if streamer is None else streamer
@@ -75,7 +75,7 @@ def decode_with_graph(
     _check_inputs(model, generation_config, synced_gpus, model_kwargs)
     cache = model_kwargs[CACHE_NAME]
     check_model(model)
-    check_cache(model, cache)
+    check_cache(model, cache, _is_padded(model_kwargs.get("attention_mask")))
     stepping = _Stepping(model, cache, generation_config.max_length)
     try:
         # Not the bound method: the loop is to ask `stepping` for its steps.
@@ -109,18 +109,23 @@ class _Stepping:
         return getattr(self._model, name)
 
     def __call__(
-        self, input_ids: Tensor, position_ids: Tensor | None = None, **_: Any
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
     ) -> CausalLMOutputWithPast:
         if self._graph is None:
-            self._graph = self._make()
+            self._graph = self._make(attention_mask)
         logits = self._graph(input_ids, position_ids)
         kept: Any = {CACHE_NAME: self._cache}
         return CausalLMOutputWithPast(logits=logits, **kept)
 
-    def _make(self) -> DecodeGraph:
+    def _make(self, mask: Tensor | None) -> DecodeGraph:
         left = self._max_length - self._cache.get_seq_length()
+        past = None if mask is None else mask[:, :-1]  # it is of the token to come, too
         try:
-            return DecodeGraph(self._model, self._cache, max(1, min(left, _MAX_ROOM)))
+            return DecodeGraph(self._model, self._cache, max(1, min(left, _MAX_ROOM)), past)
         except ValueError:
             if self._was_empty:  # what its layers are like is known since the prefill only
                 self._cache.reset()
@@ -129,6 +134,10 @@ class _Stepping:
     def close(self) -> None:
         if self._graph is not None:
             self._graph.close()
+
+
+def _is_padded(mask: Tensor | None) -> bool:
+    return mask is not None and not bool(mask.all())
 
 
 def _arguments_of_generate() -> dict[str, Any]:
@@ -178,12 +187,6 @@ def _check_inputs(
             f"{CACHE_NAME} is of type {type(cache).__name__}, use_cache is "
             f"{generation_config.use_cache}; pass {CACHE_NAME}="
             "RotorQuantCache(config=model.config), with use_cache=True"
-        )
-    mask = inputs.get("attention_mask")
-    if mask is not None and not bool((mask == 1).all()):
-        raise ValueError(
-            "attention_mask has zeros: rows are padded, and a graph would freeze the length of "
-            "their mask; generate from rows of one length, or leave out custom_generate"
         )
     positions = inputs.get("position_ids")
     if positions is not None and positions.dim() != 2:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -36,6 +38,8 @@ class DecodeGraph:
         model: a causal language model on a CUDA device, with sdpa or rotorquant attention.
         cache: what the text so far was fed through; compressed layers only.
         room: tokens that memory is taken for at each capture.
+        attention_mask: (batch, tokens so far), 0 at the padding of rows that are shorter; None if
+            there is none. Later tokens are seen by all.
 
     Raises:
         ValueError: if the model is not on a CUDA device, or on several, has chunked or other
@@ -43,22 +47,39 @@ class DecodeGraph:
             "longrope"); if the cache is empty, offloaded or looks for NaN (`check_finite`); if
             a layer of it is not compressed (such layers concatenate, which no graph can
             replay), has recurrent states beside its attention, is on another device, is not
-            decoded by the kernels, or has a sliding window that may hold no quantised token; or if
-            `room` is less than 1.
+            decoded by the kernels, or has a sliding window that may hold no quantised token, or
+            over padded rows; if the model has sliding windows and the cache was made without its
+            config; if `attention_mask` is not (batch, tokens so far); or if `room` is less than 1.
     """
 
-    def __init__(self, model: Any, cache: RotorQuantCache, room: int = 1024) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: RotorQuantCache,
+        room: int = 1024,
+        attention_mask: Tensor | None = None,
+    ) -> None:
         if room < 1:
             raise ValueError(f"room is {room}; choose at least 1")
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None
         check_model(model)
-        check_cache(model, cache)
+        check_cache(model, cache, padded=attention_mask is not None)
         if not cache.get_seq_length():
             raise ValueError("the cache is empty; feed the prompt through the model first")
         self.model, self.cache, self.room = model, cache, room
         self._argument = cache_argument(model, cache)
         self._layers = cast(list[RotorQuantLayer], list(cache.layers))
+        held = self._layers[0].batch_size, cache.get_seq_length()
+        if attention_mask is not None and attention_mask.shape != held:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; pass {held}, the mask of "
+                "the text that the cache holds"
+            )
+        self._mask = None if attention_mask is None else attention_mask.bool()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._memory: list[tuple[Any, ...]] = []
+        self._paddings: list[Tensor] = []
         self._warm = 0
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -66,7 +87,8 @@ class DecodeGraph:
 
         Args:
             input_ids: (batch, 1).
-            position_ids: (batch, 1), by default the number of tokens so far for every row.
+            position_ids: (batch, 1), by default the number of tokens so far of every row, without
+                its padding.
 
         Returns:
             Logits, (batch, 1, vocabulary).
@@ -75,17 +97,17 @@ class DecodeGraph:
             ValueError: if the arguments are not (batch, 1) of the cache's batch.
         """
         shape = (self._layers[0].batch_size, 1)
-        if position_ids is None:
-            position_ids = torch.full_like(input_ids, self.cache.get_seq_length())
         for name, ids in (("input_ids", input_ids), ("position_ids", position_ids)):
-            if ids.shape != shape:
+            if ids is not None and ids.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(ids.shape)}; pass {shape}")
+        if position_ids is None:
+            position_ids = self._positions(input_ids)
         if not self._fits():
             self._prepare()
         with torch.no_grad():
             if self._warm < _WARM_UP:
                 self._warm += self._is_prepared()
-                return self._step(input_ids, position_ids)
+                return self._step(input_ids, position_ids, self._mask_of(input_ids.device))
             if self._graph is None:
                 # This runs the step on the host, which counts the token, but not on the device.
                 self._capture(input_ids, position_ids)
@@ -100,8 +122,46 @@ class DecodeGraph:
             self._graph.replay()
             return self._logits.clone()
 
-    def _step(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, position_ids=position_ids, **self._argument).logits
+    def _step(
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        return self.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            **self._argument,
+        ).logits
+
+    def _positions(self, input_ids: Tensor) -> Tensor:
+        """Those of the next token, (batch, 1)."""
+        tokens = torch.full_like(input_ids, self.cache.get_seq_length())
+        if self._mask is None:
+            return tokens
+        return tokens - (~self._mask).sum(dim=1, keepdim=True).to(tokens.device)
+
+    def _mask_of(self, device: torch.device) -> Tensor | None:
+        """The mask of the cache's tokens and one more; None if there is no padding."""
+        if self._mask is None:
+            return None
+        return _lengthened(self._mask, self.cache.get_seq_length() + 1).to(device)
+
+    @contextmanager
+    def _padding(self) -> Iterator[None]:
+        """Let the layers hide the padding, as long as the step that is captured has no mask."""
+        if self._mask is None:
+            yield
+            return
+        made: list[tuple[Tensor | None, Tensor]] = []  # layers with the same stand-ins share one
+        for layer in self._layers:
+            assert layer.ring is not None
+            layer.ring.padding = _padding_of(layer, self._mask, made)
+        self._paddings = [x for _, x in made]  # the graph reads them, and does not keep them
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                if layer.ring is not None:
+                    layer.ring.padding = None
 
     def _capture(self, input_ids: Tensor, position_ids: Tensor) -> None:
         with torch.inference_mode(False):  # also written to outside of it
@@ -116,11 +176,12 @@ class DecodeGraph:
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         try:
             with (
+                self._padding(),
                 single_tokens_without_masks(),
                 torch.cuda.device_of(input_ids),
                 torch.cuda.graph(graph, stream=stream),
             ):
-                self._logits = self._step(self._input_ids, self._position_ids)
+                self._logits = self._step(self._input_ids, self._position_ids, None)
         except BaseException:
             for layer, lengths in zip(self._layers, before, strict=True):
                 if layer.get_seq_length() > length:
@@ -146,7 +207,7 @@ class DecodeGraph:
 
     def _prepare(self) -> None:
         """Take memory and fix it, in the layers that can decode on the device alone."""
-        self._graph, self._memory, self._warm = None, [], 0
+        self._graph, self._memory, self._paddings, self._warm = None, [], [], 0
         for layer in self._layers:
             if layer.ring is not None:
                 layer.store.pin(False)
@@ -156,7 +217,7 @@ class DecodeGraph:
 
     def close(self) -> None:
         """Forget the graph; the cache gives memory back again as it shrinks."""
-        self._graph, self._memory = None, []
+        self._graph, self._memory, self._paddings = None, [], []
         for layer in self._layers:
             if layer.is_initialized:
                 layer.store.pin(False)
@@ -168,6 +229,34 @@ class DecodeGraph:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def _lengthened(mask: Tensor, tokens: int) -> Tensor:
+    """A mask (batch, n) of so many tokens: later ones are seen."""
+    held = mask[:, :tokens]
+    return torch.cat((held, held.new_ones(held.shape[0], tokens - held.shape[1])), dim=1)
+
+
+def _padding_of(
+    layer: RotorQuantLayer, mask: Tensor, made: list[tuple[Tensor | None, Tensor]]
+) -> Tensor:
+    """`RingBuffer.padding` of a layer: one of those made before, if that is the same."""
+    assert layer.ring is not None
+    columns = layer.ring.columns
+    tokens = None if layer.stand_ins is None else layer.stand_ins.tokens
+    for others, padding in made:
+        if padding.shape[3] == columns and _equal(others, tokens):
+            return padding
+    with torch.inference_mode(False):
+        padding = _lengthened(mask.to(layer.device), columns)[:, None, None]
+        if layer.stand_ins is not None:
+            padding = layer.stand_ins.masked(padding, columns)
+    made.append((tokens, padding))
+    return padding
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _memory(layer: RotorQuantLayer) -> tuple[Any, ...]:

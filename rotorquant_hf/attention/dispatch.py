@@ -11,7 +11,7 @@ from rotorquant_hf.attention.native_attention import attend_native, native_takes
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.states import KVStates, RingStates, are_of_one_step
 from rotorquant_hf.attention.torch_attention import attend_tiled
-from rotorquant_hf.backend import kernels_take, uses_native, uses_triton
+from rotorquant_hf.backend import is_capturing, kernels_take, uses_native, uses_triton
 
 
 def attend(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions) -> Tensor:
@@ -44,8 +44,19 @@ def attend(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOp
 
 
 def compute(query: Tensor, keys: KVStates, values: KVStates, options: AttentionOptions) -> Tensor:
-    """`attend` without its checks, for callers that have made them."""
-    if keys.stand_ins is not None and options.mask is not None:
+    """`attend` without its checks, for callers that have made them.
+
+    Raises:
+        ValueError: for a mask while a CUDA graph is being captured.
+    """
+    if options.mask is not None and is_capturing(query.device):
+        raise ValueError(
+            "this attention has a mask, whose length a CUDA graph would freeze; give the graph the "
+            "attention_mask of padded rows, and call model.set_attn_implementation('rotorquant')"
+        )
+    if options.mask is None and isinstance(keys, RingStates) and keys.padding is not None:
+        options = replace(options, mask=keys.padding)
+    elif options.mask is not None and keys.stand_ins is not None:
         mask = keys.stand_ins.masked(options.mask, keys.shape[2])
         options = replace(options, mask=mask)
     if _by_kernels(query, keys, values):

@@ -231,7 +231,7 @@ class RingMemory:
         rows: the store's whole tensors, to which the lengths on the device refer.
         statistics, quantizer: of the packed tokens.
         device_lengths: (5,) int32, what `KVStates.lengths` returns: the kernels of a step write it.
-        plans: as in `KVStates`.
+        padding: see `RingBuffer.padding`. plans: as in `KVStates`.
     """
 
     sinks: Tensor
@@ -241,6 +241,7 @@ class RingMemory:
     quantizer: Quantizer
     device_lengths: Tensor
     stand_ins: StandIns | None = None
+    padding: Tensor | None = None
     plans: dict[Hashable, Any] = field(default_factory=dict)
 
 
@@ -269,7 +270,7 @@ class RingStates:
         clock: Clock,
     ) -> None:
         self.sinks, self.plans, self.max_packed = memory.sinks, memory.plans, max_packed
-        self.stand_ins = memory.stand_ins
+        self.stand_ins, self._padding = memory.stand_ins, memory.padding
         self._memory, self._row, self._packed = memory, row, packed
         self._begin, self._count = begin, count
         self._clock, self._made_at = clock, clock.ticks
@@ -282,6 +283,11 @@ class RingStates:
         some = slice(self._row, self._row + self._packed)
         rows = {name: x[:, :, some] for name, x in self._memory.rows.items()}
         return PackedSpan(rows, self._memory.statistics, self._memory.quantizer)
+
+    @property
+    def padding(self) -> Tensor | None:
+        """The mask (batch, 1, 1, tokens) of attention that gets none; see `RingBuffer.padding`."""
+        return None if self._padding is None else self._padding[..., : self.shape[2]]
 
     def same_step(self, other: RingStates) -> bool:
         """Whether the other states are of the same step of the same ring."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.states import KVStates, unit_stride
-from rotorquant_hf.backend import is_capturing, runs_ptx
+from rotorquant_hf.backend import runs_ptx
 from rotorquant_hf.kernels.attend import ADDED_MASK, BOOL_MASK, NO_MASK, attend_kernel
 from rotorquant_hf.kernels.combine import MAX_EXACT_SPLITS, Combine
 from rotorquant_hf.kernels.launch import Launch
@@ -253,11 +253,6 @@ def _attend_some(
     tiling: Tiling | None,
 ) -> Tensor:
     """Attention of queries of which the first is the `from_end`-th from the last token."""
-    if options.mask is not None and is_capturing(query.device):
-        raise ValueError(
-            "this attention has a mask, whose length a CUDA graph would freeze; decode rows "
-            "without padding, and call model.set_attn_implementation('rotorquant')"
-        )
     kind = (query.shape, query.dtype, _kind_of(options), tiling)
     plan = keys.plans.get(kind)
     if plan is None:

@@ -18,6 +18,7 @@ with the next push (`flush_*` in `kernels.push`), while the host may do so at on
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +88,7 @@ class RingBuffer:
         self._memory: tuple[RingMemory, ...] = ()
         self._segment = position // SEGMENT
         self._on_device: tuple[int, ...] | None = None  # lengths there; None: not known
+        self._padding: Tensor | None = None
         self.clock = Clock()
         self.captured = False
 
@@ -144,6 +146,26 @@ class RingBuffer:
             AppendPart(self.rings[0], *self.store.keys.coding(), self._feedback),
             AppendPart(self.rings[1], *self.store.values.coding()),
         )
+
+    @property
+    def padding(self) -> Tensor | None:
+        """What single queries see where attention gets no mask, (batch, 1, 1, columns) bool.
+
+        None: all. There is a column for every token that the memory has room for, as a graph is
+        replayed while they grow; the stand-ins are in the columns of their places.
+        """
+        return self._padding
+
+    @padding.setter
+    def padding(self, padding: Tensor | None) -> None:
+        self._padding = padding
+        self._memory = tuple(replace(x, padding=padding) for x in self._memory)
+
+    @property
+    def columns(self) -> int:
+        """How many tokens the memory has room for."""
+        rows = self.store.keys.buffers.capacity
+        return self.sinks[0].shape[2] + rows + self.rings[0].shape[2]
 
     def turn_for(self, n: int) -> None:
         """Turn the Hessian to where the block is that leaves in a step of n tokens, if one does.
@@ -240,9 +262,8 @@ class RingBuffer:
         lengths, found = self.lengths[LENGTHS], []
         for side, sinks, ring in zip(self.store.sides, self.sinks, self.rings, strict=True):
             quantizer, statistics, rows = side.coding()
-            found.append(
-                RingMemory(sinks, ring, rows, statistics, quantizer, lengths, self._stand_ins)
-            )
+            more = lengths, self._stand_ins, self._padding
+            found.append(RingMemory(sinks, ring, rows, statistics, quantizer, *more))
         return tuple(found)
 
     def recent(self) -> tuple[Tensor, Tensor]:

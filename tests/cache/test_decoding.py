@@ -199,6 +199,32 @@ def test_a_mask_of_ones_is_no_padding(steps):
     assert_same(plain, graphed)
 
 
+def padded_mask(shape):
+    mask = torch.ones(shape, dtype=torch.long, device=DEVICE)
+    mask[1, :3] = 0
+    return mask
+
+
+def test_padded_rows(steps):
+    model = small()
+    ids = prompt(2, 16).to(DEVICE)
+    options = {"attention_mask": padded_mask((2, 16)), "do_sample": False, "max_new_tokens": 8}
+    plain, graphed = steps.both(model, ids, **options)
+    assert_same(plain, graphed)
+    assert steps.taken == [(2, 1)] * 7
+    if DEVICE == "cpu":
+        assert cuda_graph.EmulatedGraph.captures == 1
+    steps.taken.clear()
+    # In a second round the mask is of the whole text.
+    found = []
+    for (out, cache, _), how in ((plain, {}), (graphed, {"custom_generate": CUSTOM})):
+        text = torch.cat((out.sequences, prompt(2, 3, seed=1).to(DEVICE)), dim=1)
+        more = options | {"attention_mask": padded_mask(text.shape)} | how
+        found.append(model.generate(text, past_key_values=cache, **more))
+    assert torch.equal(*found)
+    assert steps.taken
+
+
 def test_one_token_needs_no_graph(steps):
     model = small()
     plain, graphed = steps.both(model, prompt(1, 16).to(DEVICE), max_new_tokens=1)
@@ -210,9 +236,9 @@ def test_memory_is_taken_for_what_is_left_to_write(steps, monkeypatch):
     rooms = []
     make = decoding.DecodeGraph
 
-    def recorded(model, cache, room):
+    def recorded(model, cache, room, mask):
         rooms.append(room)
-        return make(model, cache, room)
+        return make(model, cache, room, mask)
 
     monkeypatch.setattr(decoding, "DecodeGraph", recorded)
     model = small()
@@ -278,10 +304,11 @@ class TestRefused:
                 build("llama"), prompt(1, 4), [], [], build("llama").generation_config, True
             )
 
-    def test_padding(self):
-        mask = torch.ones(2, 16, dtype=torch.long)
-        mask[1, :3] = 0
-        self.refused("attention_mask has zeros", ids=prompt(2, 16), attention_mask=mask)
+    def test_padding_under_a_sliding_window(self):
+        model = narrow("mistral")
+        cache = RotorQuantCache(**SMALL, config=model.config)
+        options = {"ids": prompt(2, 16), "attention_mask": padded_mask((2, 16))}
+        self.refused("attention_mask has zeros, and layer 0", model, cache=cache, **options)
 
     def test_positions_of_several_axes(self):
         positions = torch.arange(16).expand(3, 1, 16)

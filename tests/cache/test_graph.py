@@ -84,6 +84,74 @@ def test_replayed_steps_are_eager_steps(options, graphs, monkeypatch):
             torch.testing.assert_close(found_now, wanted_now)
 
 
+def left_padded(ids, padding):
+    """A mask (batch, n), and the positions of the tokens, of rows with so many of padding."""
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(padding):
+        mask[row, :count] = 0
+    return mask, (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "first", "attention"),
+    # With the second ones several sinks of a row are padding, whose places its own first tokens
+    # take; with the third, nothing is packed at first.
+    [
+        ({}, 36, "sdpa"),
+        ({"query_aware": True, "num_sink_tokens": 4}, 30, "rotorquant"),
+        ({}, 6, "sdpa"),
+    ],
+    ids=["captured anew", "stand-ins", "packed later"],
+)
+def test_padded_rows(options, first, attention, graphs):
+    """As single steps with the mask, which grows."""
+    model = narrow("llama", attention, layers=1).to(DEVICE)
+    ids = prompt(model, 3, first + 12)
+    mask, positions = left_padded(ids, (0, 3, 5))
+    wanted, caches = [], [RotorQuantCache(**SMALL | options, config=model.config) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            some = {"attention_mask": mask[:, :first], "position_ids": positions[:, :first]}
+            model(ids[:, :first], past_key_values=cache, **some)
+        for i in range(first, ids.shape[1]):
+            now = {"attention_mask": mask[:, : i + 1], "position_ids": positions[:, i : i + 1]}
+            wanted.append(model(ids[:, i : i + 1], past_key_values=caches[0], **now).logits)
+    stand_ins = [x.stand_ins for x in caches[1].layers]
+    assert all(x is not None for x in stand_ins) == ("query_aware" in options)
+    graph = graphs(model, caches[1], room=2, attention_mask=mask[:, :first])
+    found = [graph(ids[:, i : i + 1]) for i in range(first, ids.shape[1])]
+    assert_same_steps(found, wanted)
+    assert graph._graph is not None
+    assert all(x.ring.padding is None for x in caches[1].layers)
+    (kept,) = graph._paddings  # as long as the graph, which reads it
+    assert kept.shape == (3, 1, 1, caches[1].layers[0].ring.columns)
+    graph.close()
+    assert not graph._paddings
+    if DEVICE == "cpu" and first == 36:
+        assert cuda_graph.EmulatedGraph.captures >= 2  # room for a few tokens at a time
+
+
+def test_a_mask_of_a_whole_text_may_be_cropped(graphs):
+    """The graph knows the padding of what the cache held; later tokens are seen by all."""
+    model = narrow("llama").to(DEVICE)
+    ids = prompt(model, 2, 40)
+    mask, positions = left_padded(ids, (0, 4))
+    cache, other = (RotorQuantCache(**SMALL, config=model.config) for _ in range(2))
+    with torch.no_grad():
+        model(ids[:, :34], past_key_values=cache, attention_mask=mask[:, :34])
+        model(ids[:, :32], past_key_values=other, attention_mask=mask[:, :32])
+    graph = graphs(model, cache, attention_mask=mask[:, :34])
+    cache.crop(-2)
+    for i in range(32, 38):
+        now = {"attention_mask": mask[:, : i + 1], "position_ids": positions[:, i : i + 1]}
+        with torch.no_grad():
+            wanted = model(ids[:, i : i + 1], past_key_values=other, **now).logits
+        found = graph(ids[:, i : i + 1], positions[:, i : i + 1])
+    assert graph._graph is not None
+    # The caches have packed other tokens, coded with 4 bits.
+    assert (found - wanted).abs().max() < 0.1 * wanted.abs().max()
+
+
 def test_sliding_layers(graphs):
     model = narrow("mistral", "rotorquant").to(DEVICE)
     ids = prompt(model, 1, 46)
@@ -291,6 +359,35 @@ class TestRefused:
     def test_chunked_attention(self):
         with pytest.raises(ValueError, match="chunked attention, whose mask changes"):
             DecodeGraph(cuda_graph.OnGPU(build("llama4")), RotorQuantCache())
+
+    def test_sliding_windows_that_the_cache_does_not_know(self):
+        """A graph captured before the text outgrows the window would go on without it."""
+        model = narrow("mistral")
+        cache = RotorQuantCache(**SMALL)
+        with torch.no_grad():
+            model(prompt(model, 1, 12), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"windows, and the cache no .*config=model.config"):
+            DecodeGraph(cuda_graph.OnGPU(model), cache)
+
+    @pytest.mark.parametrize("shape", [(1, 20), (2, 19), (2, 20, 1)])
+    def test_masks_of_another_text(self, shape):
+        model = narrow("llama")
+        cache = RotorQuantCache(**SMALL, config=model.config)
+        with torch.no_grad():
+            model(prompt(model, 2, 20), past_key_values=cache)
+        mask = torch.zeros(shape)
+        with pytest.raises(ValueError, match=r"attention_mask has shape .*; pass \(2, 20\)"):
+            DecodeGraph(cuda_graph.OnGPU(model), cache, attention_mask=mask)
+
+    def test_padding_under_a_sliding_window(self):
+        model = narrow("mistral")
+        cache = RotorQuantCache(**SMALL, config=model.config)
+        ids = prompt(model, 2, 12)
+        mask, _ = left_padded(ids, (0, 3))
+        with torch.no_grad():
+            model(ids, past_key_values=cache, attention_mask=mask)
+        with pytest.raises(ValueError, match="attention_mask has zeros, and layer 0 has a sliding"):
+            DecodeGraph(cuda_graph.OnGPU(model), cache, attention_mask=mask)
 
     def test_short_sliding_windows(self):
         model = copy.deepcopy(build("mistral"))

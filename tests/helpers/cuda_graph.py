@@ -25,7 +25,6 @@ from triton import knobs
 from triton.runtime.interpreter import GridExecutor
 
 from rotorquant_hf import RotorQuantCache
-from rotorquant_hf.attention import triton_attention
 from rotorquant_hf.backend import backend
 
 _SYNCHRONISING = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero"}
@@ -96,12 +95,6 @@ def emulated(monkeypatch: Any, memory: Callable[[], list[Tensor]]) -> Iterator[N
                 return launch(self, *args, **kwargs)
         return launch(self, *args, **kwargs)
 
-    attend_some = triton_attention._attend_some
-
-    def without_mask(query: Tensor, keys: Any, values: Any, options: Any, *rest: Any) -> Tensor:
-        assert not (recording and options.mask is not None), "a mask's length would be frozen"
-        return attend_some(query, keys, values, options, *rest)
-
     @contextmanager
     def capture(graph: EmulatedGraph, stream: None = None) -> Iterator[None]:
         EmulatedGraph.captures += 1
@@ -120,8 +113,9 @@ def emulated(monkeypatch: Any, memory: Callable[[], list[Tensor]]) -> Iterator[N
         patch.setattr(torch.cuda, "CUDAGraph", EmulatedGraph)
         patch.setattr(torch.cuda, "graph", capture)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(recording))
-        patch.setattr("rotorquant_hf.attention.states.is_capturing", lambda _: bool(recording))
-        patch.setattr(triton_attention, "_attend_some", without_mask)
+        for module in ("states", "dispatch"):
+            name = f"rotorquant_hf.attention.{module}.is_capturing"
+            patch.setattr(name, lambda _: bool(recording))
         # Transformers 5.17 builds every mask of "sdpa" while a graph is being captured.
         skips = masking_utils._ignore_causal_mask_sdpa
         patch.setattr(
