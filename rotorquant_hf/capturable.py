@@ -99,7 +99,8 @@ def check_cache(model: Any, cache: RotorQuantCache, padded: bool) -> None:
         )
     layers: list[Any] = cache.layers
     kinds, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-    if any("sliding" in x for x in kinds) and not any(x.is_sliding for x in layers):
+    known = any(getattr(x, "is_sliding", False) for x in layers)  # Mamba's have no such attribute
+    if any("sliding" in x for x in kinds) and not known:
         raise ValueError(
             "the model has sliding windows, and the cache no sliding layers, so that a graph would "
             "see tokens that have left the window; make it with "

@@ -100,6 +100,8 @@ class DecodeGraph:
         for name, ids in (("input_ids", input_ids), ("position_ids", position_ids)):
             if ids is not None and ids.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(ids.shape)}; pass {shape}")
+        if self._mask is not None:  # the cache may have been cropped
+            self._mask = self._mask[:, : self.cache.get_seq_length()]
         if position_ids is None:
             position_ids = self._positions(input_ids)
         if not self._fits():
@@ -233,8 +235,7 @@ class DecodeGraph:
 
 def _lengthened(mask: Tensor, tokens: int) -> Tensor:
     """A mask (batch, n) of so many tokens: later ones are seen."""
-    held = mask[:, :tokens]
-    return torch.cat((held, held.new_ones(held.shape[0], tokens - held.shape[1])), dim=1)
+    return torch.cat((mask, mask.new_ones(mask.shape[0], tokens - mask.shape[1])), dim=1)
 
 
 def _padding_of(
