@@ -35,6 +35,9 @@ def committed(request, tmp_path, monkeypatch) -> tuple[Path, dict, list[dict], P
         path = tmp_path / name if Path(name).suffix else tmp_path / name / "book.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("a book", encoding="utf-8")
+    for name in recorded["models"]:
+        if name.endswith(".gguf"):  # which a plan looks at, as it does at texts
+            (tmp_path / name).write_bytes(b"GGUF")
     monkeypatch.chdir(tmp_path)
     config = ROOT / "configs" / f"{header['name']}.yaml"
     shipped = all(name.startswith("examples/") for name in recorded["models"])
