@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from rotorquant_hf.attention.registered import NAME
@@ -68,6 +69,11 @@ def _devices(model: Any) -> set[str]:
     if len(devices) > 1:
         return devices
     return {str(x.device) for x in model.parameters()}
+
+
+def is_padded(mask: Tensor | None) -> bool:
+    """Whether an attention mask hides any token; waits for the device."""
+    return mask is not None and not bool(mask.all())
 
 
 def check_cache(model: Any, cache: RotorQuantCache, padded: bool) -> None:

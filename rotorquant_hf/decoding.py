@@ -17,7 +17,7 @@ from transformers.generation import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rotorquant_hf.cache import RotorQuantCache
-from rotorquant_hf.capturable import check_cache, check_model
+from rotorquant_hf.capturable import check_cache, check_model, is_padded
 from rotorquant_hf.graph import DecodeGraph
 from rotorquant_hf.passing import CACHE_NAME
 
@@ -75,7 +75,7 @@ def decode_with_graph(
     _check_inputs(model, generation_config, synced_gpus, model_kwargs)
     cache = model_kwargs[CACHE_NAME]
     check_model(model)
-    check_cache(model, cache, _is_padded(model_kwargs.get("attention_mask")))
+    check_cache(model, cache, is_padded(model_kwargs.get("attention_mask")))
     stepping = _Stepping(model, cache, generation_config.max_length)
     try:
         # Not the bound method: the loop is to ask `stepping` for its steps.
@@ -134,10 +134,6 @@ class _Stepping:
     def close(self) -> None:
         if self._graph is not None:
             self._graph.close()
-
-
-def _is_padded(mask: Tensor | None) -> bool:
-    return mask is not None and not bool(mask.all())
 
 
 def _arguments_of_generate() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rotorquant_hf.attention.registered import single_tokens_without_masks
 from rotorquant_hf.cache import RotorQuantCache
-from rotorquant_hf.capturable import check_cache, check_model
+from rotorquant_hf.capturable import check_cache, check_model, is_padded
 from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.passing import cache_argument
 
@@ -61,7 +61,7 @@ class DecodeGraph:
     ) -> None:
         if room < 1:
             raise ValueError(f"room is {room}; choose at least 1")
-        if attention_mask is not None and bool(attention_mask.all()):
+        if not is_padded(attention_mask):
             attention_mask = None
         check_model(model)
         check_cache(model, cache, padded=attention_mask is not None)
@@ -76,7 +76,9 @@ class DecodeGraph:
                 f"attention_mask has shape {tuple(attention_mask.shape)}; pass {held}, the mask of "
                 "the text that the cache holds"
             )
-        self._mask = None if attention_mask is None else attention_mask.bool()
+        self._mask: Tensor | None = None
+        if attention_mask is not None:
+            self._mask = attention_mask.to(self._layers[0].device, torch.bool)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._memory: list[tuple[Any, ...]] = []
         self._paddings: list[Tensor] = []
@@ -109,7 +111,7 @@ class DecodeGraph:
         with torch.no_grad():
             if self._warm < _WARM_UP:
                 self._warm += self._is_prepared()
-                return self._step(input_ids, position_ids, self._mask_of(input_ids.device))
+                return self._step(input_ids, position_ids, self._mask_of_a_step())
             if self._graph is None:
                 # This runs the step on the host, which counts the token, but not on the device.
                 self._capture(input_ids, position_ids)
@@ -139,13 +141,13 @@ class DecodeGraph:
         tokens = torch.full_like(input_ids, self.cache.get_seq_length())
         if self._mask is None:
             return tokens
-        return tokens - (~self._mask).sum(dim=1, keepdim=True).to(tokens.device)
+        return tokens - (~self._mask).sum(dim=1, keepdim=True)
 
-    def _mask_of(self, device: torch.device) -> Tensor | None:
+    def _mask_of_a_step(self) -> Tensor | None:
         """The mask of the cache's tokens and one more; None if there is no padding."""
         if self._mask is None:
             return None
-        return _lengthened(self._mask, self.cache.get_seq_length() + 1).to(device)
+        return _lengthened(self._mask, self.cache.get_seq_length() + 1)
 
     @contextmanager
     def _padding(self) -> Iterator[None]:
@@ -249,7 +251,7 @@ def _padding_of(
         if padding.shape[3] == columns and _equal(others, tokens):
             return padding
     with torch.inference_mode(False):
-        padding = _lengthened(mask.to(layer.device), columns)[:, None, None]
+        padding = _lengthened(mask, columns)[:, None, None]
         if layer.stand_ins is not None:
             padding = layer.stand_ins.masked(padding, columns)
     made.append((tokens, padding))

@@ -49,15 +49,8 @@ def compute(query: Tensor, keys: KVStates, values: KVStates, options: AttentionO
     Raises:
         ValueError: for a mask while a CUDA graph is being captured.
     """
-    if options.mask is not None and is_capturing(query.device):
-        raise ValueError(
-            "this attention has a mask, whose length a CUDA graph would freeze; give the graph the "
-            "attention_mask of padded rows, and call model.set_attn_implementation('rotorquant')"
-        )
-    if options.mask is None and isinstance(keys, RingStates) and keys.padding is not None:
-        options = replace(options, mask=keys.padding)
-    elif options.mask is not None and keys.stand_ins is not None:
-        mask = keys.stand_ins.masked(options.mask, keys.shape[2])
+    mask = _mask_by_place(keys, options.mask)
+    if mask is not options.mask:
         options = replace(options, mask=mask)
     if _by_kernels(query, keys, values):
         from rotorquant_hf.attention.triton_attention import attend_packed
@@ -66,6 +59,18 @@ def compute(query: Tensor, keys: KVStates, values: KVStates, options: AttentionO
     if uses_native(query.device) and native_takes(query, keys, values):
         return attend_native(query, keys, values, options)
     return attend_tiled(query, keys, values, options)
+
+
+def _mask_by_place(keys: KVStates, mask: Tensor | None) -> Tensor | None:
+    """The mask of the tokens where the states have them: of padding, if attention gets none."""
+    if mask is None:
+        return keys.padding if isinstance(keys, RingStates) else None
+    if is_capturing(mask.device):
+        raise ValueError(
+            "this attention has a mask, whose length a CUDA graph would freeze; give the graph the "
+            "attention_mask of padded rows, and call model.set_attn_implementation('rotorquant')"
+        )
+    return mask if keys.stand_ins is None else keys.stand_ins.masked(mask, keys.shape[2])
 
 
 def _by_kernels(query: Tensor, keys: KVStates, values: KVStates) -> bool:

@@ -270,7 +270,7 @@ class RingStates:
         clock: Clock,
     ) -> None:
         self.sinks, self.plans, self.max_packed = memory.sinks, memory.plans, max_packed
-        self.stand_ins, self._padding = memory.stand_ins, memory.padding
+        self.stand_ins = memory.stand_ins
         self._memory, self._row, self._packed = memory, row, packed
         self._begin, self._count = begin, count
         self._clock, self._made_at = clock, clock.ticks
@@ -287,7 +287,8 @@ class RingStates:
     @property
     def padding(self) -> Tensor | None:
         """The mask (batch, 1, 1, tokens) of attention that gets none; see `RingBuffer.padding`."""
-        return None if self._padding is None else self._padding[..., : self.shape[2]]
+        padding = self._memory.padding
+        return None if padding is None else padding[..., : self.shape[2]]
 
     def same_step(self, other: RingStates) -> bool:
         """Whether the other states are of the same step of the same ring."""

@@ -17,7 +17,7 @@ from rotorquant_hf import RotorQuantCache, decode_with_graph, decoding
 from rotorquant_hf.backend import backend
 from rotorquant_hf.passing import CACHE_NAME
 from tests.helpers import cuda_graph
-from tests.helpers.models import build, narrow, prompt
+from tests.helpers.models import build, left_padded, narrow, prompt
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"residual_length": 8, "statistics_length": 0, "block_length": 4, "num_sink_tokens": 2}
@@ -199,16 +199,11 @@ def test_a_mask_of_ones_is_no_padding(steps):
     assert_same(plain, graphed)
 
 
-def padded_mask(shape):
-    mask = torch.ones(shape, dtype=torch.long, device=DEVICE)
-    mask[1, :3] = 0
-    return mask
-
-
 def test_padded_rows(steps):
     model = small()
     ids = prompt(2, 16).to(DEVICE)
-    options = {"attention_mask": padded_mask((2, 16)), "do_sample": False, "max_new_tokens": 8}
+    mask, _ = left_padded(ids, (0, 3))
+    options = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 8}
     plain, graphed = steps.both(model, ids, **options)
     assert_same(plain, graphed)
     assert steps.taken == [(2, 1)] * 7
@@ -219,7 +214,7 @@ def test_padded_rows(steps):
     found = []
     for (out, cache, _), how in ((plain, {}), (graphed, {"custom_generate": CUSTOM})):
         text = torch.cat((out.sequences, prompt(2, 3, seed=1).to(DEVICE)), dim=1)
-        more = options | {"attention_mask": padded_mask(text.shape)} | how
+        more = options | {"attention_mask": left_padded(text, (0, 3))[0]} | how
         found.append(model.generate(text, past_key_values=cache, **more))
     assert torch.equal(*found)
     assert steps.taken
@@ -307,8 +302,10 @@ class TestRefused:
     def test_padding_under_a_sliding_window(self):
         model = narrow("mistral")
         cache = RotorQuantCache(**SMALL, config=model.config)
-        options = {"ids": prompt(2, 16), "attention_mask": padded_mask((2, 16))}
-        self.refused("attention_mask has zeros, and layer 0", model, cache=cache, **options)
+        ids = prompt(2, 16)
+        mask, _ = left_padded(ids, (0, 3))
+        message = "attention_mask has zeros, and layer 0"
+        self.refused(message, model, ids, cache, attention_mask=mask)
 
     def test_positions_of_several_axes(self):
         positions = torch.arange(16).expand(3, 1, 16)

@@ -10,7 +10,7 @@ from rotorquant_hf import RotorQuantCache
 from rotorquant_hf.backend import backend
 from rotorquant_hf.graph import DecodeGraph
 from tests.helpers import cuda_graph
-from tests.helpers.models import build, narrow
+from tests.helpers.models import build, left_padded, narrow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"residual_length": 8, "statistics_length": 0, "block_length": 4, "num_sink_tokens": 2}
@@ -82,14 +82,6 @@ def test_replayed_steps_are_eager_steps(options, graphs, monkeypatch):
         turned = zip(ours.ring._feedback or (), theirs.ring._feedback or (), strict=True)
         for found_now, wanted_now in turned:
             torch.testing.assert_close(found_now, wanted_now)
-
-
-def left_padded(ids, padding):
-    """A mask (batch, n), and the positions of the tokens, of rows with so many of padding."""
-    mask = torch.ones_like(ids)
-    for row, count in enumerate(padding):
-        mask[row, :count] = 0
-    return mask, (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +261,20 @@ def test_attention_that_dequantises_is_refused_when_it_is_captured(graphs):
     with pytest.raises(ValueError, match="dequantises keys and values, whose number a CUDA graph"):
         graph(ids[:, 33:34])
     assert cache.get_seq_length() == 33
+
+
+def test_a_mask_is_refused_when_it_is_captured(monkeypatch):
+    """A graph would read as many columns in every step as in the first."""
+    model = narrow("llama").to(DEVICE)
+    ids = prompt(model, 2, 32)
+    mask, _ = left_padded(ids, (0, 3))
+    cache = RotorQuantCache(**SMALL)
+    with torch.no_grad(), backend("triton"):
+        model(ids[:, :30], past_key_values=cache, attention_mask=mask[:, :30])
+        monkeypatch.setattr("rotorquant_hf.attention.dispatch.is_capturing", lambda _: True)
+        model(ids[:, 30:31], past_key_values=cache)
+        with pytest.raises(ValueError, match="has a mask, whose length a CUDA graph would freeze"):
+            model(ids[:, 31:], past_key_values=cache, attention_mask=mask)
 
 
 class TestRefused:

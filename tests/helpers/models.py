@@ -360,6 +360,14 @@ def narrow(name: str, attention: str | None = None, layers: int = 1) -> Any:
         return type(model)(config).eval()
 
 
+def left_padded(ids: Tensor, padding: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """A mask (batch, n), and the positions of the tokens, of rows with so many of padding."""
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(padding):
+        mask[row, :count] = 0
+    return mask, (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
 def prompt(rows: int, tokens: int, vocab: int = VOCAB, seed: int = 0) -> Tensor:
     """Random token ids (rows, tokens), none of them padding."""
     generator = torch.Generator().manual_seed(seed)
