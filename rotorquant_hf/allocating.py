@@ -139,8 +139,10 @@ class _Window:
         first = ids[:, :half]
         # A prompt's own attention is exact, so a layer holds the same whatever the others do.
         self.exact = self._filled(first, residual_length=ids.shape[1], settings=settings)
+        # Layer by layer, so that none takes more by itself: what these bits cost is the question.
+        kept = (settings.key_spec.bits,) * len(self.exact.layers)
         self.coded = {
-            "key_bits": self._filled(first, value_bits=MAX_BITS, settings=settings),
+            "key_bits": self._filled(first, value_bits=MAX_BITS, settings=settings, key_bits=kept),
             "value_bits": self._filled(first, key_bits=MAX_BITS, settings=settings),
         }
         self.expected = self._read(self._forked())

@@ -61,6 +61,8 @@ class RotorQuantCache(Cache):
 
     The first tokens (sinks) and the most recent ones stay in full precision; every other token is
     quantised once, when it is no longer recent and `statistics_length` tokens have been read.
+    Layers whose scores `key_bits` would spoil take 8-bit keys by themselves (`wide_layers`), where
+    their queries are seen and `key_bits` is no tuple.
     Attention is compressed, full and sliding, also in hybrid layers, which have recurrent states
     beside it; these stay as they are. Layers of other kinds (linear attention, convolutions,
     indexed sparse attention) keep Transformers' own cache, uncompressed, and so do layers whose
@@ -402,6 +404,12 @@ class RotorQuantCache(Cache):
         for layer in self.layers:
             yield getattr(layer, "keys", None), getattr(layer, "values", None), None
 
+    @property
+    def wide_layers(self) -> tuple[int, ...]:
+        """The layers whose keys have taken 8 bits, as fewer would spoil their scores."""
+        ours = [(i, x) for i, x in enumerate(self.layers) if isinstance(x, RotorQuantLayer)]
+        return tuple(i for i, layer in ours if layer.has_wide_keys)
+
     def memory(self) -> MemoryReport:
         """The bytes that this cache takes, by part, measured on its tensors."""
         return measure(self.layers, self._tokens())
@@ -461,8 +469,10 @@ class RotorQuantCache(Cache):
             "by layer" if name in self.settings.by_layer else str(getattr(self.settings, name))
             for name in ("key_bits", "value_bits")
         )
+        layers = ", ".join(map(str, self.wide_layers))
+        wide = f" (8-bit keys in layers {layers})" if layers else ""
         return (
-            f"RotorQuantCache(key/value bits {bits}, layers={len(self.layers)}, "
+            f"RotorQuantCache(key/value bits {bits}{wide}, layers={len(self.layers)}, "
             f"tokens={self._tokens()})"
         )
 

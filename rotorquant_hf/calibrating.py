@@ -18,6 +18,7 @@ from rotorquant_hf.passing import cache_argument
 from rotorquant_hf.placement import Part, input_device
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.moments import QueryMoment
+from rotorquant_hf.quant.wide import JUDGED_BITS
 from rotorquant_hf.store.kv_store import RotorQuantKVCache
 
 MIN_TOKENS = 256
@@ -129,6 +130,8 @@ def _statistics(
     ends = [(layer.get_seq_length(), layer.recent_length) for layer in passes]
     positions = [torch.arange(end - n, end, device=keys.device) for end, n in ends]
     d_key, d_value, rope = keys.shape[3], values.shape[3], passes[0].rope
+    # One number of bits, for then it is found out whether the keys need more.
+    settings = dataclasses.replace(settings, key_bits=JUDGED_BITS)
     store = RotorQuantKVCache(d_key, d_value, device=keys.device, config=settings, rope=rope)
     queries = _moment(passes) if settings.query_aware else None
     store.keys.take_statistics(keys, torch.cat(positions), queries)

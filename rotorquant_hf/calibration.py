@@ -23,7 +23,7 @@ from rotorquant_hf.quant.channels import ChannelStatistics
 
 CALIBRATION_FILE = FileKind(
     name="rotorquant-calibration",
-    version=3,
+    version=4,
     missing="make it with calibrate(model, ids)",
     foreign="is not a calibration; make one with calibrate(model, ids)",
     again="calibrate again",
@@ -92,7 +92,12 @@ class Calibration:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a safetensors file (atomically: an old file stays if this fails)."""
-        header = {"model": self.model, "settings": self.settings, "tokens": self.tokens}
+        header = {
+            "model": self.model,
+            "settings": self.settings,
+            "tokens": self.tokens,
+            "wide_keys": [index for index, (keys, _) in self.layers.items() if keys.wide],
+        }
         tensors = {
             f"{index}.{side}.{name}": tensor
             for index, pair in self.layers.items()
@@ -111,19 +116,26 @@ class Calibration:
         """
         with CALIBRATION_FILE.read(path) as (header, tensors):
             settings = {name: header["settings"][name] for name in SETTINGS}
-            layers = _layers_of(tensors, settings["rope_layout"])
+            wide = {index for index in header["wide_keys"] if type(index) is int}
+            layers = _layers_of(tensors, settings["rope_layout"], wide)
             return cls(dict(header["model"].items()), settings, header["tokens"], layers)
 
 
 def _layers_of(
     tensors: dict[str, Tensor],
     rope_layout: str,
+    wide_keys: set[int],
 ) -> dict[int, tuple[ChannelStatistics, ChannelStatistics]]:
     named: dict[tuple[int, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, side, name = _NAME.fullmatch(key).groups()  # type: ignore[union-attr]
         named.setdefault((int(index), side), {})[name] = tensor
-    read = {key: ChannelStatistics.of_tensors(found, rope_layout) for key, found in named.items()}
+    read = {
+        (index, side): ChannelStatistics.of_tensors(
+            found, rope_layout, side == "key" and index in wide_keys
+        )
+        for (index, side), found in named.items()
+    }
     return {i: (read[i, "key"], read[i, "value"]) for i in sorted({i for i, _ in read})}
 
 

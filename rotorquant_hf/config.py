@@ -40,8 +40,8 @@ class RotorQuantConfig:
 
     key_bits: int | tuple[int, ...] = _help(
         4,
-        "bits per element of a key, 1 to 8 ('prod': 2 to 8); a tuple has them layer by layer (see "
-        "allocate_bits)",
+        "bits per element of a key, 1 to 8 ('prod': 2 to 8); layers whose scores they would spoil, "
+        "by the queries seen, take 8; a tuple has them layer by layer, final (see allocate_bits)",
     )
     value_bits: int | tuple[int, ...] = _help(4, "the same of a value, 1 to 8")
     key_quantizer: str = _help(
@@ -150,7 +150,7 @@ class RotorQuantConfig:
         return {name: bits for name, bits in given.items() if isinstance(bits, tuple)}
 
     def of_layer(self, index: int) -> RotorQuantConfig:
-        """The settings of one layer: with the bits that it has where these go layer by layer.
+        """The settings of one layer: where bits go layer by layer, with its own alone.
 
         Raises:
             ValueError: if there are none for this layer.
@@ -164,8 +164,15 @@ class RotorQuantConfig:
                 )
         if not by_layer:
             return self
-        own: dict[str, Any] = {name: bits[index] for name, bits in by_layer.items()}
+        own: dict[str, Any] = {name: bits[index : index + 1] for name, bits in by_layer.items()}
         return dataclasses.replace(self, **own)
+
+    @property
+    def widens_keys(self) -> bool:
+        """Whether a layer's keys get 8 bits if they turn out to need them (`quant.wide`): not where
+        their bits were chosen layer by layer.
+        """
+        return "key_bits" not in self.by_layer
 
     @property
     def tokens_before_packing(self) -> int:
@@ -269,12 +276,14 @@ def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None
 
 
 def _one_number(name: str, bits: int | tuple[int, ...]) -> int:
-    if isinstance(bits, tuple):
+    if isinstance(bits, int):
+        return bits
+    if len(bits) > 1:
         raise ValueError(
             f"{name} is {bits}, layer by layer; a single layer takes one number: see "
             "RotorQuantConfig.of_layer"
         )
-    return bits
+    return bits[0]
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

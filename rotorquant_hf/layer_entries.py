@@ -130,6 +130,8 @@ def _packed_entry(layer: RotorQuantLayer) -> LayerEntry:
         tensors["stand_ins"] = layer.stand_ins.tokens
     if layer.store.calibrated:
         attributes["calibrated"] = True
+    if layer.store.has_wide_statistics:
+        attributes["wide_keys"] = True
     tensors |= _fingerprints(layer)
     return LayerEntry(kind, attributes, tensors)
 
@@ -159,7 +161,8 @@ def _restore_packed(layer: RotorQuantLayer, entry: LayerEntry) -> None:
         for name in ("sinks", "window")
     )
     layer.lazy_initialization(*recent)
-    _check_tensors(layer, tensors)
+    wide_keys = _flag("wide_keys", attributes.get("wide_keys", False))
+    _check_tensors(layer, tensors, wide_keys)
     layer.sinks, layer.recent = sinks, recent
     for name, row in _fingerprints(layer).items():
         if not torch.allclose(row, tensors[name].to(row.device), atol=1e-4):
@@ -176,7 +179,7 @@ def _restore_packed(layer: RotorQuantLayer, entry: LayerEntry) -> None:
     if "stand_ins" in tensors:
         layer.stand_ins = StandIns(tensors["stand_ins"])
     layer.store.load_state(
-        {n.removeprefix(_STORE): t for n, t in tensors.items() if n.startswith(_STORE)}
+        {n.removeprefix(_STORE): t for n, t in tensors.items() if n.startswith(_STORE)}, wide_keys
     )
     if attributes.get("calibrated", False):
         layer.store.calibrated = True
@@ -186,7 +189,7 @@ def _restore_packed(layer: RotorQuantLayer, entry: LayerEntry) -> None:
         layer.calibration = keys, values
 
 
-def _check_tensors(layer: RotorQuantLayer, tensors: dict[str, Tensor]) -> None:
+def _check_tensors(layer: RotorQuantLayer, tensors: dict[str, Tensor], wide_keys: bool) -> None:
     """Raise ValueError unless these are the tensors of a layer with recent tokens such as theirs.
 
     The layer knows its head dims already, and holds nothing.
@@ -208,7 +211,7 @@ def _check_tensors(layer: RotorQuantLayer, tensors: dict[str, Tensor]) -> None:
     held = sinks + packed + recent
     if isinstance(layer, RotorQuantSlidingLayer) and layer.cumulative_length < held:
         raise ValueError(f"has {held} tokens of {layer.cumulative_length}")
-    known |= _check_store(layer, tensors, (batch, heads, packed))
+    known |= _check_store(layer, tensors, (batch, heads, packed), wide_keys)
 
     d = layer.store.d_key
     for name in ("queries.mean", "queries.pre_rope"):
@@ -226,7 +229,10 @@ def _check_tensors(layer: RotorQuantLayer, tensors: dict[str, Tensor]) -> None:
 
 
 def _check_store(
-    layer: RotorQuantLayer, tensors: dict[str, Tensor], axes: tuple[int, int, int]
+    layer: RotorQuantLayer,
+    tensors: dict[str, Tensor],
+    axes: tuple[int, int, int],
+    wide_keys: bool,
 ) -> set[str]:
     """The same of the store's tensors, for batch, heads and packed tokens; their names.
 
@@ -241,9 +247,10 @@ def _check_store(
         own = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
         if "weight" not in own:
             raise ValueError(f"lacks the tensor {prefix}weight")
-        statistics = ChannelStatistics.of_tensors(own, layer.config.rope_layout)
+        wide = wide_keys and role == "key"
+        statistics = ChannelStatistics.of_tensors(own, layer.config.rope_layout, wide)
         statistics.check(batch, heads, side.d)
-        rows = side.quantizer.row_kinds(layer.device)
+        rows = side.quantizer_for(statistics).row_kinds(layer.device)
         known |= {prefix + name for name in (*rows, *statistics.tensors())}
         if packed or rows.keys() & own.keys():
             for name, kind in rows.items():
@@ -278,6 +285,12 @@ def _check_window(saved: Any, here: Any) -> None:
         raise ValueError(
             f"has a sliding window of {saved}, the model one of {here}; it is another model's"
         )
+
+
+def _flag(name: str, value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"has {name} {value!r}, neither true nor false")
+    return value
 
 
 def _count(name: str, value: Any) -> int:

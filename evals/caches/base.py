@@ -92,6 +92,13 @@ class Kind:
         name = self.cache_class.__name__
         return f"from {self.cache_class.__module__} import {name}", f"{name}(config=model.config)"
 
+    def as_stored(self, options: Any, cache: Cache) -> Any:
+        """The options of a cache that stores whatever it gets as a filled one has stored its text.
+
+        Others than its own where these leave it to the text how many bits are taken.
+        """
+        return options
+
     def period(self, options: Any) -> int:
         """Tokens after which it quantises again while decoding."""
         return 1

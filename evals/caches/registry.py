@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -80,6 +80,10 @@ class CacheSpec:
     def is_baseline(self) -> bool:
         """Whether this is the uncompressed cache that others are compared with."""
         return self.kind == BASELINE
+
+    def as_stored(self, cache: Cache) -> CacheSpec:
+        """That of a cache which stores whatever it gets as this filled one has stored its text."""
+        return replace(self, options=KINDS[self.kind].as_stored(self.options, cache))
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedConfig
 
 from rotorquant_hf import PRESETS, RotorQuantCache, RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.quant.wide import WIDE_BITS
 
 from ..errors import InputError
 from .base import Elements, Kind
@@ -78,6 +79,16 @@ class RotorQuant(Kind):
         given = [f"{field}={value!r}" for field, value in differing(preset).items()]
         arguments = ", ".join([*([name] if name else []), *given, "config=model.config"])
         return "from rotorquant_hf import RotorQuantCache", f"RotorQuantCache({arguments})"
+
+    def as_stored(self, options: RotorQuantConfig, cache: Cache) -> RotorQuantConfig:
+        """As `Kind.as_stored`: layers that took 8-bit keys by themselves always have them."""
+        filled = cast(RotorQuantCache, cache)
+        if not filled.wide_layers:
+            return options
+        bits = [options.of_layer(i).key_spec.bits for i in range(len(filled.layers))]
+        for index in filled.wide_layers:
+            bits[index] = WIDE_BITS
+        return dataclasses.replace(options, key_bits=tuple(bits))
 
     def period(self, options: RotorQuantConfig) -> int:
         """As `Kind.period`."""

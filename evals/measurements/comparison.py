@@ -143,7 +143,7 @@ class Reading:
         ids: Tensor,
         document: Any,
         before_last: Callable[[int, Cache, int], None] | None = None,
-    ) -> None:
+    ) -> Cache:
         """Read a window.
 
         Args:
@@ -152,6 +152,9 @@ class Reading:
             document: that it is of.
             before_last: told, before the last pass, the index, the cache, and how many tokens of
                 the window it holds.
+
+        Returns:
+            The cache, which holds the window.
         """
         cache, stored, tokens = self.make_cache(), Elements(0, 0), ids.shape[1]
         found: list[list[NDArray]] = []
@@ -178,6 +181,7 @@ class Reading:
         last = footprint(cache, self.model.dtype)
         bits = (last.bits_per_number, last.packed_bits_per_number, last.long_bits_per_number)
         self.bits.append(bits)
+        return cache
 
     def comparison(self, level: float = 0.95) -> Comparison:
         """The figures of the windows read so far.

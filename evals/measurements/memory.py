@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,10 +93,11 @@ def _point(
     counted, reachable = footprint(cache, loaded.dtype), reachable_bytes(cache)
     half = counted
     if model.dtype.itemsize != 2:
+        make_cache = partial(loaded.new_cache, spec.as_stored(cache))
         del cache  # its memory goes before another is filled
         shapes = layer_shapes(model, ids[:1, :1])
         half = half_decoded_footprint(
-            shapes, lambda: loaded.new_cache(spec), context, options.new_tokens, batch, ids.device
+            shapes, make_cache, context, options.new_tokens, batch, ids.device
         )
     return {
         "cache_bytes_16bit": half.total_bytes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 from transformers import Cache
@@ -89,6 +89,8 @@ class PerplexityRun:
 
     def __init__(self, measurement: PerplexityMeasurement, spec: CacheSpec) -> None:
         self.of, self.spec = measurement, spec
+        self._stored = spec  # as the latest window has been
+        self._half: tuple[CacheSpec, Footprint] | None = None
         self.warnings: list[str] = []
         model = measurement.loaded.model
         single = SinglePass(model, measurement.ids) if spec.is_baseline else None
@@ -108,7 +110,8 @@ class PerplexityRun:
             probed: whether its cache is probed, unless it is the baseline: one of the longest.
         """
         probe = self._probe if probed and not self.spec.is_baseline else None
-        self.reading.read(index, self.of.ids[index], self.of.windows[index].name, probe)
+        ids, name = self.of.ids[index], self.of.windows[index].name
+        self._stored = self.spec.as_stored(self.reading.read(index, ids, name, probe))
 
     def _probe(self, index: int, cache: Cache, start: int) -> None:
         model, ids, chunk = self.of.loaded.model, self.of.ids[index], self.of.options.chunk
@@ -118,11 +121,14 @@ class PerplexityRun:
             found = warnings_of(model, ids, self.make_cache, chunk)
         self.warnings += found
 
-    @cached_property
-    def _half(self) -> Footprint:
-        tokens, chunk = self.of.ids[self.of.longest].shape[1], self.of.options.chunk
-        device = self.of.loaded.device
-        return half_footprint(self.of.shapes, self.make_cache, tokens, chunk, device)
+    def _in_half_size(self) -> Footprint:
+        if self._half is None or self._half[0] != self._stored:
+            tokens, chunk = self.of.ids[self.of.longest].shape[1], self.of.options.chunk
+            loaded = self.of.loaded
+            make_cache = partial(loaded.new_cache, self._stored)
+            counted = half_footprint(self.of.shapes, make_cache, tokens, chunk, loaded.device)
+            self._half = self._stored, counted
+        return self._half[1]
 
     def figures(self, level: float = 0.95) -> dict[str, Any]:
         """The figures of the windows read so far, as plain values.
@@ -131,7 +137,7 @@ class PerplexityRun:
             level: of confidence of the intervals.
         """
         found = self.reading.comparison(level)
-        counted = found if self.of.loaded.model.dtype.itemsize == 2 else self._half
+        counted = found if self.of.loaded.model.dtype.itemsize == 2 else self._in_half_size()
         names = [window.document for window in self.reading.windows]
         return asdict(found) | {
             "bits_per_number_16bit": counted.bits_per_number,

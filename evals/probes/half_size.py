@@ -2,7 +2,8 @@
 
 In float32 the full-precision tokens of every cache, and the scales of quanto and HQQ, take twice
 what they take in the dtype that models are served in; codes do not. So as many random tokens go
-into a second cache, in bfloat16: the size does not depend on their values.
+into a second cache, in bfloat16. It is made so that its size does not depend on their values: see
+`CacheSpec.as_stored`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 # mypy: allow-untyped-defs
 """What errors of keys cost those who read them: `ChannelStatistics.read_by`, one head a program.
 
-The references are `Rope.spread_moment`, `QueryMoment.shrunk` and `LowRankHessian.of`, which
-computes in float64. Here float32 is enough: moment and scales are in units that leave nothing too
-large or too small, and bases are made orthonormal column by column (modified Gram and Schmidt).
-That has the error of float32 times the condition of what is orthonormalised, where Cholesky's has
-it times its square; and the condition is at most that of the Hessian, d (1 + RIDGE) / RIDGE (but in
-the first step, which starts at random).
+The references are `Rope.spread_moment`, `QueryMoment.shrunk`, `score_shift`, and
+`LowRankHessian.of`, which computes in float64. Here float32 is enough: moment and scales are in
+units that leave nothing too large or too small, and bases are made orthonormal column by column
+(modified Gram and Schmidt). That has the error of float32 times the condition of what is
+orthonormalised, where Cholesky's has it times its square; and the condition is at most that of the
+Hessian, d (1 + RIDGE) / RIDGE (but in the first step, which starts at random).
 
 The Hessian does not fit into registers. It lies in scratch memory, as do the basis and its
 products, which a product of matrices takes in other pieces than it gives.
@@ -48,11 +48,15 @@ class Turning(NamedTuple):
     half: bool
 
 
-def hessian_factors(scale: Tensor, moment: Tensor, count: int, turning: Turning | None) -> Tensor:
-    """The factors of the Hessians, (batch, heads, d, RANK) float16.
+def hessian_factors(
+    scale: Tensor, mean: Tensor | None, moment: Tensor, count: int, turning: Turning | None
+) -> tuple[Tensor, Tensor]:
+    """The factors of the Hessians, (batch, heads, d, RANK) float16, and the shifts of scores,
+    (batch, heads) float32.
 
     Args:
         scale: of the channels, (batch, heads, 1, d or 1) float32, contiguous.
+        mean: of the keys, (batch, heads, 1, d) float32, contiguous; None if it is not subtracted.
         moment: of queries, (batch, heads, d, d) float32, contiguous; d at least RANK.
         count: queries that it was taken from.
         turning: how RoPE turns such queries; None: not at all.
@@ -60,6 +64,7 @@ def hessian_factors(scale: Tensor, moment: Tensor, count: int, turning: Turning 
     batch, heads, d = moment.shape[:3]
     width = padded(d)
     factor = moment.new_empty(batch, heads, d, RANK, dtype=torch.float16)
+    shift = moment.new_empty(batch, heads)
     hessian = moment.new_empty(batch * heads, d, d)
     basis = moment.new_empty(batch * heads, 2, d, RANK)
     warps = 4 if width < 128 else 8
@@ -94,16 +99,19 @@ def hessian_factors(scale: Tensor, moment: Tensor, count: int, turning: Turning 
         many,
         scale,
         int(scale.shape[3] != 1),
+        scale if mean is None else mean,
+        int(mean is not None),
         _start(d, moment.device),
         hessian,
         basis,
         factor,
+        shift,
         count,
         heads,
         d,
         pairs,
     )
-    return factor
+    return factor, shift
 
 
 @lru_cache(maxsize=32)
@@ -113,7 +121,7 @@ def _start(d: int, device: torch.device) -> Tensor:
         return start_of_iteration(d, RANK, device).float()
 
 
-@triton.jit(do_not_specialize=["many", "count", "heads"])
+@triton.jit(do_not_specialize=["many", "centred", "count", "heads"])
 def hessian_kernel(
     p_moment,
     p_before,
@@ -124,10 +132,13 @@ def hessian_kernel(
     many,
     p_scale,
     stride_s,
+    p_mean,
+    centred,
     p_start,
     p_hessian,
     p_basis,
     p_factor,
+    p_shift,
     count,
     heads,
     d,
@@ -143,7 +154,9 @@ def hessian_kernel(
     PAD_D: tl.constexpr,
     PAD_R: tl.constexpr,
 ):
-    """Grid: all heads. `many`: whether rows of the batch have means of turns each."""
+    """Grid: all heads. `many`: whether rows of the batch have means of turns each. `centred`:
+    whether keys lose their mean, 1 or 0.
+    """
     i_bh = tl.program_id(0).to(tl.int64)
     i_b = i_bh // heads
     i_turn = tl.where(many != 0, i_b, 0)
@@ -169,6 +182,12 @@ def hessian_kernel(
     top = tl.max(b_scale, axis=0)
     b_scale /= top
     b_diagonal = tl.load(p_moment + o_c * (d + 1), mask=m_c, other=0)
+    # How far errors shift scores: `score_shift`.
+    b_mean = tl.load(p_mean + i_bh * d + o_c, mask=o_c < d * centred, other=0) / top
+    b_mean /= tl.where(m_c, b_scale, 1.0)
+    coded = tl.maximum(1 - tl.sum(b_mean * b_mean, axis=0), 0.0)
+    read = tl.sum(b_diagonal * b_scale * b_scale, axis=0) / d * top / d * top
+    tl.store(p_shift + i_bh, coded * read)
     if turns:
         b_diagonal = _spread(p_before, p_by_cos, p_by_sin, p_by_turn, o_c, o_c, m_c, d, r, HALF)
     level = tl.sum(b_diagonal, axis=0) / d

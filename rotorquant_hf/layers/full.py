@@ -146,6 +146,11 @@ class RotorQuantLayer(CacheLayerMixin):
         self._store = store
 
     @property
+    def has_wide_keys(self) -> bool:
+        """Whether the keys have taken 8 bits, as fewer would spoil the scores (`quant.wide`)."""
+        return self.is_initialized and self._store.keys.is_wide
+
+    @property
     def sinks(self) -> tuple[Tensor, Tensor]:
         """The first keys and values, (batch, heads, n, d), in full precision."""
         self.settle()

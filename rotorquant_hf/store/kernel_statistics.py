@@ -79,8 +79,8 @@ def kernel_block(
 
 def kernel_hessian(
     statistics: ChannelStatistics, queries: QueryMoment, rope: Rope | None = None
-) -> LowRankHessian:
-    """That of `statistics.read_by(queries, rope)`, in float32."""
+) -> tuple[LowRankHessian, Tensor]:
+    """That of `statistics.read_by(queries, rope)`, and `score_shift`, in float32."""
     own, turning = statistics.rope, None
     if own is not None and queries.pre_rope is not None:
         rope = rope or own
@@ -89,13 +89,14 @@ def kernel_hessian(
         by_turn = rope.mean_turns(READ_AFTER)
         turning = Turning(frequencies, before, *products, by_turn, _half(own))
     with torch.cuda.device_of(queries.mean):
-        factor = hessian_factors(
+        factor, shift = hessian_factors(
             statistics.scale.contiguous(),
+            None if statistics.mean is None else statistics.mean.contiguous(),
             queries.mean.contiguous(),
             queries.count,
             turning,
         )
-    return LowRankHessian(factor)
+    return LowRankHessian(factor), shift
 
 
 def kernel_feedback(

@@ -61,6 +61,7 @@ class RotorQuantKVCache:
             center=config.center_keys,
             rope_layout=config.rope_layout,
             rope=rope,
+            widens=config.widens_keys,
         )
         self.values = PackedSide(
             config.value_spec, d_value, device, equalize=config.equalize_values
@@ -124,6 +125,11 @@ class RotorQuantKVCache:
     def has_statistics(self) -> bool:
         """Whether the channel statistics are fixed."""
         return self.keys.statistics is not None
+
+    @property
+    def has_wide_statistics(self) -> bool:
+        """Whether the keys, by their statistics, need 8 bits (`quant.wide`)."""
+        return self.keys.statistics is not None and self.keys.statistics.wide
 
     @property
     def calibrated(self) -> bool:
@@ -365,14 +371,15 @@ class RotorQuantKVCache:
             **{f"value_{name}": tensor for name, tensor in self.values.state().items()},
         }
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state`, into an empty store."""
+    def load_state(self, state: dict[str, Tensor], wide_keys: bool = False) -> None:
+        """The inverse of `state`, into an empty store, of keys that are wide or not."""
         self.reset()
         if not state:
             return
-        for prefix, side in (("key_", self.keys), ("value_", self.values)):
+        for prefix, side, wide in (("key_", self.keys, wide_keys), ("value_", self.values, False)):
             side.load_state(
-                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)},
+                wide,
             )
 
     def nbytes(self) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from rotorquant_hf.quant.registry import shared_quantizer
 from rotorquant_hf.quant.rope import Rope
 from rotorquant_hf.quant.rounding import Feedback
 from rotorquant_hf.quant.tiles import segments
+from rotorquant_hf.quant.wide import WIDE_BITS
 from rotorquant_hf.store.buffers import TokenBuffers
 from rotorquant_hf.store.native_append import encode_native, native_takes
 from rotorquant_hf.store.statistics import block_statistics, read_by
@@ -33,6 +35,7 @@ class PackedSide:
         device: where the rows lie. It changes when a layer is offloaded.
         equalize, center, rope_layout, rope: of the channel statistics; see
             `ChannelStatistics.of_block`, where `equalize` is `power`.
+        widens: whether vectors take WIDE_BITS if their statistics are wide.
 
     Attributes:
         buffers: the rows (batch, heads, tokens, ...), as `Quantizer.encode` names them.
@@ -53,8 +56,11 @@ class PackedSide:
         center: bool | str = False,
         rope_layout: str = "none",
         rope: Rope | None = None,
+        widens: bool = False,
     ) -> None:
-        self.spec, self.d, self.device = spec, d, device
+        self.d, self.device = d, device
+        self._spec, self._wide_spec = spec, replace(spec, bits=WIDE_BITS)
+        self._widens = widens and spec.bits < WIDE_BITS
         self._equalize, self._center = equalize, center
         self._rope_layout, self.rope = rope_layout, rope
         self.buffers = TokenBuffers()
@@ -70,12 +76,25 @@ class PackedSide:
 
     @property
     def quantizer(self) -> Quantizer:
-        """What codes the vectors, on the device where the rows lie now.
+        """What codes the vectors, on the device where the rows lie now."""
+        return self.quantizer_for(self.statistics)
+
+    def quantizer_for(self, statistics: ChannelStatistics | None) -> Quantizer:
+        """What codes vectors of such statistics.
 
         Shared by all stores of the same settings, so never kept here: a copy of the side would
         copy it, and an offloaded side would keep the tables of the other device.
         """
-        return shared_quantizer(self.spec, self.d, self.device)
+        spec = self._wide_spec if self._takes_wide_codes(statistics) else self._spec
+        return shared_quantizer(spec, self.d, self.device)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the vectors take WIDE_BITS instead of the bits of the quantiser."""
+        return self._takes_wide_codes(self.statistics)
+
+    def _takes_wide_codes(self, statistics: ChannelStatistics | None) -> bool:
+        return self._widens and statistics is not None and statistics.wide
 
     def __len__(self) -> int:
         """Tokens stored."""
@@ -102,7 +121,7 @@ class PackedSide:
             block, self._equalize, self._center, self._rope_layout, self.rope, positions
         )
         if queries is not None:
-            statistics = read_by(statistics, queries, self.rope)
+            statistics = read_by(statistics, queries, self.rope, self._widens)
         self.statistics = statistics
 
     def append(self, x: Tensor, position: int, expected: int = 0) -> None:
@@ -223,9 +242,9 @@ class PackedSide:
             return {}
         return {**self.buffers.rows(0, len(self)), **self.statistics.tensors()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: dict[str, Tensor], wide: bool = False) -> None:
         """The inverse of `state` (not an empty one), into an empty side."""
-        self.statistics = ChannelStatistics.of_tensors(state, self._rope_layout)
+        self.statistics = ChannelStatistics.of_tensors(state, self._rope_layout, wide)
         taken = self.statistics.tensors()
         rows = {name: tensor for name, tensor in state.items() if name not in taken}
         if rows:

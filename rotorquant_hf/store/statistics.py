@@ -16,6 +16,7 @@ from rotorquant_hf.quant.channels import ChannelStatistics, Measured
 from rotorquant_hf.quant.hessian import RANK
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.rope import Rope
+from rotorquant_hf.quant.wide import is_wide, score_shift
 from rotorquant_hf.store.native_statistics import native_block, native_hessian, native_moment
 
 
@@ -61,29 +62,50 @@ def block_statistics(
 
 
 def read_by(
-    statistics: ChannelStatistics, queries: QueryMoment, rope: Rope | None = None
+    statistics: ChannelStatistics,
+    queries: QueryMoment,
+    rope: Rope | None = None,
+    widens: bool = False,
 ) -> ChannelStatistics:
-    """`statistics.read_by(queries, rope)`."""
-    device, d = statistics.scale.device, queries.mean.shape[-1]
-    if queries.mean.device == device and d >= RANK:
-        if uses_triton(device) and _is_dim_of_kernels(d):
-            from rotorquant_hf.store.kernel_statistics import kernel_hessian
+    """`statistics.read_by(queries, rope)`.
 
-            return replace(statistics, hessian=kernel_hessian(statistics, queries, rope))
-        if uses_native(device) and d <= MAX_SIZE:
-            hessian = native_hessian(statistics, queries, rope)
-            if hessian is not None:
-                return replace(statistics, hessian=hessian)
-            # The moment is none: torch says why.
-    return statistics.read_by(queries, rope)
+    Args:
+        statistics, queries, rope: as there.
+        widens: whether to find out if the vectors take WIDE_BITS; then the host waits for a GPU.
+    """
+    device, d = statistics.scale.device, queries.mean.shape[-1]
+    shift = None
+    if queries.mean.device == device and d >= RANK and uses_triton(device) and _suits_kernels(d):
+        from rotorquant_hf.store.kernel_statistics import kernel_hessian
+
+        hessian, shift = kernel_hessian(statistics, queries, rope)
+        found = replace(statistics, hessian=hessian)
+    else:
+        found = _read_on_a_cpu(statistics, queries, rope) or statistics.read_by(queries, rope)
+    if not widens:
+        return found
+    shift = score_shift(statistics, queries) if shift is None else shift
+    return replace(found, wide=is_wide(shift))
+
+
+def _read_on_a_cpu(
+    statistics: ChannelStatistics, queries: QueryMoment, rope: Rope | None
+) -> ChannelStatistics | None:
+    """`read_by` by the native library; None if it does not take them."""
+    device, d = statistics.scale.device, queries.mean.shape[-1]
+    if queries.mean.device != device or not uses_native(device) or not RANK <= d <= MAX_SIZE:
+        return None
+    hessian = native_hessian(statistics, queries, rope)
+    # Of a moment that is none, torch says why.
+    return None if hessian is None else replace(statistics, hessian=hessian)
 
 
 def _kernels_take(x: Tensor) -> bool:
-    takes = uses_triton(x.device) and _is_dim_of_kernels(x.shape[3])
+    takes = uses_triton(x.device) and _suits_kernels(x.shape[3])
     return takes and x.dtype in FLOATS and x.shape[2] > 0
 
 
-def _is_dim_of_kernels(d: int) -> bool:
+def _suits_kernels(d: int) -> bool:
     """Whether the kernels take a head dim: many GPUs have no shared memory for larger ones."""
     return d % 8 == 0 and d <= MAX_FLOAT32_DIM
 

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import t as student
-from transformers import Cache, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
 
 from evals.__main__ import main
 from evals.caches.registry import CacheSpec
 from evals.errors import InputError
 from evals.measurements.comparison import compare, compared
 from evals.measurements.intervals import interval
+from evals.measurements.memory import MemoryOptions
 from evals.measurements.perplexity import PerplexityMeasurement, PerplexityOptions
 from evals.measurements.reference import Reference, SinglePass, single_pass
+from evals.measurements.registry import MEASUREMENTS
 from evals.probes.chunked import feed
 from evals.probes.footprint import footprint
 from evals.probes.half_size import half_footprint, layer_shapes
@@ -288,6 +290,34 @@ def test_bits_in_16_bits_are_those_of_a_16_bit_model(model, sampled) -> None:
         assert counted.bits_per_number == own.bits_per_number
         assert counted.packed_bits_per_number == own.packed_bits_per_number
     assert counted.packed_bits_per_number == 4.5  # hqq: a scale and a zero of 16 bits for 64
+
+
+@pytest.mark.parametrize("measure", ["perplexity", "memory"])
+def test_wide_keys_count_in_16_bits_too(tokenizer, measure) -> None:
+    """There other states are counted, which would not have widened the keys."""
+    config = AutoConfig.from_pretrained(MODEL, attention_bias=True)
+    biased = AutoModelForCausalLM.from_pretrained(MODEL, config=config)
+    bias = biased.model.layers[1].self_attn.k_proj.bias
+    with torch.no_grad():
+        bias.copy_(300 * torch.randn(len(bias), generator=torch.Generator().manual_seed(1)))
+    chosen = {
+        "perplexity": PerplexityOptions(text=(TEXT,), max_tokens=600, window=300),
+        "memory": MemoryOptions(context=(300,), new_tokens=4),
+    }[measure]
+    measured = MEASUREMENTS[measure].prepare(
+        LoadedModel(biased, tokenizer, ModelOptions()), chosen, 0
+    )
+    options = {"residual_length": 32, "statistics_length": 0}
+    wide, narrow = (
+        (result if measure == "perplexity" else result["points"][0])
+        for result in measured(
+            [CacheSpec.of("k4v4", options | {"key_bits": bits}) for bits in (4, (4,) * 8)]
+        )
+    )
+    for name in ("long_bits_per_number", "long_bits_per_number_16bit"):
+        assert wide[name] == narrow[name] + 4 / 16, name  # of 16 sides one has 4 bits more
+    for name in ("bits_per_number", "bits_per_number_16bit"):
+        assert narrow[name] + 0.2 < wide[name] < narrow[name] + 0.3, name  # spare room included
 
 
 def test_twins_of_models_that_have_none_are_refused(model) -> None:

@@ -346,6 +346,16 @@ def build(name: str, attention: str | None = None, dtype: torch.dtype = torch.fl
     return model.to(dtype).eval()
 
 
+def biased(name: str = "qwen2", layer: int = 1, bias: float = 300.0) -> Any:
+    """A model that has, in one layer, key biases far larger than what differs between keys."""
+    model = copy.deepcopy(build(name))
+    projection = model.model.layers[layer].self_attn.k_proj
+    drawn = torch.randn(projection.out_features, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        projection.bias.copy_(bias * drawn)
+    return model
+
+
 @functools.cache
 def narrow(name: str, attention: str | None = None, layers: int = 1) -> Any:
     """The model `name` with one kv head, read by two: steps are slow in Triton's interpreter."""

@@ -238,6 +238,8 @@ def check_aware(part: AppendPart, begin: int, count: int, row: int) -> None:
         (24, 4, "mse"),
         (40, 1, "mse"),
         (64, 5, "mse"),
+        (64, 8, "mse"),  # of wide layers
+        (24, 8, "prod"),
         (80, 4, "prod"),
         (128, 3, "mse"),
         (256, 3, "mse"),

@@ -83,6 +83,15 @@ def test_widths(key_bits, dtype):
     assert error(query(dtype=dtype), keys, values, options) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("value_bits", [2, 3, 4])
+@pytest.mark.parametrize("dk", [64, 128])
+def test_wide_keys(dk, value_bits):
+    """As layers have them that need 8 bits, beside the values of the presets."""
+    keys, values = states(dk, dk, tokens=40, heads=1, key_bits=8, value_bits=value_bits)
+    found = error(query(dk, heads=3), keys, values, AttentionOptions(scale=dk**-0.5))
+    assert found < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("qjl_dim", [None, 40, 200])
 @pytest.mark.parametrize("key_bits", [2, 3, 5])
 def test_keys_with_signs(key_bits, qjl_dim):

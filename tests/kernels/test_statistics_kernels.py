@@ -18,6 +18,7 @@ from rotorquant_hf.quant.moments import SAMPLED_QUERIES, QueryMoment
 from rotorquant_hf.quant.rope import LAYOUTS
 from rotorquant_hf.quant.rotations import make_rotation
 from rotorquant_hf.quant.rounding import Feedback
+from rotorquant_hf.quant.wide import score_shift
 from rotorquant_hf.store.kernel_statistics import (
     kernel_block,
     kernel_feedback,
@@ -249,8 +250,9 @@ def test_hessian(d: int, pairs: int, layout: str) -> None:
     statistics = ChannelStatistics.of_block(keys, power, True, layout, rope, positions)
     assert statistics.rope.turns.flatten().tolist() == [True, d != 24][: len(statistics.rope.turns)]
     for queries, given in ((seen, rope), (seen, None), (QueryMoment(seen.mean, 7), None)):
-        found = kernel_hessian(statistics, queries, given)
+        found, shift = kernel_hessian(statistics, queries, given)
         assert_hessian(found, statistics.read_by(queries, given).hessian)
+        torch.testing.assert_close(shift, score_shift(statistics, queries), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-10, 1e10, 1e30])
@@ -260,16 +262,35 @@ def test_hessian_of_any_unit(factor: float) -> None:
     statistics = ChannelStatistics.of_block(x, 0.5, True)
     wanted = statistics.read_by(QueryMoment.of(query, HEADS)).hessian
     large = ChannelStatistics.of_block(x * factor, 0.5, True)
-    assert_hessian(kernel_hessian(large, QueryMoment.of(query, HEADS)), wanted)
-    seen = QueryMoment.of(query * factor**0.5, HEADS)
-    assert_hessian(kernel_hessian(statistics, seen), wanted)
+    for keys, by in ((large, 1), (statistics, factor**0.5)):
+        seen = QueryMoment.of(query * by, HEADS)
+        found, shift = kernel_hessian(keys, seen)
+        assert_hessian(found, wanted)
+        # Below what float32 holds it is nothing, beyond it infinite: both say what is to be done.
+        expected = score_shift(keys, seen)
+        torch.testing.assert_close(shift, expected, rtol=1e-5, atol=1e-37)
 
 
 def test_hessian_of_no_queries() -> None:
     """No direction is preferred."""
     statistics = ChannelStatistics.of_block(states(40, 32), 0.5)
     nothing = QueryMoment(torch.zeros(BATCH, HEADS, 32, 32, device=DEVICE), 0)
-    assert_hessian(kernel_hessian(statistics, nothing), statistics.read_by(nothing).hessian)
+    found, shift = kernel_hessian(statistics, nothing)
+    assert_hessian(found, statistics.read_by(nothing).hessian)
+    assert not shift.any()
+
+
+def test_shift_of_keys_that_keep_their_mean() -> None:
+    """It is coded too. (Kernels get another tensor in the place of the mean.)"""
+    query, keys = states(80, 32, 2 * HEADS), states(80, 32)
+    seen = QueryMoment.of(query, HEADS)
+    shifts = []
+    for center in (True, False):
+        statistics = ChannelStatistics.of_block(keys, 0.5, center)
+        shifts.append(kernel_hessian(statistics, seen)[1])
+        wanted = score_shift(statistics, seen)
+        torch.testing.assert_close(shifts[-1], wanted, rtol=1e-5, atol=0)
+    assert (shifts[1] > 1.1 * shifts[0]).all()
 
 
 @pytest.mark.parametrize("d", [16, 64])
@@ -278,7 +299,7 @@ def test_hessian_of_one_query(d: int) -> None:
     query = states(1, d)
     seen = QueryMoment(QueryMoment.of(query, HEADS).mean, 1 << 40)
     statistics = ChannelStatistics.of_block(states(40, d), 0.0)
-    found = kernel_hessian(statistics, seen).matrix().double()
+    found = kernel_hessian(statistics, seen)[0].matrix().double()
     unit = query / query.norm(dim=-1, keepdim=True)
     wanted = d * (unit.mT @ unit).double() + RIDGE * torch.eye(d, device=DEVICE)
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3 * d)

@@ -1,6 +1,7 @@
 """Layers that quantise when attention has shown its queries, and take statistics from enough."""
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -202,9 +203,10 @@ def test_vectors_that_cannot_be_coded_are_taken_out_again(kind, history):
 
 @pytest.mark.parametrize("unit", [1e-30, 1e30])
 def test_the_unit_of_keys_does_not_matter(unit):
-    """Squares of it leave float32."""
+    """Squares of it leave float32. (By layer: scores of such keys would ask for 8 bits.)"""
     keys, values = states(30)
-    layers = RotorQuantLayer(AWARE), RotorQuantLayer(AWARE)
+    config = dataclasses.replace(AWARE, key_bits=(3,))
+    layers = RotorQuantLayer(config), RotorQuantLayer(config)
     for layer, factor in zip(layers, (1, unit), strict=True):
         by_sdpa(queries(30), *layer.update(keys * factor, values))
     torch.testing.assert_close(layers[1].store.get_keys() / unit, layers[0].store.get_keys())
