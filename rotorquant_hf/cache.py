@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from rotorquant_hf import serialization
-from rotorquant_hf.attention.tensor import CompressedTensor
+from rotorquant_hf.attention.tensor import CompressedTensor, OnQuery
 from rotorquant_hf.calibration import Calibration, shape_of
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
@@ -256,15 +256,16 @@ class RotorQuantCache(Cache):
 
     def _show(
         self,
-        see: Callable[[Tensor, Tensor | None], None],
+        see: OnQuery,
         layer_idx: int,
         tokens: int,
         query: Tensor,
         mask: Tensor | None,
+        scale: float | None,
     ) -> None:
         """Show a layer queries (batch, query heads, n, key dim) of a pass over so many tokens."""
         with self._taking_back(layer_idx, tokens):
-            see(query, mask)
+            see(query, mask, scale)
 
     @contextmanager
     def _taking_back(self, layer_idx: int, tokens: int) -> Iterator[None]:

@@ -7,6 +7,7 @@ kernels do not look whether the rows that they read are there.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +127,7 @@ def _packed_entry(layer: RotorQuantLayer) -> LayerEntry:
         if layer.moment.pre_rope is not None:
             tensors["queries.pre_rope"] = layer.moment.pre_rope
         attributes["queries"] = layer.moment.count
+        attributes["score_scale"] = layer.moment.scale
     if layer.stand_ins is not None:
         tensors["stand_ins"] = layer.stand_ins.tokens
     if layer.store.calibrated:
@@ -175,6 +177,7 @@ def _restore_packed(layer: RotorQuantLayer, entry: LayerEntry) -> None:
             tensors["queries.mean"],
             _count("queries", attributes["queries"]),
             tensors.get("queries.pre_rope"),
+            _factor("score_scale", attributes.get("score_scale")),
         )
     if "stand_ins" in tensors:
         layer.stand_ins = StandIns(tensors["stand_ins"])
@@ -285,6 +288,12 @@ def _check_window(saved: Any, here: Any) -> None:
         raise ValueError(
             f"has a sliding window of {saved}, the model one of {here}; it is another model's"
         )
+
+
+def _factor(name: str, value: Any) -> float | None:
+    if value is not None and (type(value) is not float or not math.isfinite(value)):
+        raise ValueError(f"has {name} {value!r}, not a number")
+    return value
 
 
 def _flag(name: str, value: Any) -> bool:

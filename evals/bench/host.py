@@ -85,9 +85,9 @@ def _no_check(*_: Any, **__: Any) -> None:
     pass
 
 
-def _not_wide(shift: Tensor) -> bool:
+def _not_wide(shift: Tensor, score_scale: float) -> bool:
     """`is_wide` of numbers that no kernel has written."""
-    is_wide(shift)
+    is_wide(shift, score_scale)
     return False
 
 
@@ -153,7 +153,7 @@ def pack_prompt(settings: RotorQuantConfig, config: LlamaConfig, states: list[Te
     for layer in range(config.num_hidden_layers):
         keys, _ = cache.update(states[1], states[2], layer)
         if isinstance(keys, CompressedTensor) and keys.on_query is not None:
-            keys.on_query(states[0], None)
+            keys.on_query(states[0], None, None)
 
 
 def calls(step: Callable[[], None], layers: int, steps: int) -> float:

@@ -112,7 +112,7 @@ def rotorquant_attention(
     out = None if dropout else _attend_packed(query, key, value, options)
     if out is None:
         out = _attend_plain(module, query, _plain(key), _plain(value), options, dropout)
-    show_queries(key, query, mask)
+    show_queries(key, query, mask, options.scale)
     return out.transpose(1, 2).contiguous(), None
 
 

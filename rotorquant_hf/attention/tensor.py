@@ -22,13 +22,15 @@ from rotorquant_hf.attention.head_view import AS_STORED, VIEWS, HeadView
 from rotorquant_hf.attention.options import AttentionOptions
 from rotorquant_hf.attention.states import KVStates, PlainStates
 
+OnQuery = Callable[[Tensor, Tensor | None, float | None], None]
+
 
 class CompressedTensor(Tensor):
     """A read-only tensor (batch, heads, tokens, d) over `KVStates`, or a head view of it.
 
     If it has `on_query`, attention calls that with the queries (batch, query heads, n, d) that have
-    read it, and their mask or None. For the sake of them even tokens of which none is packed come
-    as one (`PlainStates`).
+    read it, their mask or None, and the factor of the inner products or None for d^-1/2. For the
+    sake of them even tokens of which none is packed come as one (`PlainStates`).
 
     Asking for its shape, dtype or device reads nothing, `scaled_dot_product_attention` reads the
     packed codes, and repeating the heads, as for grouped queries, gives another of its kind. Any
@@ -38,7 +40,7 @@ class CompressedTensor(Tensor):
 
     states: KVStates | PlainStates
     view_of_heads: HeadView
-    on_query: Callable[[Tensor, Tensor | None], None] | None
+    on_query: OnQuery | None
     _size: torch.Size
 
     @staticmethod
@@ -46,7 +48,7 @@ class CompressedTensor(Tensor):
         cls,
         states: KVStates | PlainStates,
         view: HeadView = AS_STORED,
-        on_query: Callable[[Tensor, Tensor | None], None] | None = None,
+        on_query: OnQuery | None = None,
     ) -> CompressedTensor:
         sinks, size = states.sinks, torch.Size(view.shape(states.shape))
         tensor = Tensor._make_wrapper_subclass(cls, size, dtype=sinks.dtype, device=sinks.device)
@@ -131,20 +133,26 @@ def _scaled_dot_product_attention(
             CompressedTensor, CompressedTensor.materialize, ((query, key, value), args, kwargs)
         )
         result = functional.scaled_dot_product_attention(*plain, *args, **kwargs)
-    show_queries(key, query, kwargs.get("attn_mask", args[0] if args else None))
+    given = dict(zip(_SDPA_OPTIONS, args, strict=False)) | kwargs
+    show_queries(key, query, given.get("attn_mask"), given.get("scale"))
     return result
 
 
-def show_queries(key: Tensor, query: Tensor, mask: Tensor | None = None) -> None:
+def show_queries(
+    key: Tensor, query: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> None:
     """Tell the keys of what attention has read which queries (batch, heads, n, d) read them.
 
-    With their mask, broadcastable to (batch, heads, n, tokens), or None.
+    Args:
+        key, query: as attention got them.
+        mask: broadcastable to (batch, heads, n, tokens), or None.
+        scale: factor of the inner products; None for d^-1/2.
     """
     if isinstance(key, CompressedTensor) and key.on_query is not None:
         batch, heads, _, d = key.states.shape
         fits = query.dim() == 4 and (query.shape[0], query.shape[3]) == (batch, d)
         if fits and query.shape[1] % heads == 0 and not isinstance(query, CompressedTensor):
-            key.on_query(query, mask)
+            key.on_query(query, mask, scale)
 
 
 def _attend(
@@ -183,6 +191,9 @@ def _attend(
         return None
     return compute(query, keys, values, options)
 
+
+_SDPA_OPTIONS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+"""In the order in which `scaled_dot_product_attention` takes them after the value."""
 
 _attend_uncompiled = torch.compiler.disable(_attend)
 

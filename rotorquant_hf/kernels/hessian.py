@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """What errors of keys cost those who read them: `ChannelStatistics.read_by`, one head a program.
 
-The references are `Rope.spread_moment`, `QueryMoment.shrunk`, `score_shift`, and
+The references are `Rope.spread_moment`, `QueryMoment.shrunk`, `product_shift`, and
 `LowRankHessian.of`, which computes in float64. Here float32 is enough: moment and scales are in
 units that leave nothing too large or too small, and bases are made orthonormal column by column
 (modified Gram and Schmidt). That has the error of float32 times the condition of what is
@@ -51,8 +51,8 @@ class Turning(NamedTuple):
 def hessian_factors(
     scale: Tensor, mean: Tensor | None, moment: Tensor, count: int, turning: Turning | None
 ) -> tuple[Tensor, Tensor]:
-    """The factors of the Hessians, (batch, heads, d, RANK) float16, and the shifts of scores,
-    (batch, heads) float32.
+    """The factors of the Hessians, (batch, heads, d, RANK) float16, and the shifts of inner
+    products, (batch, heads) float32.
 
     Args:
         scale: of the channels, (batch, heads, 1, d or 1) float32, contiguous.
@@ -182,11 +182,11 @@ def hessian_kernel(
     top = tl.max(b_scale, axis=0)
     b_scale /= top
     b_diagonal = tl.load(p_moment + o_c * (d + 1), mask=m_c, other=0)
-    # How far errors shift scores: `score_shift`.
+    # How far errors shift inner products: `product_shift`.
     b_mean = tl.load(p_mean + i_bh * d + o_c, mask=o_c < d * centred, other=0) / top
     b_mean /= tl.where(m_c, b_scale, 1.0)
     coded = tl.maximum(1 - tl.sum(b_mean * b_mean, axis=0), 0.0)
-    read = tl.sum(b_diagonal * b_scale * b_scale, axis=0) / d * top / d * top
+    read = tl.sum(b_diagonal * b_scale * b_scale, axis=0) / d * top * top
     tl.store(p_shift + i_bh, coded * read)
     if turns:
         b_diagonal = _spread(p_before, p_by_cos, p_by_sin, p_by_turn, o_c, o_c, m_c, d, r, HALF)

@@ -23,6 +23,7 @@ no queries are looked at any more, and nothing waits.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -89,6 +90,7 @@ class RotorQuantLayer(CacheLayerMixin):
         self.stand_ins: StandIns | None = None
         # Of single tokens, not yet in the moment, and where in the text these are.
         self._queries: list[tuple[int, Tensor]] = []
+        self._score_scale: float | None = None  # of their inner products
         # The recent tokens before a pass whose tokens wait for their queries.
         self._recent_before: tuple[Tensor, Tensor] | None = None
         self._gradient_cut = False  # some packed tokens were recorded by autograd
@@ -307,11 +309,14 @@ class RotorQuantLayer(CacheLayerMixin):
         keys.on_query = self.see_queries
         return keys, values
 
-    def see_queries(self, query: Tensor, mask: Tensor | None = None) -> None:
+    def see_queries(
+        self, query: Tensor, mask: Tensor | None = None, scale: float | None = None
+    ) -> None:
         """Take notice of queries (batch, query heads, n, key dim) that read the keys.
 
         Args:
             mask: theirs, broadcastable to (batch, query heads, n, tokens), which shows padding.
+            scale: factor of their inner products with keys; None for key dim^-1/2.
         """
         if not self.is_initialized or self._store.has_statistics:
             return
@@ -320,6 +325,7 @@ class RotorQuantLayer(CacheLayerMixin):
             if self._queries and self._queries[-1][1].shape[:2] != query.shape[:2]:
                 self.count_queries()  # of another layer that shares the keys
             self._queries.append((self.get_seq_length() - query.shape[2], query.detach()))
+            self._score_scale = None if scale is None else float(scale)
             if query.shape[2] > 1 or len(self._queries) == _QUERIES_HELD:
                 self.count_queries()
             held = self._sinks, self._recent
@@ -349,6 +355,7 @@ class RotorQuantLayer(CacheLayerMixin):
         with torch.inference_mode(False), torch.no_grad():
             query, positions = _in_one(queries)
             seen = query_moment(query, self._sinks[0].shape[1], self.rope, positions)
+            seen = dataclasses.replace(seen, scale=self._score_scale)
             self.moment = seen if self.moment is None else self.moment.merged(seen)
 
     def settle(self) -> None:

@@ -24,11 +24,13 @@ class QueryMoment:
         mean: (batch, heads, d, d) float32.
         count: queries of a row and head that it was taken from.
         pre_rope: the same of the queries before RoPE turned them, if it is known how.
+        scale: factor of their inner products with keys; None for d^-1/2.
     """
 
     mean: Tensor
     count: int
     pre_rope: Tensor | None = None
+    scale: float | None = None
 
     @classmethod
     def of(
@@ -57,13 +59,13 @@ class QueryMoment:
         return cls(mean, count, _moment(before, heads))
 
     def merged(self, other: QueryMoment) -> QueryMoment:
-        """That of the queries of both."""
+        """That of the queries of both; with the scale of the other's."""
         count = self.count + other.count
         share = other.count / max(count, 1)
-        mean = torch.lerp(self.mean, other.mean, share)
-        if self.pre_rope is None or other.pre_rope is None:
-            return QueryMoment(mean, count)
-        return QueryMoment(mean, count, torch.lerp(self.pre_rope, other.pre_rope, share))
+        mean, before = torch.lerp(self.mean, other.mean, share), None
+        if self.pre_rope is not None and other.pre_rope is not None:
+            before = torch.lerp(self.pre_rope, other.pre_rope, share)
+        return QueryMoment(mean, count, before, other.scale)
 
     def shrunk(self, moment: Tensor) -> Tensor:
         """A moment of these queries, in float64, drawn to no direction at all as they are few.
@@ -84,10 +86,15 @@ class QueryMoment:
         """What `shrunk` adds to the diagonal, as a share of its mean."""
         return self.mean.shape[-1] / max(self.count, 1)
 
+    @property
+    def score_scale(self) -> float:
+        """Factor of the inner products with keys."""
+        return self.mean.shape[-1] ** -0.5 if self.scale is None else self.scale
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> QueryMoment:
         """The same with `fn` applied to the tensors (a batch selection, a move to a device)."""
         before = None if self.pre_rope is None else fn(self.pre_rope)
-        return QueryMoment(fn(self.mean), self.count, before)
+        return QueryMoment(fn(self.mean), self.count, before, self.scale)
 
     @property
     def nbytes(self) -> int:

@@ -1,10 +1,10 @@
 """Which keys take 8 bits: those of layers whose scores fewer bits would spoil.
 
 Codes of relative distortion D (`LloydMaxCodebook.distortion`) leave an error of D |u|^2 in the
-square of u = (x - mean) / scale. Spread evenly over its d elements, it shifts the scores
-q . x / sqrt(d) by
+square of u = (x - mean) / scale. Spread evenly over its d elements, it shifts the scores s q . x
+(mostly s = d^-1/2) by
 
-    D |u|^2 / d * sum_c scale_c^2 C_cc / d
+    s^2 D |u|^2 / d * sum_c scale_c^2 C_cc
 
 in the mean square, with C the second moment of the queries. (Rounding along the queries, see
 `rounding`, then takes most of that away: in these layers and in all others.)
@@ -19,6 +19,7 @@ keys; with 4 bits all 23 others together by 0.18.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 from torch import Tensor
@@ -37,35 +38,36 @@ JUDGED_BITS = 4
 """One width for all presets, so that the same layers of a model are wide in each."""
 
 
-def is_wide(shift: Tensor) -> bool:
+def is_wide(shift: Tensor, score_scale: float) -> bool:
     """Whether keys take WIDE_BITS: some kv head's scores shift too far, in the mean over rows.
 
     The host waits for a GPU, as it is the host that allocates the rows of codes.
 
     Args:
-        shift: of `score_shift`.
+        shift: of `product_shift`.
+        score_scale: factor of the inner products in scores.
     """
+    largest = _max_shift() / score_scale**2 if score_scale else math.inf
     heads = zip(*shift.tolist(), strict=True)
-    return any(sum(rows) / len(rows) > _max_shift() for rows in heads)
+    return any(sum(rows) / len(rows) > largest for rows in heads)
 
 
 @cache
 def _max_shift() -> float:
-    """The largest shift by codes of distortion 1."""
+    """The largest shift of scores by codes of distortion 1."""
     return MAX_SHIFT / LloydMaxCodebook.for_dimension(1, JUDGED_BITS).distortion
 
 
-def score_shift(statistics: ChannelStatistics, queries: QueryMoment) -> Tensor:
-    """The mean square shift of scores by codes of distortion 1, (batch, heads) float32.
+def product_shift(statistics: ChannelStatistics, queries: QueryMoment) -> Tensor:
+    """The mean square shift of inner products by codes of distortion 1, (batch, heads) float32.
 
     Args:
         statistics: of the keys.
         queries: of the queries that read them.
     """
-    d = queries.mean.shape[-1]
     scale = statistics.scale[:, :, 0]
     rms = queries.mean.diagonal(dim1=-2, dim2=-1).sqrt()
-    read = vector_norm(scale * rms, dim=-1).square() / d**2
+    read = vector_norm(scale * rms, dim=-1).square() / queries.mean.shape[-1]
     if statistics.mean is None:
         return read
     # |x / scale| is 1 in the mean, wherever RoPE has turned the pairs of channels to.

@@ -80,7 +80,7 @@ def kernel_block(
 def kernel_hessian(
     statistics: ChannelStatistics, queries: QueryMoment, rope: Rope | None = None
 ) -> tuple[LowRankHessian, Tensor]:
-    """That of `statistics.read_by(queries, rope)`, and `score_shift`, in float32."""
+    """That of `statistics.read_by(queries, rope)`, and `product_shift`, in float32."""
     own, turning = statistics.rope, None
     if own is not None and queries.pre_rope is not None:
         rope = rope or own

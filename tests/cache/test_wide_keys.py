@@ -77,6 +77,25 @@ def test_not_where_it_cannot_or_shall_not(model, options) -> None:
     assert cache.wide_layers == ()
 
 
+def test_not_where_the_model_scales_its_scores_down(tmp_path) -> None:
+    """As Granite does. A cache that is saved before it has seen enough remembers."""
+    model, ids = biased(), prompt(2, 60)
+    model.model.layers[WIDE].self_attn.scaling = 1e-3
+    assert filled(model, ids=ids).wide_layers == ()
+    cache = cache_of(model)
+    feed(model, cache, ids, (6,))
+    cache.save(tmp_path / "cache")
+    cache = RotorQuantCache.load(tmp_path / "cache", config=model.config)
+    assert cache.layers[WIDE].moment.scale == 1e-3
+
+    def change(header, tensors):
+        header["layers"][WIDE]["attributes"]["score_scale"] = "much"
+
+    rewrite(tmp_path / "cache", change)
+    with pytest.raises(ValueError, match="score_scale 'much', not a number"):
+        RotorQuantCache.load(tmp_path / "cache", config=model.config)
+
+
 def test_the_published_methods_stay_as_they_are(model) -> None:
     for name in ("turboquant", "rotorquant-reference"):
         assert filled(model, name).wide_layers == ()

@@ -18,7 +18,7 @@ from rotorquant_hf.quant.moments import SAMPLED_QUERIES, QueryMoment
 from rotorquant_hf.quant.rope import LAYOUTS
 from rotorquant_hf.quant.rotations import make_rotation
 from rotorquant_hf.quant.rounding import Feedback
-from rotorquant_hf.quant.wide import score_shift
+from rotorquant_hf.quant.wide import product_shift
 from rotorquant_hf.store.kernel_statistics import (
     kernel_block,
     kernel_feedback,
@@ -252,7 +252,7 @@ def test_hessian(d: int, pairs: int, layout: str) -> None:
     for queries, given in ((seen, rope), (seen, None), (QueryMoment(seen.mean, 7), None)):
         found, shift = kernel_hessian(statistics, queries, given)
         assert_hessian(found, statistics.read_by(queries, given).hessian)
-        torch.testing.assert_close(shift, score_shift(statistics, queries), rtol=1e-5, atol=0)
+        torch.testing.assert_close(shift, product_shift(statistics, queries), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-10, 1e10, 1e30])
@@ -267,7 +267,7 @@ def test_hessian_of_any_unit(factor: float) -> None:
         found, shift = kernel_hessian(keys, seen)
         assert_hessian(found, wanted)
         # Below what float32 holds it is nothing, beyond it infinite: both say what is to be done.
-        expected = score_shift(keys, seen)
+        expected = product_shift(keys, seen)
         torch.testing.assert_close(shift, expected, rtol=1e-5, atol=1e-37)
 
 
@@ -288,7 +288,7 @@ def test_shift_of_keys_that_keep_their_mean() -> None:
     for center in (True, False):
         statistics = ChannelStatistics.of_block(keys, 0.5, center)
         shifts.append(kernel_hessian(statistics, seen)[1])
-        wanted = score_shift(statistics, seen)
+        wanted = product_shift(statistics, seen)
         torch.testing.assert_close(shifts[-1], wanted, rtol=1e-5, atol=0)
     assert (shifts[1] > 1.1 * shifts[0]).all()
 

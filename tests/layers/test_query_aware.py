@@ -48,9 +48,13 @@ def by_sdpa(query, keys, values):
 
 
 def by_registered(query, keys, values):
+    return rotorquant_attention(_grouped(), query, keys, values, None, is_causal=False)[0]
+
+
+def _grouped():
     module = torch.nn.Module()
     module.num_key_value_groups = GROUP
-    return rotorquant_attention(module, query, keys, values, None, is_causal=False)[0]
+    return module
 
 
 def score_error(layer, exact_keys, seed=9):
@@ -199,6 +203,25 @@ def test_vectors_that_cannot_be_coded_are_taken_out_again(kind, history):
     assert torch.equal(layer.recent[0], before[1][0])
     assert all(torch.equal(x, before[2][name]) for name, x in layer.store.state().items())
     by_sdpa(queries(20, seed=2), *layer.update(*states(20, seed=2)))
+
+
+@pytest.mark.parametrize(
+    ("attend", "scale"),
+    [
+        (lambda *x: sdpa(*x, enable_gqa=True), None),
+        (lambda *x: sdpa(*x, scale=0.25, enable_gqa=True), 0.25),
+        (lambda *x: sdpa(*x, None, 0.0, False, scale=1, enable_gqa=True), 1.0),
+        (lambda *x: rotorquant_attention(_grouped(), *x, None, is_causal=False), D**-0.5),
+        (lambda *x: rotorquant_attention(_grouped(), *x, None, 0.5, is_causal=False), 0.5),
+    ],
+)
+def test_the_scale_of_scores_is_seen(attend, scale):
+    layer = RotorQuantLayer(AWARE)
+    attend(queries(6), *layer.update(*states(6)))
+    layer.count_queries()
+    assert layer.moment.scale == scale
+    assert layer.moment.score_scale == (D**-0.5 if scale is None else scale)
+    assert type(layer.moment.score_scale) is float
 
 
 @pytest.mark.parametrize("unit", [1e-30, 1e30])

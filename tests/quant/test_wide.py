@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from rotorquant_hf.quant.lloyd_max import LloydMaxCodebook
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.mse import RotorQuantMSE
 from rotorquant_hf.quant.rope import Rope
-from rotorquant_hf.quant.wide import MAX_SHIFT, is_wide, score_shift
+from rotorquant_hf.quant.wide import MAX_SHIFT, is_wide, product_shift
 
 HEADS, D = 3, 64
 FIRST, LAST = 256, 2048
@@ -64,7 +65,8 @@ def test_the_predicted_shift_is_the_measured_one(bits: int, bias: float, center:
         shifts = queries @ (coded - keys).mT / math.sqrt(D)
         measured.append(shifts.double().square().mean(dim=(-2, -1)))
     wanted = torch.stack(measured).mean(dim=0).float()
-    found = score_shift(statistics, moment) * LloydMaxCodebook.for_dimension(D, bits).distortion
+    distortion = LloydMaxCodebook.for_dimension(D, bits).distortion
+    found = product_shift(statistics, moment) * distortion / D
     torch.testing.assert_close(found, wanted, rtol=0.2, atol=0)
 
 
@@ -72,7 +74,7 @@ def test_without_rope_a_constant_costs_nothing() -> None:
     """It is subtracted, and stays. (With one scale for all channels: others grow with it.)"""
     moment = QueryMoment.of(queries_of(FIRST), HEADS)
     keys = [keys_of(FIRST, bias) for bias in (0.0, 10.0)]
-    found = [score_shift(ChannelStatistics.of_block(x, 0.0, True), moment) for x in keys]
+    found = [product_shift(ChannelStatistics.of_block(x, 0.0, True), moment) for x in keys]
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=0)
 
 
@@ -81,8 +83,25 @@ def test_rope_makes_a_constant_cost() -> None:
     moment, found = QueryMoment.of(queries_of(FIRST), HEADS), []
     for bias in (0.0, 100.0):
         keys = ROPE.turn(keys_of(FIRST, bias), torch.arange(FIRST))
-        found.append(score_shift(taken(keys), moment))
+        found.append(product_shift(taken(keys), moment))
     assert (found[1] > 20 * found[0]).all()
+
+
+def test_the_scale_of_scores_counts() -> None:
+    """Not all models divide by sqrt(d)."""
+    distortion = LloydMaxCodebook.for_dimension(D, 4).distortion
+    shift = torch.full((1, 2), D * MAX_SHIFT / distortion)
+    assert is_wide(shift, 1.01 * D**-0.5)
+    assert not is_wide(shift, 0.99 * D**-0.5)
+    assert not is_wide(shift, 0.0)
+
+
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_moments_keep_the_scale(scale: float | None) -> None:
+    moment = QueryMoment.of(queries_of(FIRST), HEADS)
+    found = moment.merged(replace(moment, scale=scale)).map(lambda x: x[:1])
+    assert found.scale == scale
+    assert found.score_scale == (D**-0.5 if scale is None else scale)
 
 
 @given(unit=st.sampled_from([1e-15, 1e-3, 1e3, 1e15]), power=st.sampled_from([0.0, 0.5, 1.0]))
@@ -93,7 +112,7 @@ def test_keys_and_queries_of_any_unit(unit: float, power: float) -> None:
     found = []
     for by in (1.0, unit):
         statistics = ChannelStatistics.of_block(keys * by, power, True)
-        found.append(score_shift(statistics, QueryMoment.of(queries / by, HEADS)))
+        found.append(product_shift(statistics, QueryMoment.of(queries / by, HEADS)))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=0)
 
 
@@ -111,16 +130,18 @@ def test_keys_and_queries_of_any_unit(unit: float, power: float) -> None:
 def test_who_takes_wide_codes(shift: list[list[float]], wide: bool) -> None:
     """By what 4-bit codes would do, whatever the bits."""
     distortion = LloydMaxCodebook.for_dimension(D, 4).distortion
-    assert is_wide(MAX_SHIFT / distortion * torch.tensor(shift)) is wide
+    assert is_wide(MAX_SHIFT / distortion * torch.tensor(shift), 1.0) is wide
 
 
 @pytest.mark.parametrize("keys", [torch.zeros(1, 2, 8, D), torch.full((1, 2, 8, D), math.nan)])
 def test_zeros_and_nan_do_not_widen(keys: torch.Tensor) -> None:
     statistics = ChannelStatistics.of_block(keys, 0.5, True)
-    assert not is_wide(score_shift(statistics, QueryMoment.of(queries_of(8, heads=2), 2)))
+    seen = QueryMoment.of(queries_of(8, heads=2), 2)
+    assert not is_wide(product_shift(statistics, seen), seen.score_scale)
 
 
 def test_huge_keys_do() -> None:
     """The squares of their scores leave float32."""
     statistics = ChannelStatistics.of_block(1e25 * keys_of(8), 0.5, True)
-    assert is_wide(score_shift(statistics, QueryMoment.of(1e10 * queries_of(8), HEADS)))
+    seen = QueryMoment.of(1e10 * queries_of(8), HEADS)
+    assert is_wide(product_shift(statistics, seen), seen.score_scale)
