@@ -133,8 +133,8 @@ def _scaled_dot_product_attention(
             CompressedTensor, CompressedTensor.materialize, ((query, key, value), args, kwargs)
         )
         result = functional.scaled_dot_product_attention(*plain, *args, **kwargs)
-    given = dict(zip(_SDPA_OPTIONS, args, strict=False)) | kwargs
-    show_queries(key, query, given.get("attn_mask"), given.get("scale"))
+    mask = kwargs.get("attn_mask", args[0] if args else None)
+    show_queries(key, query, mask, kwargs.get("scale"))  # which torch takes by name alone
     return result
 
 
@@ -191,9 +191,6 @@ def _attend(
         return None
     return compute(query, keys, values, options)
 
-
-_SDPA_OPTIONS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-"""In the order in which `scaled_dot_product_attention` takes them after the value."""
 
 _attend_uncompiled = torch.compiler.disable(_attend)
 

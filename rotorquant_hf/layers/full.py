@@ -320,7 +320,7 @@ class RotorQuantLayer(CacheLayerMixin):
         """
         if not self.is_initialized or self._store.has_statistics:
             return
-        before = self.moment, list(self._queries)
+        before = self.moment, list(self._queries), self._score_scale
         try:
             if self._queries and self._queries[-1][1].shape[:2] != query.shape[:2]:
                 self.count_queries()  # of another layer that shares the keys
@@ -334,7 +334,7 @@ class RotorQuantLayer(CacheLayerMixin):
             if packs and mask is not None and self._sinks[0].shape[2]:
                 self._place_stand_ins(mask, *map(join, *held))
         except BaseException:
-            self.moment, self._queries = before
+            self.moment, self._queries, self._score_scale = before
             self.drop_waiting()
             raise
 
@@ -660,7 +660,7 @@ class RotorQuantLayer(CacheLayerMixin):
             self.__dict__.pop(name, None)
         self.ring = self.buffer = self.moment = self._recent_before = self.stand_ins = None
         self._gradient_cut = False
-        self._queries = []
+        self._queries, self._score_scale = [], None
         self.is_initialized = False
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
