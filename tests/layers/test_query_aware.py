@@ -246,8 +246,9 @@ def test_queries_of_a_pass_that_failed_do_not_count(kind):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer._store, "append_unchecked", _refuse)
         with pytest.raises(ValueError, match="too large"):
-            by_sdpa(queries(20, seed=1), *seen)
+            sdpa(queries(20, seed=1), *seen, scale=0.25, enable_gqa=True)
     assert layer.get_seq_length() == 6
+    assert layer._score_scale is None
     assert layer.moment is before
     assert layer._queries == []
 
