@@ -82,13 +82,12 @@ class RotorQuant(Kind):
 
     def as_stored(self, options: RotorQuantConfig, cache: Cache) -> RotorQuantConfig:
         """As `Kind.as_stored`: layers that took 8-bit keys by themselves always have them."""
-        filled = cast(RotorQuantCache, cache)
-        if not filled.wide_layers:
+        wide = cast(RotorQuantCache, cache).wide_layers
+        if not wide:
             return options
-        bits = [options.of_layer(i).key_spec.bits for i in range(len(filled.layers))]
-        for index in filled.wide_layers:
-            bits[index] = WIDE_BITS
-        return dataclasses.replace(options, key_bits=tuple(bits))
+        given, layers = options.key_spec.bits, range(len(cache.layers))
+        bits = tuple(WIDE_BITS if index in wide else given for index in layers)
+        return dataclasses.replace(options, key_bits=bits)
 
     def period(self, options: RotorQuantConfig) -> int:
         """As `Kind.period`."""

@@ -27,7 +27,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -88,9 +88,7 @@ class RotorQuantLayer(CacheLayerMixin):
         self.buffer: RecentBuffer | None = None
         self.moment: QueryMoment | None = None
         self.stand_ins: StandIns | None = None
-        # Of single tokens, not yet in the moment, and where in the text these are.
-        self._queries: list[tuple[int, Tensor]] = []
-        self._score_scale: float | None = None  # of their inner products
+        self._queries: list[_Queries] = []  # of single tokens, not yet in the moment
         # The recent tokens before a pass whose tokens wait for their queries.
         self._recent_before: tuple[Tensor, Tensor] | None = None
         self._gradient_cut = False  # some packed tokens were recorded by autograd
@@ -320,12 +318,13 @@ class RotorQuantLayer(CacheLayerMixin):
         """
         if not self.is_initialized or self._store.has_statistics:
             return
-        before = self.moment, list(self._queries), self._score_scale
+        before = self.moment, list(self._queries)
         try:
-            if self._queries and self._queries[-1][1].shape[:2] != query.shape[:2]:
+            if self._queries and self._queries[-1].query.shape[:2] != query.shape[:2]:
                 self.count_queries()  # of another layer that shares the keys
-            self._queries.append((self.get_seq_length() - query.shape[2], query.detach()))
-            self._score_scale = None if scale is None else float(scale)
+            position = self.get_seq_length() - query.shape[2]
+            scale = None if scale is None else float(scale)
+            self._queries.append(_Queries(position, query.detach(), scale))
             if query.shape[2] > 1 or len(self._queries) == _QUERIES_HELD:
                 self.count_queries()
             held = self._sinks, self._recent
@@ -334,7 +333,7 @@ class RotorQuantLayer(CacheLayerMixin):
             if packs and mask is not None and self._sinks[0].shape[2]:
                 self._place_stand_ins(mask, *map(join, *held))
         except BaseException:
-            self.moment, self._queries, self._score_scale = before
+            self.moment, self._queries = before
             self.drop_waiting()
             raise
 
@@ -355,7 +354,7 @@ class RotorQuantLayer(CacheLayerMixin):
         with torch.inference_mode(False), torch.no_grad():
             query, positions = _in_one(queries)
             seen = query_moment(query, self._sinks[0].shape[1], self.rope, positions)
-            seen = dataclasses.replace(seen, scale=self._score_scale)
+            seen = dataclasses.replace(seen, scale=queries[-1].scale)
             self.moment = seen if self.moment is None else self.moment.merged(seen)
 
     def settle(self) -> None:
@@ -660,7 +659,7 @@ class RotorQuantLayer(CacheLayerMixin):
             self.__dict__.pop(name, None)
         self.ring = self.buffer = self.moment = self._recent_before = self.stand_ins = None
         self._gradient_cut = False
-        self._queries, self._score_scale = [], None
+        self._queries = []
         self.is_initialized = False
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -668,7 +667,7 @@ class RotorQuantLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         self.store.map(fn)
-        self._queries = [(position, fn(query)) for position, query in self._queries]
+        self._queries = [x._replace(query=fn(x.query)) for x in self._queries]
         if self.moment is not None:
             self.moment = self.moment.map(fn)
         if self.stand_ins is not None:
@@ -743,15 +742,29 @@ class RotorQuantLayer(CacheLayerMixin):
         return (keys.shape[2] + packed + self.recent_length) * per_token, packed * per_token
 
 
-def _in_one(queries: list[tuple[int, Tensor]]) -> tuple[Tensor, range | Tensor]:
-    """Queries (batch, query heads, n, d) by the positions of their first, and all positions."""
-    runs = [range(i, i + query.shape[2]) for i, query in queries]
+class _Queries(NamedTuple):
+    """Queries that attention has shown.
+
+    Attributes:
+        position: where in the text the first is.
+        query: (batch, query heads, n, d).
+        scale: factor of their inner products with keys; None for d^-1/2.
+    """
+
+    position: int
+    query: Tensor
+    scale: float | None
+
+
+def _in_one(queries: list[_Queries]) -> tuple[Tensor, range | Tensor]:
+    """All the queries (batch, query heads, n, d), and their positions."""
+    runs = [range(x.position, x.position + x.query.shape[2]) for x in queries]
     if all(a.stop == b.start for a, b in pairwise(runs)):
         positions: range | Tensor = range(runs[0].start, runs[-1].stop)
     else:
-        device = queries[0][1].device
+        device = queries[0].query.device
         positions = torch.cat([torch.arange(x.start, x.stop, device=device) for x in runs])
-    every = [query for _, query in queries]
+    every = [x.query for x in queries]
     return every[0] if len(every) == 1 else torch.cat(every, dim=2), positions
 
 

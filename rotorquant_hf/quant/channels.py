@@ -124,7 +124,7 @@ class ChannelStatistics:
             reads the vectors. With `rope`, what they cost at position 0: see `hessian_at`.
         rope: how RoPE turns the vectors, (batch, 1, 1, r); nothing in rows that it does not fit.
             None if that is not known.
-        wide: whether keys like these take 8 bits: see `wide`.
+        wide: whether keys like these take 8 bits: see `quant.wide`.
     """
 
     scale: Tensor

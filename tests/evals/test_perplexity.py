@@ -29,6 +29,7 @@ from evals.subjects.models import LoadedModel, ModelOptions
 from evals.subjects.twins import add_key_bias, offset_keys, scale_key_channels
 from rotorquant_hf import RotorQuantCache
 from tests.conftest import MODEL, ROOT
+from tests.helpers.models import draw_key_biases
 
 TEXT = str(ROOT / "examples" / "sampled" / "clock.txt")
 TEXT_FOLDER = str(ROOT / "examples" / "sampled")
@@ -297,9 +298,7 @@ def test_wide_keys_count_in_16_bits_too(tokenizer, measure) -> None:
     """There other states are counted, which would not have widened the keys."""
     config = AutoConfig.from_pretrained(MODEL, attention_bias=True)
     biased = AutoModelForCausalLM.from_pretrained(MODEL, config=config)
-    bias = biased.model.layers[1].self_attn.k_proj.bias
-    with torch.no_grad():
-        bias.copy_(300 * torch.randn(len(bias), generator=torch.Generator().manual_seed(1)))
+    draw_key_biases(biased, layer=1)
     chosen = {
         "perplexity": PerplexityOptions(text=(TEXT,), max_tokens=600, window=300),
         "memory": MemoryOptions(context=(300,), new_tokens=4),

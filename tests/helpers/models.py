@@ -349,11 +349,16 @@ def build(name: str, attention: str | None = None, dtype: torch.dtype = torch.fl
 def biased(name: str = "qwen2", layer: int = 1, bias: float = 300.0) -> Any:
     """A model that has, in one layer, key biases far larger than what differs between keys."""
     model = copy.deepcopy(build(name))
+    draw_key_biases(model, layer, bias)
+    return model
+
+
+def draw_key_biases(model: Any, layer: int, bias: float = 300.0) -> None:
+    """Give a layer of a model, which has key biases, others at random, of such a size."""
     projection = model.model.layers[layer].self_attn.k_proj
     drawn = torch.randn(projection.out_features, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         projection.bias.copy_(bias * drawn)
-    return model
 
 
 @functools.cache

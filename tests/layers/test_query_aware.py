@@ -248,8 +248,8 @@ def test_queries_of_a_pass_that_failed_do_not_count(kind):
         with pytest.raises(ValueError, match="too large"):
             sdpa(queries(20, seed=1), *seen, scale=0.25, enable_gqa=True)
     assert layer.get_seq_length() == 6
-    assert layer._score_scale is None
     assert layer.moment is before
+    assert layer.moment.scale is None
     assert layer._queries == []
 
 

@@ -24,26 +24,25 @@ FIRST, LAST = 256, 2048
 ROPE = Rope((10000.0 ** (-torch.arange(D // 2) / (D // 2))).view(1, 1, 1, -1), "half")
 
 
-def keys_of(tokens: int, bias: float = 0.0, seed: int = 0, heads: int = HEADS) -> torch.Tensor:
-    """(1, heads, tokens, D) before RoPE: channels of several sizes around a constant."""
-    generator = torch.Generator().manual_seed(seed)
-    channels = (0.5 * torch.randn(heads, 1, D, generator=generator)).exp()
-    constant = torch.randn(heads, 1, D, generator=generator)
-    return (torch.randn(1, heads, tokens, D, generator=generator) * channels) + bias * constant
+def keys_of(tokens: int, bias: float = 0.0) -> torch.Tensor:
+    """(1, HEADS, tokens, D) before RoPE: channels of several sizes around a constant."""
+    generator = torch.Generator().manual_seed(0)
+    channels = (0.5 * torch.randn(HEADS, 1, D, generator=generator)).exp()
+    constant = torch.randn(HEADS, 1, D, generator=generator)
+    return (torch.randn(1, HEADS, tokens, D, generator=generator) * channels) + bias * constant
 
 
-def queries_of(tokens: int, seed: int = 50, heads: int = HEADS) -> torch.Tensor:
+def queries_of(tokens: int, heads: int = HEADS) -> torch.Tensor:
     """(1, heads, tokens, D): as many query heads as kv heads, channels of several sizes."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(50)
     channels = (0.5 * torch.randn(heads, 1, D, generator=generator)).exp()
     return torch.randn(1, heads, tokens, D, generator=generator) * channels
 
 
-def taken(keys: torch.Tensor, rope: Rope | None = ROPE, center: bool = True) -> ChannelStatistics:
+def taken(keys: torch.Tensor, center: bool = True) -> ChannelStatistics:
     """The statistics of the first tokens, at positions from 0 on."""
-    layout = "none" if rope is None else "half"
     first = keys[:, :, :FIRST]
-    return ChannelStatistics.of_block(first, 0.5, center, layout, rope, range(first.shape[2]))
+    return ChannelStatistics.of_block(first, 0.5, center, "half", ROPE, range(FIRST))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
