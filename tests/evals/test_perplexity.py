@@ -297,7 +297,7 @@ def test_bits_in_16_bits_are_those_of_a_16_bit_model(model, sampled) -> None:
 def test_wide_keys_count_in_16_bits_too(tokenizer, measure) -> None:
     """There other states are counted, which would not have widened the keys."""
     config = AutoConfig.from_pretrained(MODEL, attention_bias=True)
-    biased = AutoModelForCausalLM.from_pretrained(MODEL, config=config)
+    biased = AutoModelForCausalLM.from_pretrained(MODEL, config=config, dtype=torch.float32)
     draw_key_biases(biased, layer=1)
     chosen = {
         "perplexity": PerplexityOptions(text=(TEXT,), max_tokens=600, window=300),
