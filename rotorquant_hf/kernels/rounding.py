@@ -7,7 +7,8 @@ steps, each of them a short one for all rows: it carries s, RANK numbers of a ro
 
 The sweep takes its columns from scratch memory. From the registers, where a matrix product has
 left them, they would come with the columns of a row in several warps, and every step would be a sum
-across warps, which waits for all of them; as loaded, a row lies in one warp.
+across warps, which waits for all of them; as loaded, a row lies in one warp (or, where there are
+more warps than the rows fill, in each of several).
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ def _sweep(b_unit, scratch, codebook, factor, gains, i_segment, i_b, i_h, SHAPE:
             _, b_near = nearest(b_y, codebook[0], codebook[1], BITS)
             b_nearest_along += b_near[:, None] * b_f[None, :]
             b_chosen = tl.where(m_column, b_c[:, None], b_chosen)
+        tl.debug_barrier()  # a row may lie in several warps, of which one writes
         tl.store(p_chunk, b_chosen)
     tl.debug_barrier()
     return tl.load(p_tile), b_along, b_nearest_along, b_along - b_s

@@ -243,6 +243,7 @@ def check_aware(part: AppendPart, begin: int, count: int, row: int) -> None:
         (80, 4, "prod"),
         (128, 3, "mse"),
         (256, 3, "mse"),
+        (320, 3, "mse"),  # rows that lie in several warps
     ],
 )
 def test_query_aware(d: int, bits: int, kind: str) -> None:

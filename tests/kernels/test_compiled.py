@@ -18,7 +18,8 @@ from tests.emulator.__main__ import run
 
 # Append, push, prepare, attend and combine, and the five of a first packing. Between them: look-ups
 # by PTX, of integers too, and by loads, signs, masks, products by `mma` and `wgmma`, warps that
-# share the tokens, the sweep, empty splits in a graph that is replayed.
+# share the tokens, the sweep (of rows that several warps hold too), empty splits in a graph that is
+# replayed.
 CASES = [
     "test_on_device.py::test_attend[k2v2-prod-d64]",
     "test_on_device.py::test_attend[k4v3]",
@@ -30,6 +31,7 @@ CASES = [
     "test_statistics_kernels.py::test_hessian[24-3-interleaved]",
     "test_statistics_kernels.py::test_feedback[24-3-half]",
     "test_attend_kernel.py::test_rows_that_are_combined_together[16-16-32-many-few splits]",
+    "test_append_kernel.py::test_query_aware[320-3-mse]",
 ]
 PLANTED = "test_planted_faults.py"
 
