@@ -229,7 +229,7 @@ def _attend_all(
     tiling: Tiling | None,
 ) -> Tensor:
     batch, query_heads, n, _ = query.shape
-    max_n = max(1, _MAX_SUMS // (2 * batch * query_heads * values.shape[3]))
+    max_n = _queries_at_once(query, keys, values, tiling)
     if n <= max_n:
         return _attend_some(query, keys, values, options, n, tiling)
     out = query.new_empty(batch, query_heads, n, values.shape[3])
@@ -242,6 +242,19 @@ def _attend_all(
             query[:, :, some], keys, values, replace(options, mask=mask), n - start, tiling
         )
     return out
+
+
+def _queries_at_once(query: Tensor, keys: KVStates, values: KVStates, tiling: Tiling | None) -> int:
+    """Of how many queries the partial results, one of every split, stay within `_MAX_SUMS`."""
+    batch, query_heads, n, _ = query.shape
+    while n > 1:
+        cut = tiling or default_tiling(query[:, :, :n], keys, values)
+        partial = (cut.splits + cut.exact_splits) * batch * query_heads * values.shape[3]
+        most = max(1, _MAX_SUMS // partial)
+        if n <= most:
+            break
+        n = most  # which may be cut into more splits
+    return n
 
 
 def _attend_some(

@@ -141,16 +141,21 @@ def test_rows_that_are_combined_together(dk, dv, n, kind, tokens):
 
 @pytest.mark.parametrize("mask", [None, "by query", "shared"])
 def test_many_queries_are_taken_some_at_a_time(mask, monkeypatch):
-    monkeypatch.setattr(triton_attention, "_MAX_SUMS", 2 * 2 * 4 * 64 * 5)  # five queries
-    launches = []
-    real = Combine.__call__
-    monkeypatch.setattr(Combine, "__call__", lambda *args: launches.append(1) or real(*args))
+    most = 5 * 2 * 2 * 4 * 64  # the partial results of five queries, from two splits
+    monkeypatch.setattr(triton_attention, "_MAX_SUMS", most)
+    sums, real = [], Combine.__call__
+    monkeypatch.setattr(Combine, "__call__", lambda *args: sums.append(args[1]) or real(*args))
     keys, values = states()
     if mask is not None:
         mask = torch.rand(1, 1, 12 if mask == "by query" else 1, 94, device=DEVICE) > 0.4
     options = AttentionOptions(scale=0.125, mask=mask, causal=mask is None)
     assert error(query(n=12), keys, values, options) < 1e-5
-    assert len(launches) == 3
+    assert len(sums) == 3
+    del sums[:]
+    tiling = Tiling(16, 16, 16, splits=3, warps=4, stages=1, exact_splits=2)
+    assert error(query(n=12), keys, values, options, tiling) < 1e-5
+    assert len(sums) == 6
+    assert all(x.numel() <= most for x in sums)
 
 
 def test_rows_and_heads_lie_along_the_axis_of_a_grid_that_is_long_enough(monkeypatch):
