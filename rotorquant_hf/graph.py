@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rotorquant_hf.attention.registered import single_tokens_without_masks
 from rotorquant_hf.cache import RotorQuantCache
 from rotorquant_hf.capturable import check_cache, check_model, is_padded
 from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.maskless import lengthened, without_mask
 from rotorquant_hf.passing import cache_argument
 
 # Steps run as they are before the capture, so that every kernel is compiled and every library
@@ -110,8 +110,7 @@ class DecodeGraph:
             self._prepare()
         with torch.no_grad():
             if self._warm < _WARM_UP:
-                self._warm += self._is_prepared()
-                return self._step(input_ids, position_ids, self._mask_of_a_step())
+                return self._warm_up(input_ids, position_ids)
             if self._graph is None:
                 # This runs the step on the host, which counts the token, but not on the device.
                 self._capture(input_ids, position_ids)
@@ -120,11 +119,22 @@ class DecodeGraph:
             else:
                 self._input_ids.copy_(input_ids)
                 self._position_ids.copy_(position_ids)
+                for layer in self._layers:  # all, before any counts the token: one may fail
+                    layer.prepare_step(1)
                 for layer in self._layers:
                     layer.follow_replay(1)
             assert self._graph is not None
             self._graph.replay()
             return self._logits.clone()
+
+    def _warm_up(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """A step as it is: once the layers are prepared, with the kernels that are captured."""
+        if not self._is_prepared():
+            return self._step(input_ids, position_ids, self._mask_of_a_step())
+        with without_mask(self._layers, self._mask):
+            logits = self._step(input_ids, position_ids, None)
+        self._warm += 1
+        return logits
 
     def _step(
         self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None
@@ -147,25 +157,7 @@ class DecodeGraph:
         """The mask of the cache's tokens and one more; None if there is no padding."""
         if self._mask is None:
             return None
-        return _lengthened(self._mask, self.cache.get_seq_length() + 1)
-
-    @contextmanager
-    def _padding(self) -> Iterator[None]:
-        """Let the layers hide the padding, as long as the step that is captured has no mask."""
-        if self._mask is None:
-            yield
-            return
-        made: list[tuple[Tensor | None, Tensor]] = []  # layers with the same stand-ins share one
-        for layer in self._layers:
-            assert layer.ring is not None
-            layer.ring.padding = _padding_of(layer, self._mask, made)
-        self._paddings = [x for _, x in made]  # the graph reads them, and does not keep them
-        try:
-            yield
-        finally:
-            for layer in self._layers:
-                if layer.ring is not None:
-                    layer.ring.padding = None
+        return lengthened(self._mask, self.cache.get_seq_length() + 1)
 
     def _capture(self, input_ids: Tensor, position_ids: Tensor) -> None:
         with torch.inference_mode(False):  # also written to outside of it
@@ -175,15 +167,10 @@ class DecodeGraph:
         length = self.cache.get_seq_length()
         for layer in self._layers:
             layer.prepare_step(1)
-        device = input_ids.device
-        # A stream of its own: that of `torch.cuda.graph` is on the device that was current first.
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         try:
             with (
-                self._padding(),
-                single_tokens_without_masks(),
-                torch.cuda.device_of(input_ids),
-                torch.cuda.graph(graph, stream=stream),
+                without_mask(self._layers, self._mask) as self._paddings,
+                _capturing(graph, input_ids.device),
             ):
                 self._logits = self._step(self._input_ids, self._position_ids, None)
         except BaseException:
@@ -235,31 +222,27 @@ class DecodeGraph:
         self.close()
 
 
-def _lengthened(mask: Tensor, tokens: int) -> Tensor:
-    """A mask (batch, n) of so many tokens: later ones are seen."""
-    return torch.cat((mask, mask.new_ones(mask.shape[0], tokens - mask.shape[1])), dim=1)
-
-
-def _padding_of(
-    layer: RotorQuantLayer, mask: Tensor, made: list[tuple[Tensor | None, Tensor]]
-) -> Tensor:
-    """`RingBuffer.padding` of a layer: one of those made before, if that is the same."""
-    assert layer.ring is not None
-    columns = layer.ring.columns
-    tokens = None if layer.stand_ins is None else layer.stand_ins.tokens
-    for others, padding in made:
-        if padding.shape[3] == columns and _equal(others, tokens):
-            return padding
-    with torch.inference_mode(False):
-        padding = _lengthened(mask, columns)[:, None, None]
-        if layer.stand_ins is not None:
-            padding = layer.stand_ins.masked(padding, columns)
-    made.append((tokens, padding))
-    return padding
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """Capture what is done within in a graph on a device."""
+    former = stream = None
+    if device.type == "cuda":
+        # A capture that fails stays on its stream, so the former one is set again by its own.
+        former = torch.cuda.current_stream(device)
+        # The stream of `torch.cuda.graph` is on the device that was current first.
+        stream = torch.cuda.Stream(device)
+    cached = torch.is_autocast_cache_enabled()
+    # Weights that autocast has cast are freed when it is left; the graph would go on to read them.
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with (
+            torch.cuda.stream(former),
+            # Other threads may take memory in the meantime.
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 def _memory(layer: RotorQuantLayer) -> tuple[Any, ...]:

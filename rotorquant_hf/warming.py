@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rotorquant_hf.backend import uses_triton
@@ -15,6 +16,8 @@ from rotorquant_hf.cache import RotorQuantCache
 from rotorquant_hf.calibrating import fill
 from rotorquant_hf.calibration import Calibration
 from rotorquant_hf.config import RotorQuantConfig
+from rotorquant_hf.layers.full import RotorQuantLayer
+from rotorquant_hf.layers.maskless import without_mask
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.placement import input_device
 
@@ -70,9 +73,27 @@ def warm_up(
     for padded in {padding, padding or sliding}:
         cache = RotorQuantCache(short, config=model.config, calibration=calibration)
         # A prompt, single tokens until a block has left the ring, more tokens over a past.
-        for length in (_PROMPT, *[1] * (_BLOCK + 1), *_CHUNKS):
+        for length in (_PROMPT, *[1] * (_BLOCK + 1)):
+            _feed(model, cache, batch, length, padded)
+        if padded and all(map(_hides_padding, cache.layers)):
+            mask = _mask(batch, cache.get_seq_length(), input_device(model)).bool()
+            with without_mask(cast(list[RotorQuantLayer], cache.layers), mask):
+                _feed(model, cache, batch, 1, padding=False)
+        for length in _CHUNKS:
             _feed(model, cache, batch, length, padded)
     return dict(_variants() - before)
+
+
+def _hides_padding(layer: Any) -> bool:
+    """Whether a layer can be captured in a `DecodeGraph` of padded rows."""
+    return isinstance(layer, RotorQuantLayer) and not layer.is_sliding and layer.ring is not None
+
+
+def _mask(batch: int, tokens: int, device: torch.device) -> Tensor:
+    """That of rows of which the first has padding."""
+    mask = torch.ones(batch, tokens, dtype=torch.long, device=device)
+    mask[0, 0] = 0
+    return mask
 
 
 def _feed(
@@ -85,9 +106,7 @@ def _feed(
     ids = (ids % model.config.get_text_config(decoder=True).vocab_size).expand(batch, -1)
     options: dict[str, Any] = {}
     if padding:
-        mask = torch.ones(batch, past + length, dtype=torch.long, device=device)
-        mask[0, 0] = 0
-        options["attention_mask"] = mask
+        options["attention_mask"] = _mask(batch, past + length, device)
     fill(model, ids, cache, **options)
 
 

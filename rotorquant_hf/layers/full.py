@@ -92,6 +92,7 @@ class RotorQuantLayer(CacheLayerMixin):
         # The recent tokens before a pass whose tokens wait for their queries.
         self._recent_before: tuple[Tensor, Tensor] | None = None
         self._gradient_cut = False  # some packed tokens were recorded by autograd
+        self._copy_to_host: torch.cuda.Event | None = None  # when it ends, if that is not known
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device, batch, heads and head dims from the first states."""
@@ -122,6 +123,11 @@ class RotorQuantLayer(CacheLayerMixin):
             fork._recent, fork.ring, fork.buffer = self.recent, None, None
             fork._store, fork._queries = copy.copy(self.store), list(self._queries)
         return fork
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which the host reads."""
+        self._wait_for_host()
+        return self.__dict__
 
     def uncompressed(self) -> CacheLayerMixin:
         """Transformers' layer of the same kind, to take the place of this one, which is new."""
@@ -363,6 +369,7 @@ class RotorQuantLayer(CacheLayerMixin):
         Raises:
             ValueError: as `update`. The tokens then wait as before.
         """
+        self._wait_for_host()
         if not self.waits:
             return
         before, self._recent_before = self._recent_before, None
@@ -422,14 +429,14 @@ class RotorQuantLayer(CacheLayerMixin):
         return 0
 
     def follow_replay(self, n: int) -> None:
-        """Count a step of n tokens that a CUDA graph is about to take on the device alone."""
+        """Count a step of n tokens, prepared, that the device is about to take alone."""
         assert self.ring is not None
         self.ring.replayed(n)
 
     def prepare_step(self, n: int) -> None:
         """Do what a step of n tokens needs that a CUDA graph of it must not do."""
         assert self.ring is not None
-        self.ring.turn_for(n)
+        self.ring.prepare(n)
 
     def forget_step(self, n: int, before: Lengths) -> None:
         """Undo on the host a step of n tokens that the device never took."""
@@ -658,7 +665,7 @@ class RotorQuantLayer(CacheLayerMixin):
         for name in ("_store", "_sinks", "_recent", "dtype", "device"):
             self.__dict__.pop(name, None)
         self.ring = self.buffer = self.moment = self._recent_before = self.stand_ins = None
-        self._gradient_cut = False
+        self._gradient_cut, self._copy_to_host = False, None
         self._queries = []
         self.is_initialized = False
 
@@ -696,8 +703,19 @@ class RotorQuantLayer(CacheLayerMixin):
             self._map_rows(lambda x: x[torch.as_tensor(indices, device=x.device)])
 
     def offload(self) -> None:
-        """Move the layer's data to the CPU."""
+        """Move the layer's data to the CPU. Attention may still read what it was given before."""
+        if self.ring is not None:
+            # Its clock does not tick: nothing is written into this memory any more.
+            self._recent, self.ring = self.recent, None
         self._move(torch.device("cpu"))
+        if self.is_initialized and self.device.type == "cuda":
+            self._copy_to_host = torch.cuda.current_stream(self.device).record_event()
+
+    def _wait_for_host(self) -> None:
+        """Wait until offloaded data have arrived on the CPU."""
+        if self._copy_to_host is not None:
+            self._copy_to_host.synchronize()
+            self._copy_to_host = None
 
     def prefetch(self) -> None:
         """Move the layer's data back to the device of the model's layer."""

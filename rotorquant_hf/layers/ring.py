@@ -87,7 +87,7 @@ class RingBuffer:
         self._push_tokens: Any = None  # bound to this memory, as the next is
         self._memory: tuple[RingMemory, ...] = ()
         self._segment = position // SEGMENT
-        self._on_device: tuple[int, ...] | None = None  # lengths there; None: not known
+        self._told: tuple[int, ...] | None = None  # lengths on the device; None: not known
         self._padding: Tensor | None = None
         self.clock = Clock()
         self.captured = False
@@ -106,7 +106,7 @@ class RingBuffer:
             self.turn_for(n)
         self._upload()
         before = self.on_host()
-        self._on_device = None  # until all is done
+        self._told = None  # until all is done
         try:
             self._enter(keys, values)
             self._push(n)
@@ -197,11 +197,15 @@ class RingBuffer:
         self.begin, self.count, self.position = lengths[:3]
         self.store.use_rows(lengths.first_row, lengths.end_row)
         self.clock.tick()
-        self._on_device = None
+        self._told = None
+
+    def prepare(self, n: int) -> None:
+        """Do what a step of n tokens needs on the device if that is to take it alone."""
+        self._upload()
+        self.turn_for(n)
 
     def replayed(self, n: int) -> None:
-        """Follow a step of n tokens that is about to run on the device alone."""
-        self.turn_for(n)
+        """Follow a step of n tokens, prepared, that is about to run on the device alone."""
         self._push(n)
         self._flush()
 
@@ -219,7 +223,7 @@ class RingBuffer:
         self.begin = (self.begin + quantised) % self.rings[0].shape[2]
         self.count -= quantised
         self.position += quantised
-        self._on_device = self._lengths()
+        self._told = self._lengths()
 
     def _num_outside_window(self) -> int:
         """Tokens that the next step's queries no longer see."""
@@ -234,11 +238,12 @@ class RingBuffer:
     def _upload(self) -> None:
         """Tell the device the lengths if the host changed them other than by steps."""
         lengths = self._lengths()
-        if lengths == self._on_device:
+        if lengths == self._told:
             return
         if self.captured and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("the lengths on the device are not up to date; step once before")
         self.lengths.copy_(on_device([*lengths, 0, 0, 0, 0], self.lengths.device))
+        self._told = lengths
 
     def _states(self) -> tuple[RingStates, RingStates]:
         """What attention reads of keys and values until the next step."""

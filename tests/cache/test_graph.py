@@ -1,6 +1,7 @@
 """DecodeGraph, with real CUDA graphs on a GPU and emulated ones elsewhere."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -212,26 +213,81 @@ def test_ordinary_steps_in_between_may_move_the_memory(graphs):
     assert_same_steps(found, wanted)
 
 
-def test_a_failed_capture_counts_nothing(graphs, monkeypatch):
-    model = build("llama").to(DEVICE)
-    ids = prompt(model, 1, 40)
-    wanted = decode_eagerly(model, ids[:, :36], RotorQuantCache(**SMALL), 30)
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("no room")
+
+
+@pytest.mark.parametrize("first", [30, 31], ids=["a block leaves", "no block leaves"])
+def test_a_failed_capture_counts_nothing(first, graphs, monkeypatch):
+    model = narrow("llama").to(DEVICE)
+    ids = prompt(model, 1, first + 7)
+    wanted = decode_eagerly(model, ids, RotorQuantCache(**SMALL), first)
+    cache = RotorQuantCache(**SMALL)
+    with torch.no_grad():
+        model(ids[:, :first], past_key_values=cache)
+    graph = graphs(model, cache)
+    found = [graph(ids[:, i : i + 1]) for i in range(first, first + 3)]
+    captured = []
+
+    def fail(_):
+        captured.append(torch.cuda.is_current_stream_capturing())
+        out_of_memory()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.lm_head, "forward", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            graph(ids[:, first + 3 : first + 4])
+    assert captured == [True]
+    assert cache.get_seq_length() == first + 3
+    assert DEVICE != "cuda" or torch.cuda.current_stream() == torch.cuda.default_stream()
+    found += [graph(ids[:, i : i + 1]) for i in range(first + 3, first + 7)]
+    assert_same_steps(found, wanted)
+
+
+@pytest.mark.parametrize("where", ["an ordinary step", "the turn of a later layer"])
+def test_a_step_that_fails_between_replays(where, graphs, monkeypatch):
+    """The device hears of what the host has undone, and all layers stay in step."""
+    model = narrow("llama", layers=2).to(DEVICE)
+    ids = prompt(model, 1, 46)
+    wanted = decode_eagerly(model, ids, RotorQuantCache(**SMALL), 30)
     cache = RotorQuantCache(**SMALL)
     with torch.no_grad():
         model(ids[:, :30], past_key_values=cache)
     graph = graphs(model, cache)
-    found = [graph(ids[:, i : i + 1]) for i in range(30, 32)]
-
-    def fail(self, x):
-        raise RuntimeError("out of memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(model.lm_head), "forward", fail)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            graph(ids[:, 32:33])
-    assert cache.get_seq_length() == 32
-    found += [graph(ids[:, i : i + 1]) for i in range(32, 36)]
+    found = [graph(ids[:, i : i + 1]) for i in range(30, 35)]
+    assert graph._graph is not None
+    with monkeypatch.context() as patch, torch.no_grad():
+        if where == "an ordinary step":
+            patch.setattr(cache.layers[0].ring, "_append", out_of_memory)
+            step = partial(model, past_key_values=cache)
+        else:
+            patch.setattr(cache.layers[1].ring, "turn_for", out_of_memory)
+            step = graph
+        with pytest.raises(torch.OutOfMemoryError):
+            step(ids[:, 35:36])
+    assert cache.get_seq_length() == 35
+    found += [graph(ids[:, i : i + 1]) for i in range(35, 46)]
     assert_same_steps(found, wanted)
+
+
+def test_weights_that_autocast_has_cast_are_not_captured(graphs):
+    """They are freed when it is left."""
+    model = narrow("llama", layers=1).to(DEVICE)
+    ids, cached, head = prompt(model, 1, 34), [], model.lm_head.forward
+    cache = RotorQuantCache(**SMALL)
+
+    def noting(x):
+        cached.append((torch.cuda.is_current_stream_capturing(), torch.is_autocast_cache_enabled()))
+        return head(x)
+
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        model(ids[:, :30], past_key_values=cache)
+        graph = graphs(model, cache)
+        model.lm_head.forward = noting
+        for i in range(30, 34):
+            graph(ids[:, i : i + 1])
+        assert torch.is_autocast_cache_enabled()
+    assert cached == [*[(False, True)] * 3, (True, False)]
 
 
 def test_closing_gives_memory_back(graphs):

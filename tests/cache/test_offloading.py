@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from itertools import pairwise
 from typing import Any
 
@@ -10,8 +12,9 @@ import torch
 from transformers import Cache
 
 from rotorquant_hf import RotorQuantCache, calibrate
+from rotorquant_hf.backend import backend
 from tests.helpers import offloading
-from tests.helpers.models import build, feed, prompt
+from tests.helpers.models import build, feed, narrow, prompt
 
 # With offloading no queries are seen: a layer is moved before attention reads it.
 SMALL = {"residual_length": 8, "block_length": 4, "num_sink_tokens": 2, "statistics_length": 16}
@@ -41,6 +44,49 @@ def test_the_same_is_read(offloaded, name, attention, sliding) -> None:
     here = [not offloading.is_away(x) for x in moved]
     assert here == [moved[0] is not cache.layers[-1]] + [False] * (len(moved) - 1)
     assert not any(map(offloading.is_away, stays))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "falcon_h1"])
+def test_the_kernels_read_the_same(offloaded, name, monkeypatch) -> None:
+    """What attention was given stays readable when its layer is moved away before."""
+    model, chunks = narrow(name, layers=2), (30, 1, 1, 1)
+    ids = prompt(2, sum(chunks))
+    # On the CPU entries are checked for NaN, which tensors that are away cannot be.
+    monkeypatch.setattr("rotorquant_hf.layers.full.check_finite", lambda *a, **k: None)
+    with backend("triton"):
+        plain = RotorQuantCache("k4v4", config=model.config, **NEAREST)
+        expected = feed(model, plain, ids, chunks)
+        assert all(x.ring is not None for x in plain.layers)
+        options = {"offload_only_non_sliding": False, **NEAREST}
+        cache = offloaded("k4v4", config=model.config, **options)
+        assert torch.equal(feed(model, cache, ids, chunks), expected)
+    assert offloading.is_away(cache.layers[1])
+
+
+@pytest.mark.parametrize("read", [copy.copy, copy.deepcopy, pickle.dumps, lambda layer: layer.keys])
+def test_the_host_waits_for_the_copy_that_it_reads(read, monkeypatch) -> None:
+    """Copies to the CPU are queued, and only that of the layer itself is waited for."""
+    layer, waited = RotorQuantCache("k4v4", **NEAREST).layers.make(), []
+    layer.update(torch.ones(1, 2, 40, 16), torch.ones(1, 2, 40, 16))
+    layer.device = torch.device("cuda")
+
+    class Stream:
+        def record_event(self) -> Any:
+            return self
+
+        def synchronize(self) -> None:
+            waited.append(True)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    layer.offload()
+    assert not waited
+    read(layer)
+    read(layer)
+    assert waited == [True]
+    layer.offload()
+    layer.reset()
+    layer.settle()
+    assert waited == [True]
 
 
 def test_a_prefetch_waits_for_what_is_queued(offloaded, monkeypatch) -> None:

@@ -56,16 +56,21 @@ def is_away(layer: Any) -> bool:
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RotorQuantCache]:
     """Makes caches that are offloaded."""
 
-    def offload(layer: RotorQuantLayer) -> None:
-        layer._map(lambda x: x.as_subclass(OnHost))
+    def moving(method: Callable[[Any], None], to: type[Tensor]) -> Callable[[Any], None]:
+        def move(layer: Any, _: torch.device) -> None:
+            if layer.is_initialized and is_away(layer) != (to is OnHost):
+                layer._map(lambda x: x.as_subclass(to))
 
-    def prefetch(layer: RotorQuantLayer) -> None:
-        if layer.is_initialized and is_away(layer):
-            layer._map(lambda x: x.as_subclass(Tensor))
+        def moved(layer: Any) -> None:
+            with monkeypatch.context() as there:
+                there.setattr(RotorQuantLayer, "_move", move)
+                method(layer)
+
+        return moved
 
     for kind in (RotorQuantLayer, RotorQuantHybridLayer):
-        monkeypatch.setattr(kind, "offload", offload)
-        monkeypatch.setattr(kind, "prefetch", prefetch)
+        monkeypatch.setattr(kind, "offload", moving(kind.offload, OnHost))
+        monkeypatch.setattr(kind, "prefetch", moving(kind.prefetch, Tensor))
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: _Stream())
 
     def make(*args: Any, **options: Any) -> RotorQuantCache:

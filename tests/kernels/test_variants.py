@@ -14,10 +14,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rotorquant_hf import RotorQuantConfig, warm_up
 from rotorquant_hf.cache import RotorQuantCache
+from rotorquant_hf.graph import DecodeGraph
 from rotorquant_hf.layers.full import RotorQuantLayer
 from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.quant.rope import Rope
 from rotorquant_hf.warming import _variants
+from tests.helpers import cuda_graph
 from tests.helpers.launches import Variant, differences, recorded, variant_of
 from tests.helpers.models import build, prompt
 
@@ -173,7 +175,7 @@ def test_after_a_warm_up_nothing_is_compiled(
 ):
     model = build(name, attention)
     if name != "llama":
-        model = build_with_window(name, attention, 300)
+        model = build_with(name, attention, sliding_window=300)
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -190,13 +192,46 @@ def test_after_a_warm_up_nothing_is_compiled(
     assert len(variants) > len(warm) + 500
 
 
-def build_with_window(name, attention, window):
+def build_with(name, attention, **changed):
+    """A model with some numbers of its config changed."""
     plain = build(name, attention)
     # Rows of codes are multiples of 16 bytes.
-    changed = {"sliding_window": window, "head_dim": 128}
-    config = type(plain.config)(**plain.config.to_dict() | changed)
+    config = type(plain.config)(**plain.config.to_dict() | {"head_dim": 128} | changed)
     config._attn_implementation = attention
     return type(plain)(config).eval()
+
+
+@pytest.mark.parametrize("warmed", [False, True], ids=["by its own steps", "by a warm-up"])
+@pytest.mark.parametrize(
+    ("name", "attention", "padding"),
+    [
+        ("llama", "sdpa", True),
+        ("llama", "rotorquant", True),
+        ("mistral", "sdpa", False),
+        ("mistral", "rotorquant", False),
+    ],
+)
+@torch.no_grad()
+def test_a_capture_compiles_nothing(name, attention, padding, warmed, monkeypatch):
+    """Loading a kernel is forbidden in a capture. After a warm-up no step compiles anything."""
+    # 8 rows of a kv head: as many take part in no other step of a warm-up.
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 2}
+    window = {} if name == "llama" else {"sliding_window": 200}
+    model = build_with(name, attention, **heads, **window).to(torch.bfloat16)
+    mask = torch.ones(2, 280, dtype=torch.long)
+    mask[0, 0] = 1 - padding
+    with recorded(monkeypatch) as variants, cuda_graph.emulated(monkeypatch, lambda: []):
+        if warmed:
+            warm_up(model, batch=2, padding=padding)
+        warm = set(variants)
+        cache = RotorQuantCache(config=model.config)
+        model(prompt(2, 280), past_key_values=cache, attention_mask=mask if padding else None)
+        graph = DecodeGraph(cuda_graph.OnGPU(model), cache, attention_mask=mask)
+        while graph._graph is None:
+            ready = set(variants)
+            graph(torch.ones(2, 1, dtype=torch.long))
+        assert set(variants) == ready, differences(variants)
+        assert not warmed or set(variants) == warm, differences(variants)
 
 
 def test_on_the_device_itself():
