@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 import warnings
@@ -204,9 +205,13 @@ class RotorQuantCache(Cache):
             # With Transformers 5.17 a prefetch could overtake the copy of its layer to the CPU, or
             # take memory that attention has still to read.
             self.prefetch_stream.wait_stream(torch.cuda.default_stream(key_states.device))
+        # Transformers' layers count tokens before they look at them.
+        held = None if layer is None or isinstance(layer, RotorQuantLayer) else _attributes(layer)
         try:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except BaseException as error:
+            if held is not None:
+                vars(layer).update(held)
             self._take_back(layer_idx, key_states.shape[-2], error)
             raise
         if isinstance(keys, CompressedTensor) and keys.on_query is not None:
@@ -263,7 +268,13 @@ class RotorQuantCache(Cache):
         mask: Tensor | None,
         scale: float | None,
     ) -> None:
-        """Show a layer queries (batch, query heads, n, key dim) of a pass over so many tokens."""
+        """Show a layer queries (batch, query heads, n, key dim) of a pass over so many tokens.
+
+        "sdpa" may hand a single token's as (batch, kv heads, group, key dim).
+        """
+        if tokens == 1 < query.shape[2]:
+            query = query.flatten(1, 2).unsqueeze(2)
+            mask = mask if mask is None or mask.dim() < 4 else mask[:, :1, :1]
         with self._taking_back(layer_idx, tokens):
             see(query, mask, scale)
 
@@ -280,7 +291,8 @@ class RotorQuantCache(Cache):
         """Take the newest tokens out of the layers before this one, which did not store them.
 
         It refuses them, or there is no memory left: a smaller batch, or the same again when memory
-        has been freed, then goes on from where the cache was.
+        has been freed, then goes on from where the cache was. What those layers have quantised for
+        want of room stays quantised, and the queries of the pass stay counted.
         """
         if not self._undo(layer_idx, tokens):
             error.add_note("Parts of the cache hold the new tokens already: use cache.reset().")
@@ -294,7 +306,7 @@ class RotorQuantCache(Cache):
         if not isinstance(layer, RotorQuantLayer) or not layer.waits:
             return
         layer.count_queries()
-        if layer.moment is None:
+        if layer.moment is None and layer.calibration is None:
             warnings.warn(
                 "query_aware: this attention does not show its queries to the cache, so keys are "
                 "rounded to the nearest; call model.set_attn_implementation('rotorquant')",
@@ -330,8 +342,12 @@ class RotorQuantCache(Cache):
 
     def _undo(self, failed: int, tokens: int) -> bool:
         """Take the newest tokens out of the layers before `failed`; False if that is impossible."""
-        before: list[Any] = [x for x in self.layers[:failed] if hasattr(x, "get_seq_length")]
-        held = self.get_seq_length(failed)
+        before: list[Any] = [x for x in self.layers[:failed] if isinstance(x, CacheLayerMixin)]
+        later: list[Any] = [x for x in self.layers[failed:] if isinstance(x, CacheLayerMixin)]
+        if later:
+            held = later[0].get_seq_length()
+        else:  # the pass has come through all attention
+            held = before[0].get_seq_length() - tokens if before else 0
         in_step = all(layer.get_seq_length() == held + tokens for layer in before)
         if in_step and not held:  # the first pass of a text
             for layer in self.layers[: failed + 1]:
@@ -358,11 +374,13 @@ class RotorQuantCache(Cache):
         """Forget the last -tokens_to_remove tokens, in all layers, or in none if one refuses.
 
         Raises:
-            ValueError: if `tokens_to_remove` is positive.
+            TypeError: if `tokens_to_remove` is no integer.
+            ValueError: if it is positive.
             RuntimeError: if a layer cannot be had back as it was: one with a recurrent state, or
                 a sliding window or convolution that did not record its past
                 (`activate_past_recording()`).
         """
+        tokens_to_remove = operator.index(tokens_to_remove)  # a tensor, in Transformers 5.17
         ours = [layer for layer in self.layers if isinstance(layer, RotorQuantLayer)]
         others: list[Any] = [x for x in self.layers if not isinstance(x, RotorQuantLayer)]
         for layer in ours:
@@ -401,7 +419,7 @@ class RotorQuantCache(Cache):
         ]
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
-        """Keys and values of every layer, and None, as a `DynamicCache` gives them."""
+        """Keys and values of every layer, and None, where a `DynamicCache` gives windows."""
         for layer in self.layers:
             yield getattr(layer, "keys", None), getattr(layer, "values", None), None
 
@@ -441,14 +459,16 @@ class RotorQuantCache(Cache):
 
         Args:
             path: the file.
-            config: the model's config; needed if the cache was made with one.
+            config: the model's config, if the cache was made with one. A cache of full attention
+                that has quantised tokens does without.
             device: the device of the model. Where its layers are on several, attention's part of
                 each goes to its own with the first tokens that it gets.
 
         Raises:
             FileNotFoundError: if the file does not exist.
             ValueError: if the file is damaged, was not written by `save`, or is of another model,
-                version or part of the heads; or if the device cannot be used here.
+                version or part of the heads; if it takes a config; or if the device cannot be used
+                here.
         """
         model, part = _known_of(config)
         settings, layers = serialization.read(path, device, model, part)
@@ -569,6 +589,8 @@ def _layers_of_model(
             )
     uncompressed = {index % len(types) for index in settings.exact_layers}
     ropes = ropes_of(config, types, settings.rope_layout)
+    if calibration is not None:
+        calibration.check_ropes(ropes)
     layers = [
         _make_layer(
             settings.of_layer(index),

@@ -57,7 +57,7 @@ def calibrate(
     check_windows(ids, model)
     # The first tokens of every window are sinks, and no part of the statistics.
     sinks = settings.num_sink_tokens
-    counted, least = len(ids) * max(0, ids.shape[1] - sinks), MIN_TOKENS - sinks
+    counted, least = len(ids) * max(0, ids.shape[1] - sinks), max(1, MIN_TOKENS - sinks)
     if counted < least:
         raise ValueError(
             f"ids have {ids.numel()} tokens, of which {counted} are not among the first {sinks} of "
@@ -130,7 +130,7 @@ def _statistics(
     ends = [(layer.get_seq_length(), layer.recent_length) for layer in passes]
     positions = [torch.arange(end - n, end, device=keys.device) for end, n in ends]
     d_key, d_value, rope = keys.shape[3], values.shape[3], passes[0].rope
-    # One number of bits, for then it is found out whether the keys need more.
+    # One number of bits, less than all: then it is found out whether the keys need more.
     settings = dataclasses.replace(settings, key_bits=JUDGED_BITS)
     store = RotorQuantKVCache(d_key, d_value, device=keys.device, config=settings, rope=rope)
     queries = _moment(passes) if settings.query_aware else None

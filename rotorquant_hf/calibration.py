@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,16 +21,17 @@ from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.files import FileKind
 from rotorquant_hf.placement import Part
 from rotorquant_hf.quant.channels import ChannelStatistics
+from rotorquant_hf.quant.rope import Rope, is_turned_by
 
 CALIBRATION_FILE = FileKind(
     name="rotorquant-calibration",
-    version=4,
+    version=5,
     missing="make it with calibrate(model, ids)",
     foreign="is not a calibration; make one with calibrate(model, ids)",
     again="calibrate again",
 )
 
-SETTINGS = ("equalize_keys", "equalize_values", "center_keys", "rope_layout")
+SETTINGS = ("equalize_keys", "equalize_values", "center_keys", "rope_layout", "query_aware")
 """The settings of a cache that its channel statistics depend on."""
 
 _SHAPE = (
@@ -82,6 +84,15 @@ class Calibration:
                     f"{value!r}; make one with calibrate(model, ids, settings)"
                 )
 
+    def check_ropes(self, ropes: Sequence[Rope | None]) -> None:
+        """Raise ValueError unless RoPE turns keys as where it was made; one for every layer."""
+        for index, (keys, _) in self.layers.items():
+            if not is_turned_by(keys.rope, ropes[index]):
+                raise ValueError(
+                    f"in layer {index} the calibration was made where RoPE turns keys otherwise "
+                    "(another rope_theta, or scaling); make one with calibrate(model, ids)"
+                )
+
     def of_part(self, part: Part) -> Calibration:
         """That of a part of the kv heads."""
         layers = {
@@ -96,7 +107,7 @@ class Calibration:
             "model": self.model,
             "settings": self.settings,
             "tokens": self.tokens,
-            "wide_keys": [index for index, (keys, _) in self.layers.items() if keys.wide],
+            "wide_keys": [index for index, (keys, _) in self.layers.items() if keys.needs_wide],
         }
         tensors = {
             f"{index}.{side}.{name}": tensor
@@ -116,15 +127,17 @@ class Calibration:
         """
         with CALIBRATION_FILE.read(path) as (header, tensors):
             settings = {name: header["settings"][name] for name in SETTINGS}
-            wide = {index for index in header["wide_keys"] if type(index) is int}
-            layers = _layers_of(tensors, settings["rope_layout"], wide)
+            layers = _layers_of(tensors, settings["rope_layout"], header["wide_keys"])
+            unknown = [index for index in header["wide_keys"] if index not in layers]
+            if unknown:
+                raise ValueError(f"{path} has wide_keys {unknown[0]!r}, which is no layer of it")
             return cls(dict(header["model"].items()), settings, header["tokens"], layers)
 
 
 def _layers_of(
     tensors: dict[str, Tensor],
     rope_layout: str,
-    wide_keys: set[int],
+    wide_keys: list[int],
 ) -> dict[int, tuple[ChannelStatistics, ChannelStatistics]]:
     named: dict[tuple[int, str], dict[str, Tensor]] = {}
     for key, tensor in tensors.items():

@@ -113,11 +113,13 @@ class RotorQuantConfig:
                 f"rotor_layers is {self.rotor_layers}, but the rotation {self.rotation!r} has no "
                 "layers; leave rotor_layers out"
             )
-        if self.qjl_dim is not None and self.key_quantizer != "prod":
-            raise ValueError(
-                f"qjl_dim is {self.qjl_dim}, but keys of the quantiser {self.key_quantizer!r} have "
-                "no QJL signs; leave qjl_dim out, or choose key_quantizer='prod'"
-            )
+        for name, unset in (("qjl_dim", None), ("qjl_projection", "orthogonal")):
+            if getattr(self, name) != unset and self.key_quantizer != "prod":
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but keys of the quantiser "
+                    f"{self.key_quantizer!r} have no QJL signs; leave {name} out, or choose "
+                    "key_quantizer='prod'"
+                )
         for name in ("equalize_keys", "equalize_values"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:

@@ -22,6 +22,7 @@ from rotorquant_hf.layers.sliding import RotorQuantSlidingLayer
 from rotorquant_hf.memory import tensors_of
 from rotorquant_hf.quant.channels import ChannelStatistics
 from rotorquant_hf.quant.moments import QueryMoment
+from rotorquant_hf.quant.rope import is_turned_by
 from rotorquant_hf.quant.rotations import can_be_rotated
 from rotorquant_hf.store.side import PackedSide
 
@@ -44,6 +45,11 @@ class LayerEntry:
     def needs_config(self) -> bool:
         """Whether the layer can only be made from the model's config."""
         return self.type not in (RotorQuantLayer.__name__, "DynamicLayer")
+
+    @property
+    def has_yet_to_quantise(self) -> bool:
+        """Whether it is of a compressed layer that has quantised nothing."""
+        return self.type == RotorQuantLayer.__name__ and f"{_STORE}key_weight" not in self.tensors
 
     @classmethod
     def of(cls, layer: Any) -> LayerEntry:
@@ -115,6 +121,7 @@ def _packed_entry(layer: RotorQuantLayer) -> LayerEntry:
         attributes |= {
             "sliding_window": layer.sliding_window,
             "cumulative_length": layer.cumulative_length,
+            "record_past": layer.record_past,
         }
     if not layer.is_initialized:
         return LayerEntry(kind, attributes, {})
@@ -132,7 +139,7 @@ def _packed_entry(layer: RotorQuantLayer) -> LayerEntry:
         tensors["stand_ins"] = layer.stand_ins.tokens
     if layer.store.calibrated:
         attributes["calibrated"] = True
-    if layer.store.has_wide_statistics:
+    if layer.store.keys_need_wide:
         attributes["wide_keys"] = True
     tensors |= _fingerprints(layer)
     return LayerEntry(kind, attributes, tensors)
@@ -156,6 +163,7 @@ def _restore_packed(layer: RotorQuantLayer, entry: LayerEntry) -> None:
     if isinstance(layer, RotorQuantSlidingLayer):
         _check_window(attributes["sliding_window"], layer.sliding_window)
         layer.cumulative_length = _count("cumulative_length", attributes["cumulative_length"])
+        layer.record_past = _flag("record_past", attributes.get("record_past", False))
     if not tensors:
         return
     sinks, recent = (
@@ -184,6 +192,12 @@ def _restore_packed(layer: RotorQuantLayer, entry: LayerEntry) -> None:
     layer.store.load_state(
         {n.removeprefix(_STORE): t for n, t in tensors.items() if n.startswith(_STORE)}, wide_keys
     )
+    statistics, rope = layer.store.keys.statistics, layer.rope
+    if statistics is not None and rope is not None and not is_turned_by(statistics.rope, rope):
+        raise ValueError(
+            "was saved where RoPE turns keys otherwise (another rope_theta, or scaling); pass the "
+            "config of the model that it was saved with"
+        )
     if attributes.get("calibrated", False):
         layer.store.calibrated = True
         # For after a reset. All rows have the same.

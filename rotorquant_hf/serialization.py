@@ -91,7 +91,13 @@ def read(
                         f"model's is {model.get(name)}"
                     )
         _check_part(path, header.get("part"), part)
-        return _parse(path, header, tensors)
+        settings, entries = _parse(path, header, tensors)
+    if model is None and saved is not None and any(x.has_yet_to_quantise for x in entries):
+        raise ValueError(
+            f"{path} is of a cache that knew its model's config, and has yet to quantise tokens by "
+            "it; pass config=model.config"
+        )
+    return settings, entries
 
 
 def _check_part(path: str | os.PathLike[str], saved: list[int] | None, here: Part | None) -> None:

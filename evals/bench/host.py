@@ -36,7 +36,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rotorquant_hf import RotorQuantCache, RotorQuantConfig
 from rotorquant_hf.attention.tensor import CompressedTensor
 from rotorquant_hf.backend import backend
-from rotorquant_hf.quant.wide import is_wide
+from rotorquant_hf.quant.wide import needs_wide
 
 from .common import exit_with, middle_half, new_parser, require_triton
 
@@ -86,8 +86,8 @@ def _no_check(*_: Any, **__: Any) -> None:
 
 
 def _not_wide(shift: Tensor, score_scale: float) -> bool:
-    """`is_wide` of numbers that no kernel has written."""
-    is_wide(shift, score_scale)
+    """`needs_wide` of numbers that no kernel has written."""
+    needs_wide(shift, score_scale)
     return False
 
 
@@ -101,7 +101,7 @@ def without_device(arch: int = 90) -> Iterator[None]:
     before = driver._active
     driver.set_active(_NoDevice(arch))
     launch_of.cache_clear()  # kernels that another driver launches
-    unwritten = mock.patch("rotorquant_hf.store.statistics.is_wide", _not_wide)
+    unwritten = mock.patch("rotorquant_hf.store.statistics.needs_wide", _not_wide)
     unchecked = mock.patch("rotorquant_hf.layers.full.check_finite", _no_check)
     try:
         with backend("triton"), unwritten, unchecked:

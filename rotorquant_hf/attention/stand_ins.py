@@ -82,9 +82,13 @@ class StandIns:
         """Whether any stands in; waits for the device."""
         return bool((self.tokens >= self.tokens.shape[1]).any())
 
-    def within(self, tokens: int) -> bool:
-        """Whether all are among the first `tokens`; waits for the device."""
-        return int(self.tokens.max()) < tokens
+    def within(self, tokens: int) -> StandIns:
+        """Those that are among the first `tokens`.
+
+        What is left in the places of the others is padding, which nobody reads.
+        """
+        places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return StandIns(torch.where(self.tokens < tokens, self.tokens, places))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> StandIns:
         """The same with `fn` applied to the tensor (a batch selection, a move to a device)."""

@@ -297,9 +297,11 @@ class RotorQuantLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Store `recent`, the full-precision tokens `past` and n new ones; what attention reads.
 
-        Until the channel statistics are fixed, tokens are stored when the queries have been seen.
+        Until the channel statistics are fixed, tokens are stored when the queries have been seen;
+        with those of a calibration, until the mask has shown which sinks are padding.
         """
-        if not self.config.query_aware or self._store.has_statistics:
+        known = self._store.has_statistics and (len(self._store) or not self._has_sinks)
+        if not self.config.query_aware or known:
             self._store_recent(*recent)
             return visible
         if self.config.num_to_quantise(recent[0].shape[2], self._wanted()):
@@ -322,17 +324,12 @@ class RotorQuantLayer(CacheLayerMixin):
             mask: theirs, broadcastable to (batch, query heads, n, tokens), which shows padding.
             scale: factor of their inner products with keys; None for key dim^-1/2.
         """
-        if not self.is_initialized or self._store.has_statistics:
+        if not self.is_initialized or (self._store.has_statistics and not self.waits):
             return
         before = self.moment, list(self._queries)
         try:
-            if self._queries and self._queries[-1].query.shape[:2] != query.shape[:2]:
-                self.count_queries()  # of another layer that shares the keys
-            position = self.get_seq_length() - query.shape[2]
-            scale = None if scale is None else float(scale)
-            self._queries.append(_Queries(position, query.detach(), scale))
-            if query.shape[2] > 1 or len(self._queries) == _QUERIES_HELD:
-                self.count_queries()
+            if not self._store.has_statistics:
+                self._hold_queries(query, scale)
             held = self._sinks, self._recent
             packs = self.waits
             self.settle()
@@ -342,6 +339,15 @@ class RotorQuantLayer(CacheLayerMixin):
             self.moment, self._queries = before
             self.drop_waiting()
             raise
+
+    def _hold_queries(self, query: Tensor, scale: float | None) -> None:
+        if self._queries and self._queries[-1].query.shape[:2] != query.shape[:2]:
+            self.count_queries()  # of another layer that shares the keys
+        position = self.get_seq_length() - query.shape[2]
+        scale = None if scale is None else float(scale)
+        self._queries.append(_Queries(position, query.detach(), scale))
+        if query.shape[2] > 1 or len(self._queries) == _QUERIES_HELD:
+            self.count_queries()
 
     def _place_stand_ins(self, mask: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put first tokens of padded rows in the places of sinks, of all keys and values so far."""
@@ -621,6 +627,10 @@ class RotorQuantLayer(CacheLayerMixin):
         due = max(self.config.residual_length + self.config.block_length, self._wanted())
         return self._sinks_to_fill() + due - recent
 
+    @property
+    def _has_sinks(self) -> bool:
+        return self.config.num_sink_tokens > 0
+
     def _sinks_to_fill(self) -> int:
         held = self.sinks[0].shape[2] if self.is_initialized else 0
         return self.config.num_sink_tokens - held
@@ -638,12 +648,17 @@ class RotorQuantLayer(CacheLayerMixin):
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         left = min(-tokens_to_remove, self.get_seq_length())
-        if self.stand_ins is not None and not self.stand_ins.within(self.get_seq_length() - left):
-            self.stand_ins = None  # what is left in their places is padding, which nobody reads
+        tokens = self.get_seq_length() - left
         left -= self._crop_full_precision("recent", left)
         packed = min(left, len(self.store))
         self.store.crop(packed)
         self._crop_full_precision("sinks", left - packed)
+        if self.stand_ins is not None:
+            whole = tokens >= self.config.num_sink_tokens
+            self.stand_ins = self.stand_ins.within(tokens) if whole else None
+        self._queries = [x for x in self._queries if x.position < tokens]
+        if not tokens:
+            self.moment = None
 
     def check_croppable(self, tokens_to_remove: int) -> None:
         """Raise what `crop` would."""

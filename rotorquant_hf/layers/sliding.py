@@ -112,6 +112,10 @@ class RotorQuantSlidingLayer(RotorQuantLayer):
         # A window of fewer tokens never has more.
         return min(super()._wanted(), self.sliding_window - 1)
 
+    @property
+    def _has_sinks(self) -> bool:
+        return False
+
     def _sinks_to_fill(self) -> int:
         return 0
 

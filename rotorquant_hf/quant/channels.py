@@ -124,14 +124,14 @@ class ChannelStatistics:
             reads the vectors. With `rope`, what they cost at position 0: see `hessian_at`.
         rope: how RoPE turns the vectors, (batch, 1, 1, r); nothing in rows that it does not fit.
             None if that is not known.
-        wide: whether keys like these take 8 bits: see `quant.wide`.
+        needs_wide: whether keys like these are spoilt by few bits: see `quant.wide`.
     """
 
     scale: Tensor
     mean: Tensor | None = None
     hessian: LowRankHessian | None = None
     rope: Rope | None = None
-    wide: bool = False
+    needs_wide: bool = False
 
     @classmethod
     def of_block(
@@ -190,16 +190,16 @@ class ChannelStatistics:
 
     @classmethod
     def of_tensors(
-        cls, named: dict[str, Tensor], rope_layout: str, wide: bool = False
+        cls, named: dict[str, Tensor], rope_layout: str, needs_wide: bool = False
     ) -> ChannelStatistics:
-        """The inverse of `tensors`, for statistics that are wide or not."""
+        """The inverse of `tensors`; `needs_wide` is no tensor."""
         factor, frequencies = named.get("hessian"), named.get("frequencies")
         return cls(
             named["weight"],
             named.get("mean"),
             None if factor is None else LowRankHessian(factor),
             None if frequencies is None else Rope(frequencies, rope_layout),
-            wide,
+            needs_wide,
         )
 
     def check(self, batch: int, heads: int, d: int) -> None:
@@ -285,7 +285,7 @@ class ChannelStatistics:
             None if self.mean is None else fn(self.mean),
             None if self.hessian is None else self.hessian.map(fn),
             None if self.rope is None else self.rope.map(fn),
-            self.wide,
+            self.needs_wide,
         )
 
     @property

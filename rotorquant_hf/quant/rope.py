@@ -163,6 +163,22 @@ class Rope:
         return torch.cat((torch.stack((a, b), dim=-1).flatten(-2), rest), dim=-1)
 
 
+def is_turned_by(taken: Rope | None, rope: Rope | None) -> bool:
+    """Whether statistics that were taken with a rope are of vectors that RoPE turns so.
+
+    Args:
+        taken: of the statistics; None, or nothing in a row, where RoPE did not fit the vectors.
+        rope: what turns the vectors now, (1, 1, 1, r); None if that is not known.
+    """
+    if taken is None:
+        return True
+    if rope is None or rope.channels != taken.channels or rope.layout != taken.layout:
+        return False
+    found = taken.frequencies.to(rope.frequencies)
+    turns = found.any(dim=-1, keepdim=True)
+    return torch.allclose(found, torch.where(turns, rope.frequencies, 0.0), rtol=1e-5, atol=0.0)
+
+
 @lru_cache(maxsize=8)
 def _mean_turns(w: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """`_mean_turn`, kept, as layers share w."""

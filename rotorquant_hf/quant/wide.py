@@ -1,7 +1,7 @@
 """Which keys take 8 bits: those of layers whose scores fewer bits would spoil.
 
-Codes of relative distortion D (`LloydMaxCodebook.distortion`) leave an error of D |u|^2 in the
-square of u = (x - mean) / scale. Spread evenly over its d elements, it shifts the scores s q . x
+Codes of relative distortion D (`LloydMaxCodebook.distortion`) leave a squared error of D |u|^2 in
+u = (x - mean) / scale. Spread evenly over its d elements, it shifts the scores s q . x
 (mostly s = d^-1/2) by
 
     s^2 D |u|^2 / d * sum_c scale_c^2 C_cc
@@ -38,18 +38,19 @@ JUDGED_BITS = 4
 """One width for all presets, so that the same layers of a model are wide in each."""
 
 
-def is_wide(shift: Tensor, score_scale: float) -> bool:
-    """Whether keys take WIDE_BITS: some kv head's scores shift too far, in the mean over rows.
+def needs_wide(shift: Tensor, score_scale: float) -> bool:
+    """Whether keys take WIDE_BITS: some head's scores shift too far, in any row.
 
-    The host waits for a GPU, as it is the host that allocates the rows of codes.
+    In any, for the statistics of a row that is mostly padding are those of its padding, which shift
+    little; a row that needs the bits has them in whatever company. The host waits for a GPU, as it
+    is the host that allocates the rows of codes.
 
     Args:
         shift: of `product_shift`.
         score_scale: factor of the inner products in scores.
     """
-    largest = _max_shift() / score_scale**2 if score_scale else math.inf
-    heads = zip(*shift.tolist(), strict=True)
-    return any(sum(rows) / len(rows) > largest for rows in heads)
+    limit = _max_shift() / score_scale**2 if score_scale else math.inf
+    return any(x > limit for heads in shift.tolist() for x in heads)  # none of them NaN
 
 
 @cache
@@ -70,6 +71,7 @@ def product_shift(statistics: ChannelStatistics, queries: QueryMoment) -> Tensor
     read = vector_norm(scale * rms, dim=-1).square() / queries.mean.shape[-1]
     if statistics.mean is None:
         return read
-    # |x / scale| is 1 in the mean, wherever RoPE has turned the pairs of channels to.
+    # |x / scale| is 1 in the quadratic mean, wherever RoPE has turned the pairs of channels to. The
+    # mean takes as much away only if it is taken over all these places.
     subtracted = vector_norm(statistics.mean[:, :, 0] / scale, dim=-1).square()
     return read * (1 - subtracted).clamp(min=0)

@@ -127,9 +127,9 @@ class RotorQuantKVCache:
         return self.keys.statistics is not None
 
     @property
-    def has_wide_statistics(self) -> bool:
+    def keys_need_wide(self) -> bool:
         """Whether the keys, by their statistics, need 8 bits (`quant.wide`)."""
-        return self.keys.statistics is not None and self.keys.statistics.wide
+        return self.keys.statistics is not None and self.keys.statistics.needs_wide
 
     @property
     def calibrated(self) -> bool:

@@ -35,7 +35,7 @@ class PackedSide:
         device: where the rows lie. It changes when a layer is offloaded.
         equalize, center, rope_layout, rope: of the channel statistics; see
             `ChannelStatistics.of_block`, where `equalize` is `power`.
-        widens: whether vectors take WIDE_BITS if their statistics are wide.
+        widens: whether vectors take WIDE_BITS if by their statistics they need them.
 
     Attributes:
         buffers: the rows (batch, heads, tokens, ...), as `Quantizer.encode` names them.
@@ -94,7 +94,7 @@ class PackedSide:
         return self._takes_wide_codes(self.statistics)
 
     def _takes_wide_codes(self, statistics: ChannelStatistics | None) -> bool:
-        return self._widens and statistics is not None and statistics.wide
+        return self._widens and statistics is not None and statistics.needs_wide
 
     def __len__(self) -> int:
         """Tokens stored."""

@@ -16,7 +16,7 @@ from rotorquant_hf.quant.channels import ChannelStatistics, Measured
 from rotorquant_hf.quant.hessian import RANK
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.rope import Rope
-from rotorquant_hf.quant.wide import is_wide, product_shift
+from rotorquant_hf.quant.wide import needs_wide, product_shift
 from rotorquant_hf.store.native_statistics import native_block, native_hessian, native_moment
 
 
@@ -85,7 +85,7 @@ def read_by(
     if not widens:
         return found
     shift = product_shift(statistics, queries) if shift is None else shift
-    return replace(found, wide=is_wide(shift, queries.score_scale))
+    return replace(found, needs_wide=needs_wide(shift, queries.score_scale))
 
 
 def _read_on_a_cpu(

@@ -39,8 +39,12 @@ def test_the_first_tokens_that_are_not_padding(n, kind):
         [19, 1, 2, 3],  # of a row with one token of its own
     ]
     assert found.needed()
-    assert found.within(20)
-    assert not found.within(19)
+    assert torch.equal(found.within(20).tokens, found.tokens)
+    fewer = found.tokens.clone()
+    fewer[-1] = torch.arange(4)
+    assert torch.equal(found.within(19).tokens, fewer)
+    fewer[-2, 3] = 3
+    assert torch.equal(found.within(12).tokens, fewer)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from rotorquant_hf.layers import RotorQuantLayer
 from rotorquant_hf.passing import cache_argument
 from rotorquant_hf.store.side import PackedSide
 from tests.helpers.models import build, same, snapshot
+from tests.helpers.saved_files import rewrite
 
 SMALL = {"residual_length": 8, "block_length": 4}
 
@@ -176,7 +177,75 @@ def test_other_settings_are_refused(calibration, model):
         cache_of(model, calibration, equalize_keys=0.25)
     with pytest.raises(ValueError, match="center_keys is 'auto'"):
         cache_of(model, calibration, center_keys="auto")
+    with pytest.raises(ValueError, match="query_aware is False, but the calibration was made"):
+        cache_of(model, calibration, query_aware=False)
+    nearest = calibrate(model, text(model), RotorQuantConfig(query_aware=False))
+    with pytest.raises(ValueError, match="query_aware is True, but the calibration was made"):
+        cache_of(model, nearest)
+    cache_of(model, nearest, query_aware=False)
     cache_of(model, calibration, key_bits=2, seed=7)  # these do not matter
+
+
+@pytest.mark.parametrize("changed", [{"factor": 4.0, "rope_type": "linear"}, {"rope_theta": 5e5}])
+def test_another_rope_is_refused(changed, tmp_path):
+    """By a calibration, and by a cache in a file: the Hessian turns as where it was taken."""
+    llama = build("llama")
+    made = calibrate(llama, text(llama))
+    other = copy.deepcopy(llama.config)
+    other.rope_parameters = {**llama.config.rope_parameters, **changed}
+    with pytest.raises(ValueError, match="in layer 0 the calibration was made where RoPE turns"):
+        RotorQuantCache(config=other, calibration=made)
+    cache = cache_of(llama, made)
+    with torch.no_grad():
+        llama(text(llama, 1), past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"layer 0 of .* was saved where RoPE turns keys"):
+        RotorQuantCache.load(tmp_path / "cache", config=other)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "rotorquant", "eager"])
+@torch.no_grad()
+def test_padded_rows_keep_their_own_first_tokens(attention):
+    """As without a calibration: the first block waits for the mask, where attention shows it."""
+    llama = build("llama", attention)
+    made = calibrate(build("llama"), text(llama))
+    ids = text(llama, 2, 60)
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    cache, alone = cache_of(llama, made), cache_of(llama, made)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        llama(ids, past_key_values=cache, **given)
+        llama(ids[1:, 20:], past_key_values=alone)
+    for layer, single in zip(cache.layers, alone.layers, strict=True):
+        assert len(layer.store) == 48
+        assert len(single.store) == 28
+        if attention == "eager":
+            assert layer.stand_ins is None
+            continue
+        assert layer.stand_ins.tokens.tolist() == [[0, 1, 2, 3], [20, 21, 22, 23]]
+        for ours, theirs in zip(layer.sinks, single.sinks, strict=True):
+            torch.testing.assert_close(ours[1:], theirs, rtol=0, atol=1e-5)
+
+
+def test_sinks_longer_than_a_window():
+    llama = build("llama")
+    with pytest.raises(ValueError, match="of which 0 are not among the first 300 of a window"):
+        calibrate(llama, text(llama), RotorQuantConfig(num_sink_tokens=300))
+
+
+@pytest.mark.parametrize("index", [7, "1", None, [1]])
+def test_wide_keys_of_no_layer(index, tmp_path):
+    llama = build("llama")
+    calibrate(llama, text(llama)).save(tmp_path / "calibration")
+
+    def change(header, tensors):
+        header["wide_keys"] = [index]
+
+    rewrite(tmp_path / "calibration", change)
+    with pytest.raises(ValueError, match=r"wide_keys|invalid header"):
+        Calibration.load(tmp_path / "calibration")
 
 
 def test_layers_of_another_shape_are_refused():

@@ -83,6 +83,7 @@ def test_help_of_the_cache_names_every_option() -> None:
         ({"rope_layout": "spiral"}, "rope_layout is 'spiral'.*interleaved"),
         ({"qjl_dim": 0}, "qjl_dim is 0"),
         ({"qjl_dim": 64}, "qjl_dim is 64.*'mse' have no QJL signs; leave qjl_dim out"),
+        ({"qjl_projection": "gaussian"}, "qjl_projection is 'gaussian', but keys of the .*'mse'"),
         ({"qjl_projection": "sparse"}, "qjl_projection is 'sparse'"),
         ({"residual_length": -1}, "residual_length is -1"),
         ({"block_length": 0}, "block_length is 0"),

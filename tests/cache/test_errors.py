@@ -447,6 +447,42 @@ def test_a_pass_that_broke_off_and_cannot_be_taken_back_is_named():
     feed(model, cache, prompt(1, 60), (60,))
 
 
+@torch.no_grad()
+def test_a_pass_that_broke_off_before_a_layer_without_attention():
+    plain = build("lfm2", "rotorquant")
+    config = copy.deepcopy(plain.config)
+    config.layer_types = ["full_attention", "conv", "full_attention"]
+    model = type(plain)(config).eval()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    cache = RotorQuantCache(SMALL, config=model.config)
+    feed(model, cache, prompt(1, 41), (41,))
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(prompt(1, 3), past_key_values=cache)
+    hook.remove()
+    for _ in range(2):
+        message = message_of(RuntimeError, lambda: model(prompt(1, 3), past_key_values=cache))
+        assert "broke off after layer 0" in message
+        assert "use cache.reset()" in message  # convolution states have read the tokens
+
+
+@pytest.mark.parametrize("exact", [(), (0,), (1,), (0, 1)], ids=str)
+@torch.no_grad()
+def test_a_pass_that_an_uncompressed_layer_refuses(exact):
+    """Transformers' sliding layers count its tokens all the same."""
+    model = build("mistral")
+    cache = RotorQuantCache(SMALL, config=model.config, exact_layers=exact)
+    feed(model, cache, prompt(1, 15), (15,))
+    with pytest.raises((ValueError, RuntimeError)):
+        model(prompt(2, 5), past_key_values=cache)
+    assert [x.get_seq_length() for x in cache.layers] == [15, 15]
+    feed(model, cache, prompt(1, 5), (5,))
+    assert [x.get_seq_length() for x in cache.layers] == [20, 20]
+
+
 @pytest.mark.parametrize("with_config", [True, False])
 def test_layers_may_be_filled_one_after_the_other(with_config):
     """By a script: then layers of unequal lengths are no pass that broke off."""
@@ -791,6 +827,20 @@ def test_if_a_layer_refuses_a_crop_no_layer_is_cropped(exact):
     read(5)
     cache.crop(-3)
     assert [layer.get_seq_length() for layer in cache.layers] == [42, 42]
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama", "gemma3"])
+def test_a_crop_by_a_tensor(name, tmp_path):
+    """As Transformers 5.17 does in assisted decoding: lengths stay Python's."""
+    model = build(name)
+    cache = RotorQuantCache(SMALL, config=model.config)
+    feed(model, cache, prompt(1, 20), (20,))
+    cache.crop(torch.tensor(-3))
+    assert [type(x.get_seq_length()) for x in cache.layers] == [int] * len(cache.layers)
+    cache.save(tmp_path / "cache")
+    with pytest.raises(TypeError, match="float"):
+        cache.crop(-1.0)
+    assert cache.get_seq_length() == 17
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1", "zamba2", "jamba"])

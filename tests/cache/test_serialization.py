@@ -14,6 +14,7 @@ from transformers import (
     DynamicCache,
     Gemma3TextConfig,
     LlamaConfig,
+    MistralConfig,
     Qwen3NextConfig,
 )
 
@@ -229,6 +230,36 @@ def test_a_model_of_other_sizes_with_the_same_layers(tmp_path) -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         RotorQuantCache.load(tmp_path / "again", config=other)
     assert RotorQuantCache.load(tmp_path / "cache").get_seq_length() == 50
+
+
+def test_a_cache_that_has_yet_to_quantise_needs_its_config(tmp_path) -> None:
+    """What it will quantise would not turn with the text."""
+    config = LlamaConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2)
+    cache, x = RotorQuantCache(config=config), torch.randn(1, 2, 50, 16)
+    cache.update(x, x, 0)
+    cache.save(tmp_path / "cache")
+    with pytest.raises(ValueError, match="has yet to quantise tokens by it; pass config=model"):
+        RotorQuantCache.load(tmp_path / "cache")
+    assert RotorQuantCache.load(tmp_path / "cache", config=config).layers[0].rope is not None
+
+
+def test_a_recorded_past_is_loaded(tmp_path) -> None:
+    config = MistralConfig(
+        num_hidden_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=10,
+    )
+    cache, x = RotorQuantCache(config=config, **SMALL_WINDOW), torch.randn(1, 2, 20, 16)
+    cache.activate_past_recording()
+    cache.update(x, x, 0)
+    cache.save(tmp_path / "cache")
+    loaded = RotorQuantCache.load(tmp_path / "cache", config=config)
+    for each in (cache, loaded):
+        each.crop(-3)
+        assert each.get_seq_length() == 17
+    assert torch.equal(cache.layers[0].keys + 0, loaded.layers[0].keys + 0)
 
 
 def test_failed_save_keeps_the_old_file(saved, monkeypatch) -> None:

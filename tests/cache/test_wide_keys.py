@@ -197,11 +197,11 @@ def test_a_block_that_fails_leaves_the_layer_as_it_was(model, monkeypatch) -> No
 def test_a_calibration_knows(model, tmp_path, settings) -> None:
     """Whatever the bits of the caches that it is made for."""
     made = calibrate(model, prompt(3, 100), settings)
-    assert [keys.wide for keys, _ in made.layers.values()] == [False, True]
+    assert [keys.needs_wide for keys, _ in made.layers.values()] == [False, True]
     made.save(tmp_path / "calibration")
     read = Calibration.load(tmp_path / "calibration")
-    assert [keys.wide for keys, _ in read.layers.values()] == [False, True]
-    assert not any(values.wide for _, values in read.layers.values())
+    assert [keys.needs_wide for keys, _ in read.layers.values()] == [False, True]
+    assert not any(values.needs_wide for _, values in read.layers.values())
     cache = filled(model, calibration=read)
     assert key_bits(cache) == [3, 8]
     cache.reset()

@@ -69,7 +69,7 @@ def recorded(monkeypatch: Any) -> Iterator[list[Variant]]:
         patch.setattr(triton_attention.Device, "of", lambda device: H100)
         # Entries that are looked at, and here nobody has written them.
         patch.setattr("rotorquant_hf.layers.full.check_finite", lambda *a, **k: None)
-        patch.setattr("rotorquant_hf.store.statistics.is_wide", lambda *shift: False)
+        patch.setattr("rotorquant_hf.store.statistics.needs_wide", lambda *shift: False)
         yield variants
 
 

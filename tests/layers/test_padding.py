@@ -106,12 +106,16 @@ def test_a_crop_into_the_padding_leaves_a_layer_that_works(states):
     layer = RotorQuantLayer(SETTINGS)
     feed(layer, states, PROMPT)
     layer.crop(-(PROMPT - 18))  # of the last row one token of its own is left
-    assert layer.stand_ins is None
+    # The other rows keep theirs.
+    assert layer.stand_ins.tokens.tolist() == [[0, 1, 2, 3], [4, 5, 6, 3], [17, 1, 2, 3]]
     feed(layer, states, 30)
     for held, came in zip((layer.keys, layer.values), states, strict=True):
         dense = held.materialize()
         assert torch.equal(dense[:, :, -8:], came[:, :, 40:48])
         assert torch.equal(dense[0, :, :4], came[0, :, :4])
+        assert torch.equal(dense[1, :, 4:7], came[1, :, 4:7])
+    layer.crop(-(layer.get_seq_length() - 3))  # into the sinks
+    assert layer.stand_ins is None
 
 
 @pytest.mark.parametrize("n", [2, 6, 36])

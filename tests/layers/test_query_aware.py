@@ -395,6 +395,54 @@ def test_a_pass_that_a_layer_refuses_when_it_quantises_is_taken_back(shown):
     assert [layer.get_seq_length() for layer in cache.layers] == [26] * 4
 
 
+def test_queries_of_cropped_tokens_do_not_count():
+    """Of a text that is taken back; of single tokens that are not yet counted."""
+    layer = RotorQuantLayer(RotorQuantConfig(**SMALL | {"statistics_length": 100}))
+    for i in range(5):
+        by_sdpa(queries(1, seed=i), *layer.update(*states(1, seed=i)))
+    layer.crop(-2)
+    layer.count_queries()
+    assert layer.moment.count == 3 * GROUP
+    layer.crop(-3)
+    assert layer.moment is None
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "rotorquant"])
+def test_queries_of_single_tokens_with_a_mask(attention):
+    """Transformers 5.24 hands some to torch with the query heads of a kv head as tokens."""
+    model = build("llama", attention)
+    ids, mask = prompt(model, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    cache = RotorQuantCache(config=model.config, **SMALL | {"statistics_length": 100})
+    plain = RotorQuantCache(config=model.config, **SMALL | {"statistics_length": 100})
+    shown = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        see = RotorQuantLayer.see_queries
+
+        def seeing(layer, query, mask=None, scale=None):
+            shown.append((tuple(query.shape), None if mask is None else tuple(mask.shape)))
+            see(layer, query, mask, scale)
+
+        patch.setattr(RotorQuantLayer, "see_queries", seeing)
+        for i in range(12):
+            model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache)
+        assert {x for x, _ in shown} == {(2, 4, 1, 16)}
+        assert {x[2] for _, x in shown if x is not None} == {1}
+        # A mask by heads comes folded too.
+        keys, values = cache.update(*torch.zeros(2, 2, 2, 1, 16), len(cache.layers) - 1)
+        sdpa(torch.zeros(2, 2, 2, 16), keys, values, torch.ones(2, 2, 2, 13).bool())
+        assert shown.pop() == ((2, 4, 1, 16), (2, 1, 1, 13))
+        cache.layers[-1].crop(-1)
+        model(ids, attention_mask=mask, past_key_values=plain)
+    for ours, theirs in zip(cache.layers, plain.layers, strict=True):
+        assert len(ours._queries) == 12
+        ours.count_queries()
+        assert ours.moment.count == theirs.moment.count
+    # The queries of the first layer depend on no earlier tokens.
+    first, second = (x.layers[0].moment.pre_rope for x in (cache, plain))
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
 def test_queries_of_earlier_tokens_are_enough():
     """Seen one by one, not yet counted: no warning if those of the block itself are hidden."""
     cache = RotorQuantCache(**SMALL)

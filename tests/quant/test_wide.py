@@ -15,7 +15,7 @@ from rotorquant_hf.quant.lloyd_max import LloydMaxCodebook
 from rotorquant_hf.quant.moments import QueryMoment
 from rotorquant_hf.quant.mse import RotorQuantMSE
 from rotorquant_hf.quant.rope import Rope
-from rotorquant_hf.quant.wide import MAX_SHIFT, is_wide, product_shift
+from rotorquant_hf.quant.wide import MAX_SHIFT, needs_wide, product_shift
 
 HEADS, D = 3, 64
 FIRST, LAST = 256, 2048
@@ -90,9 +90,9 @@ def test_the_scale_of_scores_counts() -> None:
     """Not all models divide by sqrt(d)."""
     distortion = LloydMaxCodebook.for_dimension(D, 4).distortion
     shift = torch.full((1, 2), D * MAX_SHIFT / distortion)
-    assert is_wide(shift, 1.01 * D**-0.5)
-    assert not is_wide(shift, 0.99 * D**-0.5)
-    assert not is_wide(shift, 0.0)
+    assert needs_wide(shift, 1.01 * D**-0.5)
+    assert not needs_wide(shift, 0.99 * D**-0.5)
+    assert not needs_wide(shift, 0.0)
 
 
 @pytest.mark.parametrize("scale", [None, 0.25])
@@ -120,8 +120,8 @@ def test_keys_and_queries_of_any_unit(unit: float, power: float) -> None:
     [
         ([[0.9, 0.9]], False),
         ([[0.1, 1.1]], True),  # one head is enough
-        ([[0.1, 1.5], [0.1, 0.4]], False),  # in the mean over rows
-        ([[0.1, 1.5], [0.1, 0.6]], True),
+        ([[0.1, 1.5], [0.1, 0.4]], True),  # and one row
+        ([[math.nan, 0.9], [0.1, 1.1]], True),
         ([[0.0, math.inf]], True),
         ([[0.0, math.nan]], False),
     ],
@@ -129,18 +129,18 @@ def test_keys_and_queries_of_any_unit(unit: float, power: float) -> None:
 def test_who_takes_wide_codes(shift: list[list[float]], wide: bool) -> None:
     """By what 4-bit codes would do, whatever the bits."""
     distortion = LloydMaxCodebook.for_dimension(D, 4).distortion
-    assert is_wide(MAX_SHIFT / distortion * torch.tensor(shift), 1.0) is wide
+    assert needs_wide(MAX_SHIFT / distortion * torch.tensor(shift), 1.0) is wide
 
 
 @pytest.mark.parametrize("keys", [torch.zeros(1, 2, 8, D), torch.full((1, 2, 8, D), math.nan)])
 def test_zeros_and_nan_do_not_widen(keys: torch.Tensor) -> None:
     statistics = ChannelStatistics.of_block(keys, 0.5, True)
     seen = QueryMoment.of(queries_of(8, heads=2), 2)
-    assert not is_wide(product_shift(statistics, seen), seen.score_scale)
+    assert not needs_wide(product_shift(statistics, seen), seen.score_scale)
 
 
 def test_huge_keys_do() -> None:
     """The squares of their scores leave float32."""
     statistics = ChannelStatistics.of_block(1e25 * keys_of(8), 0.5, True)
     seen = QueryMoment.of(1e10 * queries_of(8), HEADS)
-    assert is_wide(product_shift(statistics, seen), seen.score_scale)
+    assert needs_wide(product_shift(statistics, seen), seen.score_scale)
