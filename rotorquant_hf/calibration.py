@@ -86,8 +86,8 @@ class Calibration:
 
     def check_ropes(self, ropes: Sequence[Rope | None]) -> None:
         """Raise ValueError unless RoPE turns keys as where it was made; one for every layer."""
-        for index, (keys, _) in self.layers.items():
-            if not is_turned_by(keys.rope, ropes[index]):
+        for index, rope in enumerate(ropes):
+            if index in self.layers and not is_turned_by(self.layers[index][0].rope, rope):
                 raise ValueError(
                     f"in layer {index} the calibration was made where RoPE turns keys otherwise "
                     "(another rope_theta, or scaling); make one with calibrate(model, ids)"

@@ -33,7 +33,7 @@ def without_mask(layers: Sequence[RotorQuantLayer], mask: Tensor | None) -> Iter
         with single_tokens_without_masks():
             yield [padding for _, padding in made]
     finally:
-        for layer in layers:
+        for layer in layers if mask is not None else ():
             if layer.ring is not None:
                 layer.ring.padding = None
 
