@@ -5,6 +5,7 @@ On a GPU at sizes of real use; in Triton's interpreter the same cases at small o
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from rotorquant_hf.backend import backend
 from rotorquant_hf.kernels.append import append_segments
 from rotorquant_hf.layers import RotorQuantLayer, RotorQuantSlidingLayer
 from tests.cache.test_graph import decode_eagerly, graphs  # noqa: F401 (a fixture)
+from tests.helpers import offloading
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -356,6 +358,34 @@ def test_graph_against_eager(preset: str, small_model: PreTrainedModel, graphs: 
         step = graphs(small_model, cache, room=STEPS)
         found = [step(ids[:, i : i + 1]).clone() for i in range(PROMPT, PROMPT + STEPS)]
     check_steps(found, expected, 1e-4)
+
+
+def test_offloaded_against_resident(
+    small_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers are on the CPU between their uses; without a GPU they are marked as if they were."""
+    ids, settings = tokens(), SETTINGS["k4v4"]
+    make = partial(RotorQuantCache, offloading=True) if GPU else offloading.emulated(monkeypatch)
+    # On the CPU entries are checked for NaN, which tensors that are away cannot be.
+    monkeypatch.setattr("rotorquant_hf.layers.full.check_finite", lambda *a, **k: None)
+    steps = []
+    for cache in (
+        RotorQuantCache(settings, config=small_model.config),
+        make(settings, config=small_model.config),
+    ):
+        steps.append(decode_eagerly(small_model, ids, cache, PROMPT))
+    check_steps(steps[1], steps[0], 1e-6)
+    layer = cache.layers[1]
+    if not GPU:
+        assert offloading.is_away(layer)
+        return
+    assert layer.sinks[0].device.type == "cpu"
+    # The host reads a copy that has arrived.
+    copies = [copy.deepcopy(layer.store.state())]
+    torch.cuda.synchronize()
+    copies.append(copy.deepcopy(layer.store.state()))
+    for name, tensor in copies[0].items():
+        assert torch.equal(tensor, copies[1][name]), name
 
 
 # Faults that are planted are found
