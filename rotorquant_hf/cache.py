@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 
 from rotorquant_hf import serialization
 from rotorquant_hf.attention.tensor import CompressedTensor, OnQuery
+from rotorquant_hf.backend import is_capturing
 from rotorquant_hf.calibration import Calibration, shape_of
 from rotorquant_hf.config import RotorQuantConfig
 from rotorquant_hf.layers.full import RotorQuantLayer
@@ -291,9 +292,12 @@ class RotorQuantCache(Cache):
         """Take the newest tokens out of the layers before this one, which did not store them.
 
         It refuses them, or there is no memory left: a smaller batch, or the same again when memory
-        has been freed, then goes on from where the cache was. What those layers have quantised for
-        want of room stays quantised, and the queries of the pass stay counted.
+        has been freed, then goes on from where the cache was. What those layers have quantised in
+        the pass stays quantised, and its queries stay counted.
         """
+        ours = [x for x in self.layers if isinstance(x, RotorQuantLayer) and x.is_initialized]
+        if any(is_capturing(layer.device) for layer in ours):
+            return  # nothing has run on the device; `DecodeGraph` counts the step back
         if not self._undo(layer_idx, tokens):
             error.add_note("Parts of the cache hold the new tokens already: use cache.reset().")
 
@@ -380,7 +384,12 @@ class RotorQuantCache(Cache):
                 a sliding window or convolution that did not record its past
                 (`activate_past_recording()`).
         """
-        tokens_to_remove = operator.index(tokens_to_remove)  # a tensor, in Transformers 5.17
+        try:
+            tokens_to_remove = operator.index(tokens_to_remove)  # a tensor, in Transformers 5.17
+        except TypeError as error:
+            raise TypeError(
+                f"tokens_to_remove is {tokens_to_remove!r}; pass an integer, 0 or negative"
+            ) from error
         ours = [layer for layer in self.layers if isinstance(layer, RotorQuantLayer)]
         others: list[Any] = [x for x in self.layers if not isinstance(x, RotorQuantLayer)]
         for layer in ours:
@@ -419,7 +428,7 @@ class RotorQuantCache(Cache):
         ]
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
-        """Keys and values of every layer, and None, where a `DynamicCache` gives windows."""
+        """Keys and values of every layer, and None where a `DynamicCache` gives its window."""
         for layer in self.layers:
             yield getattr(layer, "keys", None), getattr(layer, "values", None), None
 
@@ -467,8 +476,8 @@ class RotorQuantCache(Cache):
         Raises:
             FileNotFoundError: if the file does not exist.
             ValueError: if the file is damaged, was not written by `save`, or is of another model,
-                version or part of the heads; if it takes a config; or if the device cannot be used
-                here.
+                version or part of the heads; if it needs a config and got none; or if the device
+                cannot be used here.
         """
         model, part = _known_of(config)
         settings, layers = serialization.read(path, device, model, part)

@@ -130,7 +130,7 @@ def _statistics(
     ends = [(layer.get_seq_length(), layer.recent_length) for layer in passes]
     positions = [torch.arange(end - n, end, device=keys.device) for end, n in ends]
     d_key, d_value, rope = keys.shape[3], values.shape[3], passes[0].rope
-    # One number of bits, less than all: then it is found out whether the keys need more.
+    # Fewer than 8 bits, the same in every layer: only such stores find out if keys need more.
     settings = dataclasses.replace(settings, key_bits=JUDGED_BITS)
     store = RotorQuantKVCache(d_key, d_value, device=keys.device, config=settings, rope=rope)
     queries = _moment(passes) if settings.query_aware else None

@@ -85,7 +85,7 @@ class Calibration:
                 )
 
     def check_ropes(self, ropes: Sequence[Rope | None]) -> None:
-        """Raise ValueError unless RoPE turns keys as where it was made; one for every layer."""
+        """Raise ValueError unless RoPE, given for every layer, turns keys as where it was made."""
         for index, rope in enumerate(ropes):
             if index in self.layers and not is_turned_by(self.layers[index][0].rope, rope):
                 raise ValueError(
@@ -130,7 +130,9 @@ class Calibration:
             layers = _layers_of(tensors, settings["rope_layout"], header["wide_keys"])
             unknown = [index for index in header["wide_keys"] if index not in layers]
             if unknown:
-                raise ValueError(f"{path} has wide_keys {unknown[0]!r}, which is no layer of it")
+                raise ValueError(
+                    f"{path} has wide_keys {unknown[0]!r}, which is no layer of it; calibrate again"
+                )
             return cls(dict(header["model"].items()), settings, header["tokens"], layers)
 
 

@@ -116,15 +116,17 @@ class DecodeGraph:
                 self._capture(input_ids, position_ids)
                 self._input_ids.copy_(input_ids)
                 self._position_ids.copy_(position_ids)
+                assert self._graph is not None
+                self._graph.replay()
             else:
                 self._input_ids.copy_(input_ids)
                 self._position_ids.copy_(position_ids)
                 for layer in self._layers:  # all, before any counts the token: one may fail
                     layer.prepare_step(1)
-                for layer in self._layers:
-                    layer.follow_replay(1)
-            assert self._graph is not None
-            self._graph.replay()
+                with self._forgetting_a_failed_step():
+                    for layer in self._layers:
+                        layer.follow_replay(1)
+                    self._graph.replay()
             return self._logits.clone()
 
     def _warm_up(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -163,24 +165,30 @@ class DecodeGraph:
         with torch.inference_mode(False):  # also written to outside of it
             self._input_ids, self._position_ids = input_ids.clone(), position_ids.clone()
         graph = torch.cuda.CUDAGraph()
-        before = [x.ring.on_host() for x in self._layers if x.ring is not None]
-        length = self.cache.get_seq_length()
         for layer in self._layers:
             layer.prepare_step(1)
+        with (
+            self._forgetting_a_failed_step(),
+            without_mask(self._layers, self._mask) as self._paddings,
+            _capturing(graph, input_ids.device),
+        ):
+            self._logits = self._step(self._input_ids, self._position_ids, None)
+        self._graph = graph
+        # Kept, so that no other tensor can come to lie where the graph writes.
+        self._memory = [_memory(x) for x in self._layers]
+
+    @contextmanager
+    def _forgetting_a_failed_step(self) -> Iterator[None]:
+        """Let no layer count the token of a step that the device may not have taken."""
+        before = [x.ring.on_host() for x in self._layers if x.ring is not None]
+        length = self.cache.get_seq_length()
         try:
-            with (
-                without_mask(self._layers, self._mask) as self._paddings,
-                _capturing(graph, input_ids.device),
-            ):
-                self._logits = self._step(self._input_ids, self._position_ids, None)
+            yield
         except BaseException:
             for layer, lengths in zip(self._layers, before, strict=True):
                 if layer.get_seq_length() > length:
                     layer.forget_step(1, lengths)
             raise
-        self._graph = graph
-        # Kept, so that no other tensor can come to lie where the graph writes.
-        self._memory = [_memory(x) for x in self._layers]
 
     def _is_prepared(self) -> bool:
         return all(x.ring is not None and x.ring.captured for x in self._layers)
@@ -227,12 +235,13 @@ def _capturing(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[No
     """Capture what is done within in a graph on a device."""
     former = stream = None
     if device.type == "cuda":
-        # A capture that fails stays on its stream, so the former one is set again by its own.
+        # If the end of a capture fails, `torch.cuda.graph` leaves its stream current; this outer
+        # context sets the former one again.
         former = torch.cuda.current_stream(device)
-        # The stream of `torch.cuda.graph` is on the device that was current first.
+        # By default it takes a stream of the device that was current when it was first used.
         stream = torch.cuda.Stream(device)
     cached = torch.is_autocast_cache_enabled()
-    # Weights that autocast has cast are freed when it is left; the graph would go on to read them.
+    # Autocast frees the weights that it has cast when it ends; the graph would go on to read them.
     torch.set_autocast_cache_enabled(False)
     try:
         with (

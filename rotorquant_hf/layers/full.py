@@ -17,7 +17,8 @@ The first block quantised fixes the channel statistics. With `query_aware` these
 seen so far, and the pass that brings the block does not quantise it by itself: the layer waits for
 the queries that attention is about to read it with (`see_queries`), and quantises then. Where
 attention does not show them, whatever next touches the layer makes it quantise without. Afterwards
-no queries are looked at any more, and nothing waits.
+no queries are looked at any more, and nothing waits. With a calibration the statistics are there
+from the start; the first block still waits, for the mask that shows which sinks are padding.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class RotorQuantLayer(CacheLayerMixin):
         # The recent tokens before a pass whose tokens wait for their queries.
         self._recent_before: tuple[Tensor, Tensor] | None = None
         self._gradient_cut = False  # some packed tokens were recorded by autograd
-        self._copy_to_host: torch.cuda.Event | None = None  # when it ends, if that is not known
+        self._copied: torch.cuda.Event | None = None  # comes when the last move has ended
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype, device, batch, heads and head dims from the first states."""
@@ -125,8 +126,8 @@ class RotorQuantLayer(CacheLayerMixin):
         return fork
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which the host reads."""
-        self._wait_for_host()
+        """For copies and pickles."""
+        self._wait_for_copy()
         return self.__dict__
 
     def uncompressed(self) -> CacheLayerMixin:
@@ -297,8 +298,8 @@ class RotorQuantLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Store `recent`, the full-precision tokens `past` and n new ones; what attention reads.
 
-        Until the channel statistics are fixed, tokens are stored when the queries have been seen;
-        with those of a calibration, until the mask has shown which sinks are padding.
+        Those of the first block only when attention has shown its queries, which the statistics
+        take in (unless they are a calibration's), and the mask, which shows what sinks are padding.
         """
         known = self._store.has_statistics and (len(self._store) or not self._has_sinks)
         if not self.config.query_aware or known:
@@ -330,11 +331,11 @@ class RotorQuantLayer(CacheLayerMixin):
         try:
             if not self._store.has_statistics:
                 self._hold_queries(query, scale)
-            held = self._sinks, self._recent
-            packs = self.waits
-            self.settle()
-            if packs and mask is not None and self._sinks[0].shape[2]:
-                self._place_stand_ins(mask, *map(join, *held))
+            if self.waits:
+                held = self._sinks, self._recent
+                self.settle()
+                if mask is not None and self._sinks[0].shape[2]:
+                    self._place_stand_ins(mask, *map(join, *held))
         except BaseException:
             self.moment, self._queries = before
             self.drop_waiting()
@@ -375,7 +376,7 @@ class RotorQuantLayer(CacheLayerMixin):
         Raises:
             ValueError: as `update`. The tokens then wait as before.
         """
-        self._wait_for_host()
+        self._wait_for_copy()
         if not self.waits:
             return
         before, self._recent_before = self._recent_before, None
@@ -680,7 +681,7 @@ class RotorQuantLayer(CacheLayerMixin):
         for name in ("_store", "_sinks", "_recent", "dtype", "device"):
             self.__dict__.pop(name, None)
         self.ring = self.buffer = self.moment = self._recent_before = self.stand_ins = None
-        self._gradient_cut, self._copy_to_host = False, None
+        self._gradient_cut, self._copied = False, None
         self._queries = []
         self.is_initialized = False
 
@@ -724,20 +725,27 @@ class RotorQuantLayer(CacheLayerMixin):
             self._recent, self.ring = self.recent, None
         self._move(torch.device("cpu"))
         if self.is_initialized and self.device.type == "cuda":
-            self._copy_to_host = torch.cuda.current_stream(self.device).record_event()
+            self._copied = torch.cuda.current_stream(self.device).record_event()
 
-    def _wait_for_host(self) -> None:
-        """Wait until offloaded data have arrived on the CPU."""
-        if self._copy_to_host is not None:
-            self._copy_to_host.synchronize()
-            self._copy_to_host = None
+    def _wait_for_copy(self) -> None:
+        """Wait for the last move: the host for one to the CPU, the current stream for one back."""
+        copied, self._copied = self._copied, None
+        if copied is None:
+            return
+        if self._sinks[0].device.type == "cpu":
+            copied.synchronize()
+        else:
+            torch.cuda.current_stream(self.device).wait_event(copied)
 
     def prefetch(self) -> None:
         """Move the layer's data back to the device of the model's layer."""
         if self.is_initialized:
+            away = self._sinks[0].device != self.device
             self._move(self.device)
             if self.rope is not None and self.rope.frequencies.device != self.device:
                 self.rope = self.store.rope = _on_device(self.rope, self.device)
+            if away and self.device.type == "cuda":  # on a stream of its own
+                self._copied = torch.cuda.current_stream(self.device).record_event()
 
     def _move(self, device: torch.device) -> None:
         if self.is_initialized and self.sinks[0].device != device:

@@ -14,7 +14,7 @@ from rotorquant_hf.layers.full import RotorQuantLayer
 
 @contextmanager
 def without_mask(layers: Sequence[RotorQuantLayer], mask: Tensor | None) -> Iterator[list[Tensor]]:
-    """Let a step of one token go without a mask, which grows, as no graph could.
+    """Let a step of one token run without a mask, which grows with the text, as no graph can.
 
     Args:
         layers: of the cache; each with a ring.

@@ -176,14 +176,13 @@ class RingBuffer:
         segment = self.position // SEGMENT
         if segment == self._segment or not self.config.num_to_quantise(self.count + n):
             return
+        if self._feedback is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                turned = self.store.keys.feedback(self.position)
+                assert turned is not None
+                for held, new in zip(self._feedback, turned, strict=True):
+                    held.copy_(new)
         self._segment = segment
-        if self._feedback is None:
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            turned = self.store.keys.feedback(self.position)
-            assert turned is not None
-            for held, new in zip(self._feedback, turned, strict=True):
-                held.copy_(new)
 
     def on_host(self) -> Lengths:
         """The lengths on the host, for `restore`."""

@@ -164,7 +164,7 @@ class Rope:
 
 
 def is_turned_by(taken: Rope | None, rope: Rope | None) -> bool:
-    """Whether statistics that were taken with a rope are of vectors that RoPE turns so.
+    """Whether RoPE turns vectors now as it did when statistics of them were taken.
 
     Args:
         taken: of the statistics; None, or nothing in a row, where RoPE did not fit the vectors.

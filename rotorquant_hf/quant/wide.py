@@ -39,18 +39,18 @@ JUDGED_BITS = 4
 
 
 def needs_wide(shift: Tensor, score_scale: float) -> bool:
-    """Whether keys take WIDE_BITS: some head's scores shift too far, in any row.
+    """Whether keys take WIDE_BITS: some head's scores shift too far, in some row.
 
-    In any, for the statistics of a row that is mostly padding are those of its padding, which shift
-    little; a row that needs the bits has them in whatever company. The host waits for a GPU, as it
-    is the host that allocates the rows of codes.
+    One row is enough: the statistics of a row that is mostly padding are those of its padding,
+    which shift little, and must not take the bits from a row that needs them. The host waits for a
+    GPU, as it is the host that allocates the rows of codes.
 
     Args:
         shift: of `product_shift`.
         score_scale: factor of the inner products in scores.
     """
     limit = _max_shift() / score_scale**2 if score_scale else math.inf
-    return any(x > limit for heads in shift.tolist() for x in heads)  # none of them NaN
+    return any(x > limit for heads in shift.tolist() for x in heads)  # NaN is over no limit
 
 
 @cache
@@ -71,7 +71,7 @@ def product_shift(statistics: ChannelStatistics, queries: QueryMoment) -> Tensor
     read = vector_norm(scale * rms, dim=-1).square() / queries.mean.shape[-1]
     if statistics.mean is None:
         return read
-    # |x / scale| is 1 in the quadratic mean, wherever RoPE has turned the pairs of channels to. The
-    # mean takes as much away only if it is taken over all these places.
+    # |x / scale| has an rms of 1 wherever RoPE has turned the pairs of channels to. Subtracting the
+    # mean takes its share of that away only if it was taken over all these positions.
     subtracted = vector_norm(statistics.mean[:, :, 0] / scale, dim=-1).square()
     return read * (1 - subtracted).clamp(min=0)

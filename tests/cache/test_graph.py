@@ -217,9 +217,13 @@ def out_of_memory(*_):
     raise torch.OutOfMemoryError("no room")
 
 
-@pytest.mark.parametrize("first", [30, 31], ids=["a block leaves", "no block leaves"])
-def test_a_failed_capture_counts_nothing(first, graphs, monkeypatch):
-    model = narrow("llama").to(DEVICE)
+@pytest.mark.parametrize(
+    ("first", "where"),
+    [(30, "after the layers"), (31, "after the layers"), (31, "in the second layer")],
+    ids=["a block leaves", "no block leaves", "in a layer"],
+)
+def test_a_failed_capture_counts_nothing(first, where, graphs, monkeypatch):
+    model = narrow("llama", layers=2).to(DEVICE)
     ids = prompt(model, 1, first + 7)
     wanted = decode_eagerly(model, ids, RotorQuantCache(**SMALL), first)
     cache = RotorQuantCache(**SMALL)
@@ -229,22 +233,30 @@ def test_a_failed_capture_counts_nothing(first, graphs, monkeypatch):
     found = [graph(ids[:, i : i + 1]) for i in range(first, first + 3)]
     captured = []
 
-    def fail(_):
+    def fail(*_):
         captured.append(torch.cuda.is_current_stream_capturing())
         out_of_memory()
 
+    rings = [x.ring for x in cache.layers]
     with monkeypatch.context() as patch:
-        patch.setattr(model.lm_head, "forward", fail)
+        if where == "after the layers":
+            patch.setattr(model.lm_head, "forward", fail)
+        else:
+            patch.setattr(rings[1], "_append", fail)
         with pytest.raises(torch.OutOfMemoryError):
             graph(ids[:, first + 3 : first + 4])
     assert captured == [True]
+    # On a GPU nothing has run, so what a layer would copy out of its ring is not there.
+    assert [x.ring for x in cache.layers] == rings
     assert cache.get_seq_length() == first + 3
     assert DEVICE != "cuda" or torch.cuda.current_stream() == torch.cuda.default_stream()
     found += [graph(ids[:, i : i + 1]) for i in range(first + 3, first + 7)]
     assert_same_steps(found, wanted)
 
 
-@pytest.mark.parametrize("where", ["an ordinary step", "the turn of a later layer"])
+@pytest.mark.parametrize(
+    "where", ["an ordinary step", "the turn of a later layer", "the count of a later layer"]
+)
 def test_a_step_that_fails_between_replays(where, graphs, monkeypatch):
     """The device hears of what the host has undone, and all layers stay in step."""
     model = narrow("llama", layers=2).to(DEVICE)
@@ -261,13 +273,41 @@ def test_a_step_that_fails_between_replays(where, graphs, monkeypatch):
             patch.setattr(cache.layers[0].ring, "_append", out_of_memory)
             step = partial(model, past_key_values=cache)
         else:
-            patch.setattr(cache.layers[1].ring, "turn_for", out_of_memory)
+            method = "turn_for" if "turn" in where else "replayed"
+            patch.setattr(cache.layers[1].ring, method, out_of_memory)
             step = graph
         with pytest.raises(torch.OutOfMemoryError):
             step(ids[:, 35:36])
     assert cache.get_seq_length() == 35
     found += [graph(ids[:, i : i + 1]) for i in range(35, 46)]
     assert_same_steps(found, wanted)
+
+
+@pytest.mark.usefixtures("graphs")  # on the kernels
+def test_a_turn_that_failed_is_made_up_for(monkeypatch):
+    for module in ("quant.channels", "store.side", "layers.ring"):
+        monkeypatch.setattr(f"rotorquant_hf.{module}.SEGMENT", 4)
+    model = narrow("llama").to(DEVICE)
+    ids, feedbacks = prompt(model, 1, 44), []
+    for fails in (False, True):
+        cache = RotorQuantCache(**SMALL | {"query_aware": True}, config=model.config)
+        decode_eagerly(model, ids[:, :37], cache, 36)
+        ring, failed = cache.layers[0].ring, 0
+        with torch.no_grad(), monkeypatch.context() as patch:
+            if fails:
+                patch.setattr(ring.store.keys, "feedback", out_of_memory)
+            for i in range(37, 44):
+                try:
+                    model(ids[:, i : i + 1], past_key_values=cache)
+                except torch.OutOfMemoryError:
+                    failed += 1
+                    patch.undo()
+                    model(ids[:, i : i + 1], past_key_values=cache)
+        assert failed == fails
+        assert cache.layers[0].ring is ring
+        feedbacks.append(ring._feedback)
+    for found, wanted in zip(*feedbacks, strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_weights_that_autocast_has_cast_are_not_captured(graphs):

@@ -89,6 +89,43 @@ def test_the_host_waits_for_the_copy_that_it_reads(read, monkeypatch) -> None:
     assert waited == [True]
 
 
+def test_the_stream_waits_for_a_layer_on_its_way_back(monkeypatch) -> None:
+    """A prefetch is on a stream of its own, and others are waited for by the next update alone."""
+    layer, events = RotorQuantCache("k4v4", **NEAREST).layers.make(), []
+    layer.update(torch.ones(1, 2, 40, 16), torch.ones(1, 2, 40, 16))
+
+    class Stream:
+        def record_event(self) -> str:
+            events.append("recorded")
+            return "arrived"
+
+        def wait_event(self, event: str) -> None:
+            events.append(event)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    # As if the layer were of a GPU, and its tensors here.
+    layer.device = torch.device("cuda")
+    layer.rope = None
+    monkeypatch.setattr(layer, "_move", lambda device: layer._map(lambda x: _OnGPU.of(x)))
+    layer.prefetch()
+    assert events == ["recorded"]
+    for _ in range(2):
+        assert layer.keys is not None
+    assert events == ["recorded", "arrived"]
+
+
+class _OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    @staticmethod
+    def of(x: torch.Tensor) -> torch.Tensor:
+        return x.as_subclass(_OnGPU)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda")
+
+
 def test_a_prefetch_waits_for_what_is_queued(offloaded, monkeypatch) -> None:
     """For the copy of its layer to the CPU, and for attention that still reads what it frees."""
     model, ids, events = build("llama"), prompt(2, 60), []

@@ -113,9 +113,8 @@ def emulated(monkeypatch: Any, memory: Callable[[], list[Tensor]]) -> Iterator[N
         patch.setattr(torch.cuda, "CUDAGraph", EmulatedGraph)
         patch.setattr(torch.cuda, "graph", capture)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(recording))
-        for module in ("states", "dispatch"):
-            name = f"rotorquant_hf.attention.{module}.is_capturing"
-            patch.setattr(name, lambda _: bool(recording))
+        for module in ("attention.states", "attention.dispatch", "cache"):
+            patch.setattr(f"rotorquant_hf.{module}.is_capturing", lambda _: bool(recording))
         # Transformers 5.17 builds every mask of "sdpa" while a graph is being captured.
         skips = masking_utils._ignore_causal_mask_sdpa
         patch.setattr(
