@@ -242,9 +242,9 @@ class PackedSide:
             return {}
         return {**self.buffers.rows(0, len(self)), **self.statistics.tensors()}
 
-    def load_state(self, state: dict[str, Tensor], wide: bool = False) -> None:
+    def load_state(self, state: dict[str, Tensor], needs_wide: bool = False) -> None:
         """The inverse of `state` (not an empty one), into an empty side."""
-        self.statistics = ChannelStatistics.of_tensors(state, self._rope_layout, wide)
+        self.statistics = ChannelStatistics.of_tensors(state, self._rope_layout, needs_wide)
         taken = self.statistics.tensors()
         rows = {name: tensor for name, tensor in state.items() if name not in taken}
         if rows:

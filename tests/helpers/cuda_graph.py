@@ -96,7 +96,9 @@ def emulated(monkeypatch: Any, memory: Callable[[], list[Tensor]]) -> Iterator[N
         return launch(self, *args, **kwargs)
 
     @contextmanager
-    def capture(graph: EmulatedGraph, stream: None, capture_error_mode: str) -> Iterator[None]:
+    def capture(
+        graph: EmulatedGraph, stream: None = None, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
         EmulatedGraph.captures += 1
         before = [(x, x.clone()) for x in memory()]
         recording.append(graph)

@@ -214,7 +214,7 @@ def build_with(name, attention, **changed):
 @torch.no_grad()
 def test_a_capture_compiles_nothing(name, attention, padding, warmed, monkeypatch):
     """Loading a kernel is forbidden in a capture. After a warm-up no step compiles anything."""
-    # 8 rows of a kv head: as many take part in no other step of a warm-up.
+    # A single token then has 8 rows of a kv head, a tile that no other step of a warm-up has.
     heads = {"num_attention_heads": 16, "num_key_value_heads": 2}
     window = {} if name == "llama" else {"sliding_window": 200}
     model = build_with(name, attention, **heads, **window).to(torch.bfloat16)
