@@ -111,22 +111,19 @@ class DecodeGraph:
         with torch.no_grad():
             if self._warm < _WARM_UP:
                 return self._warm_up(input_ids, position_ids)
-            if self._graph is None:
-                # This runs the step on the host, which counts the token, but not on the device.
-                self._capture(input_ids, position_ids)
-                self._input_ids.copy_(input_ids)
-                self._position_ids.copy_(position_ids)
-                assert self._graph is not None
-                self._graph.replay()
-            else:
-                self._input_ids.copy_(input_ids)
-                self._position_ids.copy_(position_ids)
-                for layer in self._layers:  # all, before any counts the token: one may fail
-                    layer.prepare_step(1)
-                with self._forgetting_a_failed_step():
+            for layer in self._layers:  # all, before any counts the token: one may fail
+                layer.prepare_step(1)
+            with self._forgetting_a_failed_step():
+                if self._graph is None:
+                    # This runs the step on the host, which counts the token, but not on the device.
+                    self._capture(input_ids, position_ids)
+                else:
+                    self._input_ids.copy_(input_ids)
+                    self._position_ids.copy_(position_ids)
                     for layer in self._layers:
                         layer.follow_replay(1)
-                    self._graph.replay()
+                assert self._graph is not None
+                self._graph.replay()
             return self._logits.clone()
 
     def _warm_up(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -165,10 +162,7 @@ class DecodeGraph:
         with torch.inference_mode(False):  # also written to outside of it
             self._input_ids, self._position_ids = input_ids.clone(), position_ids.clone()
         graph = torch.cuda.CUDAGraph()
-        for layer in self._layers:
-            layer.prepare_step(1)
         with (
-            self._forgetting_a_failed_step(),
             without_mask(self._layers, self._mask) as self._paddings,
             _capturing(graph, input_ids.device),
         ):
